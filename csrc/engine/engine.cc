@@ -1,0 +1,416 @@
+#include "deinfer/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+#include "base/check.h"
+#include "engine/request.h"
+#include "engine/worker.h"
+#include "kernels/cuda/devices.h"
+#include "scheduler/scheduler.h"
+
+namespace deinfer {
+namespace {
+
+std::int64_t now_us() {
+  return std::chrono::duration_cast<std::chrono::microseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+/// What the kernel says can be taken without swapping; 0 where it does not say.
+std::uint64_t available_memory() {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  std::uint64_t kib = 0;
+  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
+    if (key == "MemAvailable:") return kib * 1024;
+  }
+  return 0;
+}
+
+/// Blocks of the KV pool: as configured, else from bytes, but no more than all seats can fill.
+std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
+                              int max_model_len) {
+  if (config.num_kv_blocks > 0) return config.num_kv_blocks;
+  std::uint64_t bytes = config.kv_cache_bytes;
+  if (bytes == 0) bytes = available_memory() / 4;
+  auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
+  if (config.kv_cache_bytes > 0 && blocks == 0) {
+    fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
+         " is less than one KV block of ", block_bytes, " bytes");
+  }
+  std::int64_t per_sequence = (max_model_len + config.block_size - 1) / config.block_size;
+  return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
+}
+
+void check_device(const std::string& device) {
+  if (device == "cpu") return;
+  check_argument(device == "cuda" || device.starts_with("cuda:"), "device=\"", device,
+                 "\" is unknown; use \"cpu\"");
+  fail(ErrorCode::kUnsupported, "device=\"", device,
+       "\": this version runs on the CPU only (CUDA sources ",
+       cuda::is_compiled() ? "compiled in, " : "not compiled in, ", cuda::devices().size(),
+       " CUDA devices visible)");
+}
+
+/// What a logits row is for.
+struct RowTarget {
+  Request* request = nullptr;
+  const Sequence* sequence = nullptr;
+  int index = 0;
+  int prompt_position = -1;  // -1: sample the next token
+  int result = -1;           // index of its SampleResult
+};
+
+}  // namespace
+
+void EngineConfig::validate() const {
+  check_argument(!model.empty(), "model is empty: it names a checkpoint directory");
+  check_device(device);
+  check_argument(dtype == "auto" || dtype == "float32" || dtype == "bfloat16", "dtype=\"", dtype,
+                 "\" is unknown; use \"auto\", \"float32\" or \"bfloat16\"");
+  check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
+                 tensor_parallel_size);
+  check_argument(num_threads >= 0 && num_threads <= 1024,
+                 "num_threads must be in [0, 1024], got ", num_threads);
+  check_argument(max_model_len >= 0, "max_model_len must be at least 0, got ", max_model_len);
+  check_argument(max_num_seqs >= 1, "max_num_seqs must be at least 1, got ", max_num_seqs);
+  check_argument(max_num_batched_tokens >= 1 && max_num_batched_tokens <= 1 << 20,
+                 "max_num_batched_tokens must be in [1, 1048576], got ", max_num_batched_tokens);
+  check_argument(block_size >= 16 && block_size % 16 == 0 && block_size <= 4096,
+                 "block_size must be a multiple of 16 in [16, 4096], got ", block_size);
+  check_argument(num_kv_blocks >= 0 && num_kv_blocks <= 1 << 30,
+                 "num_kv_blocks must be in [0, 2^30], got ", num_kv_blocks);
+}
+
+struct Engine::Impl {
+  Impl(EngineConfig engine_config, const LoadProgress& progress);
+
+  RequestId submit(std::span<const TokenId> prompt, const SamplingParams& params);
+  bool abort(RequestId id, std::optional<int> index);
+  std::vector<RequestOutput> step();
+
+  void take_inbox();
+  void build_batch(const ScheduledBatch& scheduled);
+  void take_logits(TeamMember& member, int first, int count, float* logits);
+  void finish_step(const ScheduledBatch& scheduled);
+  void end_sample(Request& request, int index, FinishReason reason, RequestOutput& output);
+  RequestOutput& output_of(RequestId id);
+
+  EngineConfig config;
+  ModelConfig model;
+  int max_model_len = 0;
+  std::unique_ptr<TensorParallelPlan> plan;
+  std::unique_ptr<Worker> worker;
+  std::unique_ptr<Scheduler> scheduler;
+  std::vector<Sampler> samplers;  // one per thread
+  ModelInfo info;
+  RequestLimits limits;
+
+  // Shared with submit() and abort(); guarded by the mutex.
+  mutable std::mutex mutex;
+  std::vector<std::unique_ptr<Request>> inbox;
+  std::vector<std::pair<RequestId, int>> aborts;            // (request, sample)
+  std::unordered_map<RequestId, std::vector<bool>> alive;   // samples that have not ended
+  RequestId next_request = 0;
+  EngineStats counters;
+  std::exception_ptr failure;
+
+  // Of step() alone.
+  std::unordered_map<RequestId, std::unique_ptr<Request>> requests;
+  std::unordered_map<SequenceId, std::pair<Request*, int>> owners;
+  SequenceId next_sequence = 0;
+  Batch batch;
+  std::vector<RowTarget> targets;        // per logit row
+  std::vector<SampleResult> results;     // per sampled row
+  std::vector<SampledToken> sampled;
+  std::map<RequestId, RequestOutput> outputs;
+};
+
+Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
+    : config(std::move(engine_config)) {
+  config.validate();
+  check_argument(std::filesystem::is_directory(config.model), "model=\"", config.model,
+                 "\" is not a directory");
+  model = read_model_config(config.model);
+  check_argument(config.max_model_len <= model.max_position_embeddings, "max_model_len=",
+                 config.max_model_len, " exceeds the model's max_position_embeddings=",
+                 model.max_position_embeddings);
+  max_model_len = config.max_model_len > 0 ? config.max_model_len : model.max_position_embeddings;
+  plan = make_plan(config.tensor_parallel_plan, config.tensor_parallel_size);
+  int threads = config.num_threads > 0
+                    ? config.num_threads
+                    : std::max(1, available_cpus() / config.tensor_parallel_size);
+  worker = std::make_unique<Worker>(config, model, *plan, make_single_communicator(), threads,
+                                    max_model_len, progress);
+  std::int64_t blocks = choose_kv_blocks(config, worker->kv_block_bytes(), max_model_len);
+  worker->allocate_kv_cache(blocks);
+
+  SchedulerConfig scheduler_config;
+  scheduler_config.max_num_seqs = config.max_num_seqs;
+  scheduler_config.max_num_batched_tokens = config.max_num_batched_tokens;
+  scheduler_config.block_size = config.block_size;
+  scheduler_config.num_blocks = static_cast<int>(blocks);
+  scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
+  scheduler =
+      std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
+  for (int i = 0; i < threads; ++i) samplers.emplace_back(worker->kernels(), model.vocab_size);
+  limits = {model.vocab_size, max_model_len, config.block_size, blocks};
+
+  const DecoderWeights& weights = worker->decoder().weights();
+  info.architecture = model.model_type;
+  info.dtype = dtype_name(weights.dtype);
+  info.isa = isa_name(worker->kernels().isa);
+  info.num_layers = model.num_layers;
+  info.hidden_size = model.hidden_size;
+  info.vocab_size = model.vocab_size;
+  info.max_model_len = max_model_len;
+  info.num_threads = threads;
+  info.parameters = worker->parameters();
+  info.weight_bytes = weights.bytes();
+  info.num_kv_blocks = blocks;
+  info.kv_cache_bytes = worker->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const LowRankLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.output,
+                                        &layer.gate, &layer.up, &layer.down}) {
+      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
+    }
+  }
+}
+
+RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params) {
+  check_request(prompt, params, limits);
+  std::lock_guard lock(mutex);
+  if (failure) std::rethrow_exception(failure);
+  RequestId id = next_request++;
+  // Spread the default seeds: neighbouring requests must not share random streams.
+  std::uint64_t seed = config.seed * 0x9e3779b97f4a7c15u + id;
+  inbox.push_back(std::make_unique<Request>(id, prompt, params, model.eos_token_ids, seed,
+                                            max_model_len));
+  alive[id].assign(static_cast<std::size_t>(params.n), true);
+  return id;
+}
+
+bool Engine::Impl::abort(RequestId id, std::optional<int> index) {
+  std::lock_guard lock(mutex);
+  auto found = alive.find(id);
+  if (found == alive.end()) return false;
+  std::vector<bool>& samples = found->second;
+  bool any = false;
+  for (int i = 0; i < static_cast<int>(samples.size()); ++i) {
+    if ((index && *index != i) || !samples[static_cast<std::size_t>(i)]) continue;
+    samples[static_cast<std::size_t>(i)] = false;
+    aborts.emplace_back(id, i);
+    any = true;
+  }
+  return any;
+}
+
+RequestOutput& Engine::Impl::output_of(RequestId id) {
+  RequestOutput& output = outputs[id];
+  output.request_id = id;
+  return output;
+}
+
+void Engine::Impl::end_sample(Request& request, int index, FinishReason reason,
+                              RequestOutput& output) {
+  Request::Sample& sample = request.samples[static_cast<std::size_t>(index)];
+  sample.ended = true;
+  owners.erase(sample.sequence);
+  output.outputs.back().finish_reason = reason;
+  if (++request.num_ended < request.num_samples()) return;
+  output.finished = true;
+  requests.erase(request.id());
+}
+
+void Engine::Impl::take_inbox() {
+  std::vector<std::unique_ptr<Request>> submitted;
+  std::vector<std::pair<RequestId, int>> aborted;
+  {
+    std::lock_guard lock(mutex);
+    submitted.swap(inbox);
+    aborted.swap(aborts);
+  }
+  for (std::unique_ptr<Request>& request : submitted) {
+    if (request->wants_prompt_rows(0)) request->prepare_prompt_rows(model.vocab_size);
+    for (int i = 0; i < request->num_samples(); ++i) {
+      SequenceId sequence = next_sequence++;
+      request->samples[static_cast<std::size_t>(i)].sequence = sequence;
+      owners[sequence] = {request.get(), i};
+      scheduler->add(request->make_sequence(i, sequence, now_us()));
+    }
+    requests[request->id()] = std::move(request);
+  }
+  for (auto [id, index] : aborted) {
+    auto found = requests.find(id);
+    if (found == requests.end()) continue;
+    Request& request = *found->second;
+    if (request.samples[static_cast<std::size_t>(index)].ended) continue;
+    scheduler->abort(request.samples[static_cast<std::size_t>(index)].sequence);
+    RequestOutput& output = output_of(id);
+    output.outputs.emplace_back().index = index;
+    end_sample(request, index, FinishReason::kAbort, output);
+  }
+}
+
+void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
+  batch.clear();
+  targets.clear();
+  int num_results = 0;
+  for (const ScheduledSequence& item : scheduled.items) {
+    const Sequence& sequence = *item.sequence;
+    auto [request, index] = owners.at(sequence.id);
+    int first = sequence.num_computed;
+    int first_row = batch.num_tokens();
+    batch.sequences.push_back({first_row, item.num_tokens, first, sequence.block_table.data()});
+    bool prompt_rows = request->wants_prompt_rows(index);
+    for (int i = 0; i < item.num_tokens; ++i) {
+      int position = first + i;
+      batch.token_ids.push_back(sequence.tokens[static_cast<std::size_t>(position)]);
+      batch.positions.push_back(position);
+      batch.slots.push_back(
+          {sequence.block_table[static_cast<std::size_t>(position / config.block_size)],
+           position % config.block_size});
+      if (prompt_rows && position < request->prompt_length()) {
+        batch.logit_rows.push_back(first_row + i);
+        targets.push_back({request, &sequence, index, position, -1});
+      }
+    }
+    if (item.samples) {
+      batch.logit_rows.push_back(first_row + item.num_tokens - 1);
+      targets.push_back({request, &sequence, index, -1, num_results++});
+    }
+  }
+  if (static_cast<int>(results.size()) < num_results) {
+    results.resize(static_cast<std::size_t>(num_results));
+  }
+}
+
+void Engine::Impl::take_logits(TeamMember& member, int first, int count, float* logits) {
+  Sampler& sampler = samplers[static_cast<std::size_t>(member.id())];
+  auto [begin, end] = member.share(count);
+  for (int i = begin; i < end; ++i) {
+    const RowTarget& target = targets[static_cast<std::size_t>(first + i)];
+    float* row = logits + static_cast<std::ptrdiff_t>(i) * model.vocab_size;
+    if (target.prompt_position >= 0) {
+      target.request->take_prompt_row(target.prompt_position, row, model.vocab_size, sampler);
+    } else {
+      sampler.sample(target.request->sample_input(*target.sequence, target.index), row,
+                     results[static_cast<std::size_t>(target.result)]);
+    }
+  }
+}
+
+void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
+  sampled.clear();
+  std::vector<std::pair<RequestId, int>> ended;
+  std::int64_t generated = 0;
+  std::int64_t prompt_tokens = 0;
+  for (const ScheduledSequence& item : scheduled.items) {
+    int prompt_left = item.sequence->prompt_length - item.sequence->num_computed;
+    prompt_tokens += std::clamp(prompt_left, 0, item.num_tokens);
+    if (!item.samples) continue;
+    auto [request, index] = owners.at(item.sequence->id);
+    SampleResult& result = results[sampled.size()];
+    int count = item.sequence->num_generated() + 1;
+    FinishReason reason = request->finish_reason(result.token, count);
+    sampled.push_back({item.sequence->id, result.token, reason != FinishReason::kNone});
+    RequestOutput& output = output_of(request->id());
+    if (request->wants_prompt_rows(index)) request->report_prompt(output);
+    SequenceOutput& sample = output.outputs.emplace_back();
+    sample.index = index;
+    sample.new_token_ids = {result.token};
+    if (request->params().logprobs) sample.logprobs.push_back(std::move(result.logprobs));
+    if (reason == FinishReason::kStop) sample.stop_token_id = result.token;
+    ++generated;
+    if (reason != FinishReason::kNone) {
+      ended.emplace_back(request->id(), index);
+      end_sample(*request, index, reason, output);
+    }
+  }
+  scheduler->update(sampled);
+  SchedulerStats stats = scheduler->stats();
+  std::lock_guard lock(mutex);
+  for (auto [id, index] : ended) {
+    auto found = alive.find(id);
+    if (found != alive.end()) found->second[static_cast<std::size_t>(index)] = false;
+  }
+  counters.num_waiting = stats.num_waiting;
+  counters.num_running = stats.num_running;
+  counters.free_kv_blocks = stats.free_blocks + stats.cached_blocks;
+  ++counters.num_steps;
+  counters.num_preemptions = stats.num_preemptions;
+  counters.recomputed_tokens = stats.recomputed_tokens;
+  counters.prefix_hit_tokens = stats.prefix_hit_tokens;
+  counters.prompt_tokens += prompt_tokens;
+  counters.generated_tokens += generated;
+}
+
+std::vector<RequestOutput> Engine::Impl::step() {
+  if (failure) std::rethrow_exception(failure);
+  outputs.clear();
+  try {
+    take_inbox();
+    const ScheduledBatch& scheduled = scheduler->schedule(now_us());
+    if (!scheduled.items.empty()) {
+      build_batch(scheduled);
+      worker->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
+        take_logits(member, first, count, logits);
+      });
+      finish_step(scheduled);
+    }
+  } catch (...) {
+    // Half a step has been done; nothing can be trusted to go on.
+    std::lock_guard lock(mutex);
+    failure = std::current_exception();
+    throw;
+  }
+  std::vector<RequestOutput> progressed;
+  std::lock_guard lock(mutex);
+  for (auto& [id, output] : outputs) {
+    if (output.finished) alive.erase(id);
+    progressed.push_back(std::move(output));
+  }
+  return progressed;
+}
+
+Engine::Engine(EngineConfig config, const LoadProgress& progress)
+    : impl_(std::make_unique<Impl>(std::move(config), progress)) {}
+
+Engine::~Engine() = default;
+
+RequestId Engine::submit(std::span<const TokenId> prompt, const SamplingParams& params) {
+  return impl_->submit(prompt, params);
+}
+
+bool Engine::abort(RequestId id, std::optional<int> index) { return impl_->abort(id, index); }
+
+std::vector<RequestOutput> Engine::step() { return impl_->step(); }
+
+bool Engine::has_unfinished_requests() const {
+  std::lock_guard lock(impl_->mutex);
+  return !impl_->alive.empty();
+}
+
+const ModelInfo& Engine::model_info() const { return impl_->info; }
+
+EngineStats Engine::stats() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->counters;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : detect_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+const char* version() { return DEINFER_VERSION; }
+
+}  // namespace deinfer

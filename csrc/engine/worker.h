@@ -1,0 +1,52 @@
+// One tensor-parallel rank: its weights, its KV cache, its team of threads.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "base/thread_team.h"
+#include "comm/communicator.h"
+#include "deinfer/engine.h"
+#include "model/decoder.h"
+#include "plan/tensor_parallel_plan.h"
+
+namespace deinfer {
+
+class Worker {
+ public:
+  /// Loads this rank's weights. `threads` is the size of its team.
+  Worker(const EngineConfig& config, const ModelConfig& model, const TensorParallelPlan& plan,
+         std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+         const LoadProgress& progress);
+
+  /// Sizes the KV cache; call it once before execute().
+  void allocate_kv_cache(std::int64_t num_blocks);
+
+  /// Receives logits[count, vocab] of the batch's logit rows first .. first + count. Called on every
+  /// thread of the team; may overwrite the logits of its own share of the rows.
+  using LogitsConsumer =
+      std::function<void(TeamMember& member, int first, int count, float* logits)>;
+
+  /// Runs one batch. Errors of any thread surface here.
+  void execute(const Batch& batch, const LogitsConsumer& consume);
+
+  std::uint64_t kv_block_bytes() const;
+  std::uint64_t parameters() const { return parameters_; }
+  const Decoder& decoder() const { return *decoder_; }
+  const cpu::KernelTable& kernels() const { return kernels_; }
+  int num_threads() const { return team_.size(); }
+
+ private:
+  int block_size_;
+  const cpu::KernelTable& kernels_;
+  std::unique_ptr<Communicator> communicator_;
+  ThreadTeam team_;
+  std::uint64_t parameters_ = 0;
+  std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<KvCache> cache_;
+  std::vector<ThreadScratch> scratch_;
+  Buffer logits_;  // [Decoder::kLogitRows, vocab]
+};
+
+}  // namespace deinfer

@@ -1,0 +1,136 @@
+// deinfer/engine.h: load a checkpoint, submit requests, step until done.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "deinfer/error.h"
+#include "deinfer/export.h"
+#include "deinfer/sampling_params.h"
+
+namespace deinfer {
+
+using RequestId = std::uint64_t;
+
+struct EngineConfig {
+  std::string model;                 // directory: config.json and *.safetensors
+  std::string device = "cpu";        // "cpu"; "cuda" once the CUDA engine lands
+  std::string dtype = "auto";        // "float32", "bfloat16"; auto: bfloat16 for bf16 checkpoints,
+                                     // else float32 (so that no weight loses bits)
+  int tensor_parallel_size = 1;      // rank threads in this process
+  std::string tensor_parallel_plan = "auto";
+  int num_threads = 0;               // CPU threads per rank; 0: the available cores / ranks
+  int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
+  int max_num_seqs = 256;            // samples in one batch
+  int max_num_batched_tokens = 512;  // tokens in one step
+  int block_size = 16;               // tokens per KV block, a multiple of 16
+  std::int64_t num_kv_blocks = 0;    // 0: from kv_cache_bytes
+  std::uint64_t kv_cache_bytes = 0;  // 0: a quarter of the memory available after loading
+  std::string scheduling_policy = "fcfs";
+  bool enable_prefix_caching = true;
+  std::uint64_t seed = 0;            // base of the seeds of requests that bring none
+
+  /// Throws Error(kInvalidArgument) naming the field and its value.
+  void validate() const;
+};
+
+enum class FinishReason : std::uint8_t { kNone, kStop, kLength, kAbort };
+
+/// What one sample of a request gained in a step.
+struct SequenceOutput {
+  int index = 0;                                     // of the sample, [0, n)
+  std::vector<TokenId> new_token_ids;                // since the previous step
+  std::vector<std::vector<TokenLogprob>> logprobs;   // one list per new token, chosen token first
+  FinishReason finish_reason = FinishReason::kNone;
+  std::optional<TokenId> stop_token_id;              // the token that ended it (kStop)
+};
+
+/// One request's progress in a step.
+struct RequestOutput {
+  RequestId request_id = 0;
+  std::vector<SequenceOutput> outputs;
+  bool finished = false;  // all samples have ended
+  // Filled once, in the step in which the first sample's prompt is complete:
+  std::vector<std::vector<TokenLogprob>> prompt_logprobs;  // [prompt length - 1]
+  std::vector<float> prompt_logits;                        // [prompt_length, vocabulary]
+  int prompt_length = 0;
+};
+
+/// What was loaded.
+struct ModelInfo {
+  std::string architecture;         // model_type of config.json
+  std::string dtype;
+  std::string isa;
+  int num_layers = 0;
+  int hidden_size = 0;
+  int vocab_size = 0;
+  int max_model_len = 0;
+  int num_threads = 0;
+  std::uint64_t parameters = 0;     // of the checkpoint as it is run, tied weights once
+  std::uint64_t weight_bytes = 0;   // resident, padding included
+  std::uint64_t kv_cache_bytes = 0;
+  std::int64_t num_kv_blocks = 0;
+  int lowrank_matrices = 0;
+  int dense_matrices = 0;           // decomposable matrices that stayed dense
+};
+
+/// Counters of a running engine.
+struct EngineStats {
+  int num_waiting = 0;
+  int num_running = 0;
+  std::int64_t free_kv_blocks = 0;      // cached blocks that can be evicted count as free
+  std::int64_t num_steps = 0;
+  std::int64_t num_preemptions = 0;
+  std::int64_t recomputed_tokens = 0;
+  std::int64_t prefix_hit_tokens = 0;
+  std::int64_t prompt_tokens = 0;       // computed
+  std::int64_t generated_tokens = 0;
+};
+
+/// Called while weights load with (bytes done, bytes in all), from the constructing thread.
+using LoadProgress = std::function<void(std::uint64_t, std::uint64_t)>;
+
+/// Owns weights, KV blocks and rank threads. submit(), abort() and stats() are thread-safe; one
+/// thread at a time calls step(). Throws Error; after a worker has failed every later call rethrows
+/// that first failure.
+class DEINFER_API Engine {
+ public:
+  explicit Engine(EngineConfig config, const LoadProgress& progress = {});
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// Validates and copies; kInvalidArgument for an empty or over-long prompt, token ids outside the
+  /// vocabulary or bad parameters, kOutOfMemory for a request that the KV pool can never hold.
+  /// A sample ends with kLength at max_tokens or when the context (max_model_len) is full.
+  RequestId submit(std::span<const TokenId> prompt, const SamplingParams& params);
+
+  /// Ends one sample or (no index) all samples of a request; false if unknown or already ended.
+  /// Their last outputs (kAbort) come with the next step().
+  bool abort(RequestId id, std::optional<int> index = std::nullopt);
+
+  /// Runs one batch; returns the requests that progressed. Empty when nothing is unfinished.
+  std::vector<RequestOutput> step();
+  bool has_unfinished_requests() const;
+
+  const ModelInfo& model_info() const;
+  EngineStats stats() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// The instruction sets whose kernels this CPU can run, ascending; the environment variable
+/// DEINFER_CPU_ISA selects one of them for engines created later.
+DEINFER_API std::vector<std::string> supported_isas();
+
+/// The library's version, "major.minor.patch".
+DEINFER_API const char* version();
+
+}  // namespace deinfer

@@ -1,0 +1,156 @@
+// Tokens times one panel of packed weights. Include a simd_*.h before.
+//
+// A step is one vector of weights per 16 rows, 64 bytes: one k of fp32 or a pair of k of bf16. Every
+// output is one accumulator that takes the steps in ascending order, whatever m, the pass or the
+// chunk, so its bits depend on its own inputs only.
+#pragma once
+
+namespace deinfer::cpu {
+namespace {
+
+struct DotF32 {
+  using Element = float;
+  static constexpr int kElements = 1;  // of k per step
+  static constexpr int kMaxTokens = kGemmTokensF32;
+  static constexpr int kOps = 1;  // multiply-adds per step and 16 rows
+  static auto weights(const float* w) { return load(w); }
+  static auto input(const float* x) { return broadcast(*x); }
+  static Vec dot(Vec acc, const Vec& w, const Vec& x) { return fma(w, x, acc); }
+};
+
+struct DotBf16 {
+  using Element = bf16;
+  static constexpr int kElements = 2;
+  static constexpr int kMaxTokens = kGemmTokensBf16;
+  static constexpr int kOps = kPairOps;
+  static auto weights(const bf16* w) { return load_pairs(w); }
+  static auto input(const bf16* x) { return broadcast_pair(x); }
+  static Vec dot(Vec acc, const Pairs& w, const Pairs& x) { return pair_dot(acc, w, x); }
+};
+
+inline constexpr int kStepUnroll = 4;    // steps are a multiple of it, since k_pad is one of 8
+inline constexpr int kChunkSteps = 512;  // 64 KiB of a panel, which the passes read from L2
+inline constexpr int kLineBytes = 64;
+// Measured on Zen 4: while one pass is bound by memory the hardware streamer alone is fastest; from
+// about 7 multiply-adds per vector on, fetching into L2 this far ahead hides the arithmetic.
+inline constexpr int kPrefetchMinOps = 7;
+inline constexpr int kPrefetchAhead = 8192;
+
+template <typename Element>
+struct MicroArgs {
+  const Element* x;
+  std::ptrdiff_t ldx;
+  const Element* w;
+  int steps;
+  bool first;            // start from zero, else from c
+  const char* prefetch;  // kPrefetch lines from here per step
+  float* c;
+};
+
+/// kTokens tokens times kVecs * 16 rows over some steps, in registers.
+template <typename Dot, int kVecs, int kTokens, int kPrefetch>
+[[gnu::noinline]] void micro_kernel(const MicroArgs<typename Dot::Element>& args) {
+  const auto* x = args.x;
+  const auto* w = args.w;
+  const char* prefetch = args.prefetch;
+  const std::ptrdiff_t ldx = args.ldx;
+  Vec acc[kTokens][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) {
+      acc[i][j] = args.first ? zero() : load(args.c + i * kPanelRows + j * kLanes);
+    }
+  }
+  for (int step = 0; step < args.steps; step += kStepUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kStepUnroll; ++u) {
+      // Keeps the loads in address order; reordered ones make the hardware lose the stream.
+      asm volatile("" ::: "memory");
+      decltype(Dot::weights(w)) weights[kVecs];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) {
+        weights[j] = Dot::weights(w + (u * kVecs + j) * kLanes * Dot::kElements);
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < kPrefetch; ++j) {
+        __builtin_prefetch(prefetch + (u * kPrefetch + j) * kLineBytes, 0, 2);  // to L2
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kTokens; ++i) {
+        auto input = Dot::input(x + i * ldx + u * Dot::kElements);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = Dot::dot(acc[i][j], weights[j], input);
+      }
+    }
+    x += kStepUnroll * Dot::kElements;
+    w += kStepUnroll * kVecs * kLanes * Dot::kElements;
+    prefetch += kStepUnroll * kPrefetch * kLineBytes;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) store(args.c + i * kPanelRows + j * kLanes, acc[i][j]);
+  }
+}
+
+template <typename Dot, int kVecs, int kTokens>
+void run_micro(int tokens, int prefetch, const MicroArgs<typename Dot::Element>& args) {
+  if constexpr (kTokens > 1) {
+    if (tokens < kTokens) return run_micro<Dot, kVecs, kTokens - 1>(tokens, prefetch, args);
+  }
+  switch (prefetch) {
+    case 0: return micro_kernel<Dot, kVecs, kTokens, 0>(args);
+    case 1: return micro_kernel<Dot, kVecs, kTokens, 1>(args);
+    default: return micro_kernel<Dot, kVecs, kTokens, 2>(args);
+  }
+}
+
+template <typename Dot, int kVecs>
+void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
+                    const typename Dot::Element* panel, int k_pad, const void* next, float* c) {
+  const int steps = k_pad / Dot::kElements;
+  const int passes = (m + Dot::kMaxTokens - 1) / Dot::kMaxTokens;
+  const int chunk = passes == 1 ? steps : kChunkSteps;
+  for (int step = 0; step < steps; step += chunk) {
+    MicroArgs<typename Dot::Element> args;
+    args.ldx = ldx;
+    args.w = panel + std::ptrdiff_t{step} * kVecs * kLanes * Dot::kElements;
+    args.steps = steps - step < chunk ? steps - step : chunk;
+    args.first = step == 0;
+    const auto* after = reinterpret_cast<const char*>(
+        args.w + std::ptrdiff_t{args.steps} * kVecs * kLanes * Dot::kElements);
+    if (step + args.steps == steps) after = static_cast<const char*>(next);
+    for (int pass = 0; pass < passes; ++pass) {
+      int token = static_cast<int>(std::int64_t{m} * pass / passes);
+      int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
+      int lines = 0;
+      if (passes == 1) {
+        if (m * Dot::kOps >= kPrefetchMinOps) lines = kVecs;
+        args.prefetch = reinterpret_cast<const char*>(args.w) + kPrefetchAhead;
+      } else {  // each pass fetches its slice of what is read next
+        lines = (kVecs + passes - 1) / passes;
+        std::ptrdiff_t begin = std::ptrdiff_t{pass} * args.steps * lines * kLineBytes;
+        if (after == nullptr || begin >= kChunkSteps * kVecs * kLineBytes) lines = 0;
+        args.prefetch = after == nullptr ? nullptr : after + begin;
+      }
+      args.x = x + token * ldx + std::ptrdiff_t{step} * Dot::kElements;
+      args.c = c + std::ptrdiff_t{token} * kPanelRows;
+      run_micro<Dot, kVecs, Dot::kMaxTokens>(tokens, lines, args);
+    }
+  }
+}
+
+template <typename Dot>
+void panel_gemm(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
+                const typename Dot::Element* panel, int rows, int k_pad, const void* next,
+                float* c) {
+  if (rows == kPanelRows) {
+    multiply_panel<Dot, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
+  } else {
+    multiply_panel<Dot, 1>(x, ldx, m, panel, k_pad, next, c);
+  }
+}
+
+}  // namespace
+}  // namespace deinfer::cpu

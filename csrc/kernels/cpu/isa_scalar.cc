@@ -1,0 +1,12 @@
+// Kernels for any CPU: plain C++.
+#include "kernels/cpu/isa_tables.h"
+// clang-format off: the vectors come before the kernels
+#include "kernels/cpu/simd_scalar.h"
+#include "kernels/cpu/table_impl.h"
+// clang-format on
+
+namespace deinfer::cpu {
+
+constinit const KernelTable kScalarKernels = make_table(Isa::kScalar);
+
+}  // namespace deinfer::cpu

@@ -1,0 +1,140 @@
+// The CPU kernels of one instruction set: raw pointers and sizes, no policy, no allocation.
+//
+// Conventions. m tokens, k inputs, n outputs. A vector is kLanes floats in every instruction set.
+// Every result of a token is computed by the same operations in the same order whatever else is in
+// the call (batch invariance): one accumulator per output over all of k, fixed tiles of KV
+// positions, explicit fused multiply-adds only (built with -ffp-contract=off).
+//
+// Packed weights. W[n, k] is stored as panels of 32 (or 16) consecutive rows, one contiguous stream:
+//   bf16: [panel][k_pad/2][rows][2]     fp32: [panel][k_pad][rows]
+// n is padded to 16 and k to 8 with zeros (kernels/cpu/packing.h).
+//
+// KV cache of one layer. K: [block][kv_head][block_size/16][head_dim][16 tokens], so that a vector
+// holds the same element of 16 consecutive tokens; V: [block][kv_head][block_size][head_dim].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/bf16.h"
+#include "base/cpu_features.h"
+
+namespace deinfer::cpu {
+
+inline constexpr int kLanes = 16;
+inline constexpr int kPanelRows = 32;
+/// KV positions that share one step of the online softmax; tiles are aligned to it.
+inline constexpr int kKvTile = 64;
+/// KV positions after which the softmax state starts afresh; partial states merge in ascending
+/// order, so that splits may be computed by different threads with the same bits.
+inline constexpr int kKvSplit = 256;
+/// Rows (query tokens x heads of a group) that one attention call may hold.
+inline constexpr int kMaxAttentionRows = 64;
+
+/// Paged KV of one layer and kv head as the attention kernels read it.
+struct KvView {
+  const void* k = nullptr;  // pool, offset to the kv head of block 0; float or bf16
+  const void* v = nullptr;
+  std::ptrdiff_t block_stride = 0;            // elements from one block to the next, K and V alike
+  const std::int32_t* block_table = nullptr;  // [ceil(kv_length / block_size)]
+  int block_size = 0;                         // tokens, a multiple of 16
+  int head_dim = 0;                           // any positive number
+};
+
+/// The queries of one attention call: rows = tokens x group, row (i, g) at
+/// q + i * token_stride + g * head_dim. Token i stands at position first_position + i and sees
+/// the positions [max(0, its position - window + 1), its position]; window 0 means all.
+struct QueryView {
+  const float* q = nullptr;
+  std::ptrdiff_t token_stride = 0;
+  int tokens = 0;
+  int group = 0;
+  int first_position = 0;
+  int window = 0;
+  float scale = 1.0f;
+};
+
+/// Softmax state of rows: running maximum, sum of exponentials and unnormalised output.
+struct AttentionState {
+  float* maximum = nullptr;  // [rows]
+  float* sum = nullptr;      // [rows]
+  float* output = nullptr;   // [rows, head_dim]
+};
+
+struct KernelTable {
+  Isa isa;
+
+  // --- matrix products -------------------------------------------------------------------------
+  /// c[m, kPanelRows] = x[m, k_pad] . panel^T for one panel of `rows` (16 or 32) rows. x rows are
+  /// ldx elements apart and zero beyond k. `next` (may be null) is memory read soon after, for
+  /// prefetching. c is 64-byte aligned; with 16 rows, columns 16..31 of c are left alone.
+  void (*panel_gemm_f32)(const float* x, std::ptrdiff_t ldx, int m, const float* panel, int rows,
+                         int k_pad, const void* next, float* c);
+  /// The same for bf16 x and weights with fp32 accumulation: for each pair of k the odd element is
+  /// added first, then the even one (the order of vdpbf16ps).
+  void (*panel_gemm_bf16)(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel, int rows,
+                          int k_pad, const void* next, float* c);
+
+  // --- epilogues: tiles c[m, kPanelRows] to rows of memory ---------------------------------------
+  // cols in [1, 32] columns are written. bias[cols] may be null.
+  void (*store_f32)(const float* c, int m, int cols, const float* bias, float* out,
+                    std::ptrdiff_t ldo);
+  void (*store_bf16)(const float* c, int m, int cols, const float* bias, bf16* out,
+                     std::ptrdiff_t ldo);
+  /// out += c + bias (the residual stream).
+  void (*add_f32)(const float* c, int m, int cols, const float* bias, float* out,
+                  std::ptrdiff_t ldo);
+  /// out = silu(gate + gate_bias) * (up + up_bias); gate and up are tiles. out is not an alias.
+  void (*silu_mul_f32)(const float* gate, const float* up, int m, int cols, const float* gate_bias,
+                       const float* up_bias, float* out, std::ptrdiff_t ldo);
+  void (*silu_mul_bf16)(const float* gate, const float* up, int m, int cols,
+                        const float* gate_bias, const float* up_bias, bf16* out,
+                        std::ptrdiff_t ldo);
+  /// Rotates the pairs (c[i, j], c[i, 16 + j]) of a tile in place, j in [0, 16):
+  /// (a, b) -> (a cos - b sin, b cos + a sin) with cos, sin [m, 16] rows ld apart. bias[32] is
+  /// added before (may be null).
+  void (*rope_tile)(float* c, int m, const float* bias, const float* cos, const float* sin,
+                    std::ptrdiff_t ld);
+
+  // --- KV cache ----------------------------------------------------------------------------------
+  // Writes `cols` consecutive elements (head dimensions d0 .. d0 + cols) of one token's K or V.
+  // block points at the kv head within the token's block, offset is the token's place in it.
+  void (*write_k_f32)(const float* values, int cols, int d0, int head_dim, int offset, void* block);
+  void (*write_k_bf16)(const float* values, int cols, int d0, int head_dim, int offset,
+                       void* block);
+  void (*write_v_f32)(const float* values, int cols, int d0, int head_dim, int offset, void* block);
+  void (*write_v_bf16)(const float* values, int cols, int d0, int head_dim, int offset,
+                       void* block);
+
+  // --- attention -----------------------------------------------------------------------------------
+  /// Floats of scratch (64-byte aligned) that attention_split needs for `rows` rows.
+  std::size_t (*attention_scratch)(int rows, int head_dim);
+  /// The state of all rows over the KV positions [split * kKvSplit, (split + 1) * kKvSplit): each
+  /// row's own visible part of them. A row that sees nothing there gets (-inf, 0, 0).
+  void (*attention_split_f32)(const QueryView& query, const KvView& kv, int split, float* scratch,
+                              const AttentionState& state);
+  void (*attention_split_bf16)(const QueryView& query, const KvView& kv, int split, float* scratch,
+                               const AttentionState& state);
+  /// into = into combined with from, over the same rows.
+  void (*attention_merge)(const AttentionState& from, int rows, int head_dim,
+                          const AttentionState& into);
+  /// out row (i, g) at out + i * token_stride + g * head_dim = output / sum.
+  void (*attention_finish_f32)(const AttentionState& state, int tokens, int group, int head_dim,
+                               float* out, std::ptrdiff_t token_stride);
+  void (*attention_finish_bf16)(const AttentionState& state, int tokens, int group, int head_dim,
+                                bf16* out, std::ptrdiff_t token_stride);
+
+  // --- rows ----------------------------------------------------------------------------------------
+  /// out[j] = x[j] / sqrt(mean(x^2) + eps) * gain[j] for one row of n.
+  void (*rms_norm_f32)(const float* x, const float* gain, int n, float eps, float* out);
+  void (*rms_norm_bf16)(const float* x, const float* gain, int n, float eps, bf16* out);
+  /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1.
+  void (*argmax)(const float* x, int n, float* value, int* index);
+  /// sum of exp((x[j] - shift) * scale) over x[n].
+  float (*exp_sum)(const float* x, int n, float shift, float scale);
+};
+
+/// The kernels of an instruction set that this CPU supports (see base/cpu_features.h).
+const KernelTable& kernels_for(Isa isa);
+
+}  // namespace deinfer::cpu

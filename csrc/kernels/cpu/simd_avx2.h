@@ -1,0 +1,155 @@
+// "16 floats" as two AVX2 registers; see simd_scalar.h for what the functions promise.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace deinfer::cpu {
+namespace {
+
+struct Vec {
+  __m256 lo;
+  __m256 hi;
+};
+
+// 16 registers: 8 hold accumulators (2 tokens x 32 rows), the rest weights and inputs.
+inline constexpr int kGemmTokensF32 = 2;
+inline constexpr int kGemmTokensBf16 = 2;
+inline constexpr int kAttentionVectors = 4;
+inline constexpr int kAttentionBlock = 4;
+
+inline __m256i lane_index(int first) {
+  return _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
+}
+/// All ones in the lanes (first + i) < n.
+inline __m256i lanes_below(int first, int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane_index(first));
+}
+inline __m256 widen(__m128i v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+/// bf16 bits in the low half of each 32-bit lane, to nearest even; NaN stays NaN.
+inline __m256i narrow_bits(__m256 v) {
+  __m256i u = _mm256_castps_si256(v);
+  __m256i high = _mm256_srli_epi32(u, 16);
+  __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, nan);
+}
+
+inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Vec broadcast(float v) {
+  __m256 r = _mm256_set1_ps(v);
+  return {r, r};
+}
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Vec load(const bf16* p) {
+  auto* words = reinterpret_cast<const __m128i*>(p);
+  return {widen(_mm_loadu_si128(words)), widen(_mm_loadu_si128(words + 1))};
+}
+inline Vec load_n(const float* p, int n) {
+  // A masked-out half may lie outside the array, but it is never read.
+  return {_mm256_maskload_ps(p, lanes_below(0, n)), _mm256_maskload_ps(p + 8, lanes_below(8, n))};
+}
+inline Vec load_n(const bf16* p, int n) {
+  alignas(32) bf16 copy[kLanes] = {};
+  for (int i = 0; i < n; ++i) copy[i] = p[i];
+  return load(copy);
+}
+inline void store(float* p, Vec v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
+inline void store(bf16* p, Vec v) {
+  __m256i packed = _mm256_packus_epi32(narrow_bits(v.lo), narrow_bits(v.hi));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline void store_n(float* p, Vec v, int n) {
+  _mm256_maskstore_ps(p, lanes_below(0, n), v.lo);
+  _mm256_maskstore_ps(p + 8, lanes_below(8, n), v.hi);
+}
+inline void store_n(bf16* p, Vec v, int n) {
+  alignas(32) bf16 copy[kLanes];
+  store(copy, v);
+  for (int i = 0; i < n; ++i) p[i] = copy[i];
+}
+
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+
+inline __m256 exponent_from_bits(__m256 v, std::uint32_t bias) {
+  __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(shifted, _mm256_set1_epi32(static_cast<int>(bias))));
+}
+inline Vec exponent_from_bits(Vec v, std::uint32_t bias) {
+  return {exponent_from_bits(v.lo, bias), exponent_from_bits(v.hi, bias)};
+}
+
+inline __m256 keep_range(__m256 v, int first, int begin, int end, float other) {
+  __m256i inside = _mm256_andnot_si256(lanes_below(first, begin), lanes_below(first, end));
+  return _mm256_blendv_ps(_mm256_set1_ps(other), v, _mm256_castsi256_ps(inside));
+}
+inline Vec keep_range(Vec v, int begin, int end, float other) {
+  return {keep_range(v.lo, 0, begin, end, other), keep_range(v.hi, 8, begin, end, other)};
+}
+inline std::uint32_t equal_lanes(Vec a, Vec b) {
+  int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ));
+  int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ));
+  return static_cast<std::uint32_t>(lo | hi << 8);
+}
+
+inline float reduce_add(Vec v) {
+  __m256 a = _mm256_add_ps(v.lo, v.hi);
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+inline float reduce_max(Vec v) {
+  __m256 a = _mm256_max_ps(v.lo, v.hi);
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+
+struct Pairs {
+  Vec odd;
+  Vec even;
+};
+inline constexpr int kPairOps = 2;
+
+inline __m256 odd_of(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+}
+inline __m256 even_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Pairs load_pairs(const bf16* p) {
+  auto* words = reinterpret_cast<const __m256i*>(p);
+  __m256i lo = _mm256_loadu_si256(words);
+  __m256i hi = _mm256_loadu_si256(words + 1);
+  return {{odd_of(lo), odd_of(hi)}, {even_of(lo), even_of(hi)}};
+}
+inline Pairs broadcast_pair(const bf16* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  __m256i all = _mm256_set1_epi32(pair);
+  return {{odd_of(all), odd_of(all)}, {even_of(all), even_of(all)}};
+}
+inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) {
+  return fma(w.even, x.even, fma(w.odd, x.odd, acc));
+}
+
+}  // namespace
+}  // namespace deinfer::cpu

@@ -1,0 +1,44 @@
+// The kernel table of the instruction set whose simd_*.h was included before this header.
+#pragma once
+
+// clang-format off: each header needs those above it
+#include "kernels/cpu/math_impl.h"
+#include "kernels/cpu/gemm_impl.h"
+#include "kernels/cpu/epilogue_impl.h"
+#include "kernels/cpu/rows_impl.h"
+#include "kernels/cpu/attention_impl.h"
+// clang-format on
+
+namespace deinfer::cpu {
+namespace {
+
+constexpr KernelTable make_table(Isa isa) {
+  return {
+      .isa = isa,
+      .panel_gemm_f32 = panel_gemm<DotF32>,
+      .panel_gemm_bf16 = panel_gemm<DotBf16>,
+      .store_f32 = store_tile<float>,
+      .store_bf16 = store_tile<bf16>,
+      .add_f32 = add_tile,
+      .silu_mul_f32 = silu_mul<float>,
+      .silu_mul_bf16 = silu_mul<bf16>,
+      .rope_tile = rope_tile,
+      .write_k_f32 = write_k<float>,
+      .write_k_bf16 = write_k<bf16>,
+      .write_v_f32 = write_v<float>,
+      .write_v_bf16 = write_v<bf16>,
+      .attention_scratch = attention_scratch,
+      .attention_split_f32 = attention_split<float>,
+      .attention_split_bf16 = attention_split<bf16>,
+      .attention_merge = attention_merge,
+      .attention_finish_f32 = attention_finish<float>,
+      .attention_finish_bf16 = attention_finish<bf16>,
+      .rms_norm_f32 = rms_norm<float>,
+      .rms_norm_bf16 = rms_norm<bf16>,
+      .argmax = argmax,
+      .exp_sum = exp_sum,
+  };
+}
+
+}  // namespace
+}  // namespace deinfer::cpu

@@ -1,0 +1,171 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops/embedding.h"
+#include "ops/norm.h"
+
+namespace deinfer {
+namespace {
+
+std::size_t float_bytes(int rows, int cols) {
+  return static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols) * sizeof(float);
+}
+
+/// Columns of z that the widest group of linears with a common input needs.
+int max_z_cols(const DecoderWeights& weights) {
+  int cols = weights.head.z_cols();
+  for (const DecoderLayer& layer : weights.layers) {
+    cols = std::max({cols, layer.query.z_cols() + layer.key.z_cols() + layer.value.z_cols(),
+                     layer.output.z_cols(), layer.gate.z_cols() + layer.up.z_cols(),
+                     layer.down.z_cols()});
+  }
+  return std::max(cols, 1);
+}
+
+AttentionShape attention_shape(const ModelConfig& config) {
+  AttentionShape shape;
+  shape.heads = config.num_heads;
+  shape.kv_heads = config.num_kv_heads;
+  shape.head_dim = config.head_dim;
+  shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  return shape;
+}
+
+DecoderLayer load_layer(const ModelConfig& config, const std::string& prefix,
+                        WeightLoader& loader) {
+  int hidden = config.hidden_size;
+  int query_size = config.num_heads * config.head_dim;
+  int kv_size = config.num_kv_heads * config.head_dim;
+  std::string attention = prefix + "self_attn.";
+  std::string mlp = prefix + "mlp.";
+  DecoderLayer layer;
+  layer.attention_norm = loader.vector(prefix + "input_layernorm.weight", hidden);
+  layer.query = loader.linear(attention + "q_proj", LinearRole::kQuery, query_size, hidden,
+                              rotary_row_map(config.num_heads, config.head_dim));
+  layer.key = loader.linear(attention + "k_proj", LinearRole::kKey, kv_size, hidden,
+                            rotary_row_map(config.num_kv_heads, config.head_dim));
+  layer.value = loader.linear(attention + "v_proj", LinearRole::kValue, kv_size, hidden);
+  layer.output = loader.linear(attention + "o_proj", LinearRole::kAttentionOutput, hidden,
+                               query_size);
+  layer.mlp_norm = loader.vector(prefix + "post_attention_layernorm.weight", hidden);
+  layer.gate =
+      loader.linear(mlp + "gate_proj", LinearRole::kGate, config.intermediate_size, hidden);
+  layer.up = loader.linear(mlp + "up_proj", LinearRole::kUp, config.intermediate_size, hidden);
+  layer.down =
+      loader.linear(mlp + "down_proj", LinearRole::kDown, hidden, config.intermediate_size);
+  return layer;
+}
+
+}  // namespace
+
+std::size_t DecoderWeights::bytes() const {
+  std::size_t total = embedding.bytes() + head.bytes() + final_norm.size() * sizeof(float);
+  for (const DecoderLayer& layer : layers) {
+    for (const LowRankLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.output,
+                                        &layer.gate, &layer.up, &layer.down}) {
+      total += linear->bytes();
+    }
+    total += (layer.attention_norm.size() + layer.mlp_norm.size()) * sizeof(float);
+  }
+  return total;
+}
+
+DecoderWeights load_decoder(const ModelConfig& config, DType dtype, WeightLoader& loader) {
+  DecoderWeights weights;
+  weights.dtype = dtype;
+  loader.set_dtype(dtype);
+  cpu::PackedMatrix embedding =
+      loader.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+  for (int i = 0; i < config.num_layers; ++i) {
+    weights.layers.push_back(
+        load_layer(config, "model.layers." + std::to_string(i) + ".", loader));
+  }
+  weights.final_norm = loader.vector("model.norm.weight", config.hidden_size);
+  if (config.tie_word_embeddings) {
+    weights.head.name = "model.embed_tokens";
+    weights.head.w = std::move(embedding);
+  } else {
+    weights.head =
+        loader.linear("lm_head", LinearRole::kHead, config.vocab_size, config.hidden_size);
+    weights.embedding = std::move(embedding);
+  }
+  loader.check_all_used();
+  return weights;
+}
+
+Decoder::Decoder(const ModelConfig& config, DecoderWeights weights, const BatchLimits& limits,
+                 int num_threads)
+    : config_(config),
+      weights_(std::move(weights)),
+      rope_(config.rope, config.head_dim, limits.max_model_len),
+      attention_(attention_shape(config), num_threads),
+      angle_cols_((config.head_dim / 2 + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes),
+      cos_(float_bytes(limits.max_tokens, angle_cols_)),
+      sin_(float_bytes(limits.max_tokens, angle_cols_)),
+      residual_(float_bytes(limits.max_tokens, config.hidden_size)),
+      query_(float_bytes(limits.max_tokens, config.num_heads * config.head_dim)),
+      normed_(weights_.dtype, std::max(limits.max_tokens, kLogitRows), config.hidden_size),
+      attended_(weights_.dtype, limits.max_tokens, config.num_heads * config.head_dim),
+      gated_(weights_.dtype, limits.max_tokens, config.intermediate_size),
+      z_(weights_.dtype, std::max(limits.max_tokens, kLogitRows), max_z_cols(weights_)) {}
+
+KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
+  return {config_.num_layers, config_.num_kv_heads, config_.head_dim,
+          block_size,         num_blocks,           weights_.dtype};
+}
+
+std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
+  return attention_scratch_bytes(kernels, attention_shape(config_));
+}
+
+void Decoder::plan(const Batch& batch) { attention_.plan(batch); }
+
+void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache) {
+  auto [begin, end] = ctx.member.share(batch.num_tokens());
+  for (int i = begin; i < end; ++i) {
+    rope_.angles(batch.positions[static_cast<std::size_t>(i)], cos_.as<float>() + i * angle_cols_,
+                 sin_.as<float>() + i * angle_cols_);
+  }
+  embedding(ctx, batch.token_ids, weights_.token_embedding(), residual(), config_.hidden_size);
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
+    attention_block(ctx, batch, layer, cache.layer(i));
+    mlp_block(ctx, batch.num_tokens(), layer);
+  }
+}
+
+void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
+                              const KvLayer& kv) {
+  int m = batch.num_tokens();
+  rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size,
+           layer.attention_norm.data(), config_.rms_norm_eps, normed_.view());
+  QkvOutput qkv;
+  qkv.q = query_.as<float>();
+  qkv.ldq = std::ptrdiff_t{config_.num_heads} * config_.head_dim;
+  qkv.kv = kv;
+  qkv.slots = batch.slots;
+  qkv.angles = {cos_.as<float>(), sin_.as<float>(), angle_cols_};
+  lowrank_qkv(ctx, m, normed_.view(), layer.query, layer.key, layer.value, z_.view(), qkv);
+  attention_.run(ctx, batch, qkv.q, qkv.ldq, kv, attended_.view());
+  lowrank_linear_add(ctx, m, attended_.view(), layer.output, z_.view(), residual(),
+                     config_.hidden_size);
+}
+
+void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
+  rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size, layer.mlp_norm.data(),
+           config_.rms_norm_eps, normed_.view());
+  lowrank_gated_mlp(ctx, m, normed_.view(), layer.gate, layer.up, z_.view(), gated_.view());
+  lowrank_linear_add(ctx, m, gated_.view(), layer.down, z_.view(), residual(),
+                     config_.hidden_size);
+}
+
+void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out) {
+  rms_norm(ctx, count, config_.hidden_size, residual(), config_.hidden_size,
+           weights_.final_norm.data(), config_.rms_norm_eps, normed_.view(),
+           batch.logit_rows.data() + first);
+  lowrank_linear(ctx, count, normed_.view(), weights_.head, z_.view(), out, config_.vocab_size);
+}
+
+}  // namespace deinfer

@@ -1,0 +1,84 @@
+// A decoder-only transformer, one rank's part: every linear dense or low-rank.
+#pragma once
+
+#include <vector>
+
+#include "model/loader.h"
+#include "model/model_config.h"
+#include "ops/attention.h"
+#include "ops/batch.h"
+#include "ops/context.h"
+#include "ops/kv_cache.h"
+#include "ops/lowrank_linear.h"
+
+namespace deinfer {
+
+struct DecoderLayer {
+  std::vector<float> attention_norm, mlp_norm;  // [hidden]
+  LowRankLinear query, key, value, output;
+  LowRankLinear gate, up, down;
+};
+
+struct DecoderWeights {
+  DType dtype = DType::kFloat32;
+  cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
+  std::vector<DecoderLayer> layers;
+  std::vector<float> final_norm;  // [hidden]
+  LowRankLinear head;             // [vocab, hidden]
+
+  const cpu::PackedMatrix& token_embedding() const {
+    return embedding.empty() ? head.w : embedding;
+  }
+  std::size_t bytes() const;
+};
+
+/// Loads the weights of `config` in `dtype` (set on the loader).
+DecoderWeights load_decoder(const ModelConfig& config, DType dtype, WeightLoader& loader);
+
+/// The most a batch may hold.
+struct BatchLimits {
+  int max_tokens = 0;
+  int max_model_len = 0;
+};
+
+/// Runs batches. forward() and logits() are collective over the team; plan() is not.
+class Decoder {
+ public:
+  /// Logit rows that one logits() call computes at most.
+  static constexpr int kLogitRows = 128;
+
+  Decoder(const ModelConfig& config, DecoderWeights weights, const BatchLimits& limits,
+          int num_threads);
+
+  /// Prepares for `batch` (at most max_tokens tokens); call it on one thread before forward().
+  void plan(const Batch& batch);
+
+  /// Computes the final hidden states of all tokens and writes their K and V.
+  void forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache);
+
+  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward().
+  void logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out);
+
+  KvCacheConfig kv_cache_config(int block_size, std::int64_t num_blocks) const;
+  std::size_t attention_scratch(const cpu::KernelTable& kernels) const;
+  const ModelConfig& config() const { return config_; }
+  const DecoderWeights& weights() const { return weights_; }
+
+ private:
+  void attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
+                       const KvLayer& kv);
+  void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
+  float* residual() { return residual_.as<float>(); }
+
+  ModelConfig config_;
+  DecoderWeights weights_;
+  Rope rope_;
+  AttentionSchedule attention_;
+  int angle_cols_;      // head_dim / 2, padded to 16
+  Buffer cos_, sin_;    // [max_tokens, angle_cols]
+  Buffer residual_;     // [max_tokens, hidden] fp32
+  Buffer query_;        // [max_tokens, heads, head_dim] fp32
+  ActivationBuffer normed_, attended_, gated_, z_;
+};
+
+}  // namespace deinfer

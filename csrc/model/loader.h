@@ -1,0 +1,69 @@
+// From checkpoint tensors to packed weights.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/thread_team.h"
+#include "io/weight_source.h"
+#include "model/model_config.h"
+#include "ops/lowrank_linear.h"
+#include "plan/tensor_parallel_plan.h"
+
+namespace deinfer {
+
+/// Reads one rank's part of a checkpoint, one tensor at a time: resident memory stays near the
+/// packed weights plus one tensor.
+class WeightLoader {
+ public:
+  using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
+
+  WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
+               const TensorParallelPlan& plan, int rank, int size, ThreadTeam& team,
+               Progress progress);
+
+  /// The type that dtype="auto" stands for: bf16 when the embedding is bf16, else fp32.
+  DType checkpoint_dtype(const std::string& embedding_name) const;
+  void set_dtype(DType dtype) { dtype_ = dtype; }
+
+  /// The linear called `name`[n, k]: `name`.weight, or `name`.v.weight [r, k] and `name`.u.weight
+  /// [n, r]; optional bias `name`.bias or `name`.u.bias. `row_map` gives the packed order of output
+  /// rows. Throws kInvalidArgument naming the tensor when one is missing, doubled or misshapen, or
+  /// contradicts config.json's ranks.
+  LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
+                       const std::vector<std::int32_t>& row_map = {});
+
+  /// A matrix without plan: embedding tables.
+  cpu::PackedMatrix matrix(const std::string& name, int n, int k);
+  std::vector<float> vector(const std::string& name, int n);
+  bool contains(const std::string& name) const { return source_.contains(name); }
+
+  /// Throws kInvalidArgument naming a tensor of the file that nobody asked for: running without it
+  /// would be running another model.
+  void check_all_used() const;
+
+  std::uint64_t parameters() const { return parameters_; }
+
+ private:
+  cpu::PackedMatrix pack(const std::string& tensor, int n, int k, Range rows, Range cols,
+                         const std::vector<std::int32_t>& row_map);
+  void used(const std::string& tensor, std::uint64_t elements);
+
+  io::WeightSource source_;
+  const ModelConfig& config_;
+  const TensorParallelPlan& plan_;
+  int rank_;
+  int size_;
+  ThreadTeam& team_;
+  Progress progress_;
+  DType dtype_ = DType::kFloat32;
+  std::set<std::string> used_;
+  std::uint64_t parameters_ = 0;
+  std::uint64_t bytes_done_ = 0;
+};
+
+}  // namespace deinfer

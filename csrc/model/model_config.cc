@@ -1,0 +1,148 @@
+#include "model/model_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "base/check.h"
+#include "io/json_file.h"
+#include "model/registry.h"
+
+namespace deinfer {
+namespace {
+
+using nlohmann::json;
+
+bool has(const json& object, const char* key) {
+  return object.contains(key) && !object.at(key).is_null();
+}
+
+[[noreturn]] void bad_field(const json& object, const char* key, const std::string& expected) {
+  fail(ErrorCode::kInvalidArgument, "config.json: ", key, ": expected ", expected, ", found ",
+       object.contains(key) ? object.at(key).dump() : std::string("nothing"));
+}
+
+void append_token_ids(const json& config, const char* key, std::vector<TokenId>& ids) {
+  if (!has(config, key)) return;
+  json values = config.at(key).is_array() ? config.at(key) : json::array({config.at(key)});
+  for (const json& value : values) {
+    if (!value.is_number_integer()) bad_field(config, key, "a token id or a list of them");
+    auto id = value.get<TokenId>();
+    if (std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
+  }
+}
+
+void read_low_rank(const json& config, ModelConfig& model) {
+  if (!has(config, "low_rank")) return;
+  const json& low_rank = config.at("low_rank");
+  if (!low_rank.is_object()) bad_field(config, "low_rank", "an object");
+  int version = json_int(low_rank, "version", 1);
+  if (version != 1) {
+    fail(ErrorCode::kUnsupported, "config.json: low_rank.version is ", version,
+         ", this deinfer reads version 1");
+  }
+  if (!has(low_rank, "ranks") || !low_rank.at("ranks").is_object()) {
+    bad_field(low_rank, "ranks", "an object of module names and ranks");
+  }
+  for (const auto& [name, rank] : low_rank.at("ranks").items()) {
+    model.lowrank_ranks[name] = json_int(low_rank.at("ranks"), name.c_str(), 1);
+  }
+}
+
+}  // namespace
+
+int json_int(const json& object, const char* key, int minimum) {
+  std::string expected = str_cat("an integer >= ", minimum);
+  if (!has(object, key) || !object.at(key).is_number_integer()) bad_field(object, key, expected);
+  if (object.at(key).is_number_unsigned() &&
+      object.at(key).get<std::uint64_t>() > std::numeric_limits<int>::max()) {
+    bad_field(object, key, expected);
+  }
+  auto value = object.at(key).get<std::int64_t>();
+  if (value < minimum) bad_field(object, key, expected);
+  return static_cast<int>(value);
+}
+
+int json_int(const json& object, const char* key, int minimum, int fallback) {
+  return has(object, key) ? json_int(object, key, minimum) : fallback;
+}
+
+double json_number(const json& object, const char* key, double fallback) {
+  if (!has(object, key)) return fallback;
+  if (!object.at(key).is_number()) bad_field(object, key, "a number");
+  return object.at(key).get<double>();
+}
+
+bool json_bool(const json& object, const char* key, bool fallback) {
+  if (!has(object, key)) return fallback;
+  if (!object.at(key).is_boolean()) bad_field(object, key, "true or false");
+  return object.at(key).get<bool>();
+}
+
+std::string json_string(const json& object, const char* key, const char* fallback) {
+  if (!has(object, key)) return fallback;
+  if (!object.at(key).is_string()) bad_field(object, key, "a string");
+  return object.at(key).get<std::string>();
+}
+
+RopeConfig read_rope_config(const json& config, int max_position_embeddings) {
+  RopeConfig rope;
+  rope.theta = json_number(config, "rope_theta", rope.theta);
+  const char* key = has(config, "rope_parameters") ? "rope_parameters" : "rope_scaling";
+  if (has(config, key)) {
+    const json& object = config.at(key);
+    if (!object.is_object()) bad_field(config, key, "an object");
+    rope.type = json_string(object, "rope_type", json_string(object, "type", "default").c_str());
+    rope.theta = json_number(object, "rope_theta", rope.theta);
+    rope.original_max_position = json_int(object, "original_max_position_embeddings", 1,
+                                          max_position_embeddings);
+    rope.factor = json_number(
+        object, "factor",
+        rope.type == "yarn" || rope.type == "longrope"
+            ? static_cast<double>(max_position_embeddings) / rope.original_max_position
+            : 1.0);
+    rope.low_freq_factor = json_number(object, "low_freq_factor", rope.low_freq_factor);
+    rope.high_freq_factor = json_number(object, "high_freq_factor", rope.high_freq_factor);
+    rope.beta_fast = json_number(object, "beta_fast", rope.beta_fast);
+    rope.beta_slow = json_number(object, "beta_slow", rope.beta_slow);
+    rope.mscale = json_number(object, "mscale", rope.mscale);
+    rope.mscale_all_dim = json_number(object, "mscale_all_dim", rope.mscale_all_dim);
+    rope.truncate = json_bool(object, "truncate", rope.truncate);
+    if (has(object, "attention_factor")) {
+      rope.attention_factor = json_number(object, "attention_factor", 1.0);
+    }
+    for (auto [name, list] : {std::pair{"short_factor", &rope.short_factor},
+                              std::pair{"long_factor", &rope.long_factor}}) {
+      if (!has(object, name)) continue;
+      if (!object.at(name).is_array()) bad_field(object, name, "a list of numbers");
+      for (const json& value : object.at(name)) {
+        if (!value.is_number()) bad_field(object, name, "a list of numbers");
+        list->push_back(value.get<double>());
+      }
+    }
+  }
+  check_argument(std::isfinite(rope.theta) && rope.theta > 0,
+                 "config.json: rope_theta must be positive, got ", rope.theta);
+  check_argument(std::isfinite(rope.factor) && rope.factor > 0,
+                 "config.json: rope factor must be positive, got ", rope.factor);
+  return rope;
+}
+
+ModelConfig read_model_config(const std::filesystem::path& directory) {
+  json config = io::read_json(directory / "config.json");
+  check_argument(config.is_object(), (directory / "config.json").string(),
+                 ": expected a JSON object");
+  std::string model_type = json_string(config, "model_type", "");
+  ModelConfig model = find_architecture(model_type).parse(config);
+  model.model_type = model_type;
+  read_low_rank(config, model);
+  append_token_ids(config, "eos_token_id", model.eos_token_ids);
+  if (std::filesystem::exists(directory / "generation_config.json")) {
+    append_token_ids(io::read_json(directory / "generation_config.json"), "eos_token_id",
+                     model.eos_token_ids);
+  }
+  return model;
+}
+
+}  // namespace deinfer

@@ -1,0 +1,23 @@
+// The architectures that deinfer runs. To add one: a file with its parse function and a line in
+// registry.cc.
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+#include <string_view>
+
+#include "model/model_config.h"
+
+namespace deinfer {
+
+struct Architecture {
+  std::string_view model_type;                         // of config.json
+  ModelConfig (*parse)(const nlohmann::json& config);  // throws on what it cannot run
+};
+
+/// Throws kUnsupported naming the type and what there is.
+const Architecture& find_architecture(std::string_view model_type);
+
+/// Llama 1/2/3.x and models of the same structure.
+ModelConfig parse_llama(const nlohmann::json& config);
+
+}  // namespace deinfer

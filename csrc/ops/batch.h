@@ -1,0 +1,42 @@
+// One step's work as the model sees it: a flat list of tokens of several sequences.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "deinfer/sampling_params.h"
+
+namespace deinfer {
+
+/// Where a token's K and V are stored.
+struct KvSlot {
+  std::int32_t block = 0;
+  std::int32_t offset = 0;  // in the block, tokens
+};
+
+/// A run of consecutive tokens of one sequence: prefill chunk or decode.
+struct BatchSequence {
+  int first_row = 0;
+  int num_rows = 0;
+  int first_position = 0;                     // of the first row; the KV of all before is cached
+  const std::int32_t* block_table = nullptr;  // covers first_position + num_rows tokens
+};
+
+struct Batch {
+  std::vector<TokenId> token_ids;  // [m]
+  std::vector<int> positions;      // [m]
+  std::vector<KvSlot> slots;       // [m]
+  std::vector<BatchSequence> sequences;
+  std::vector<int> logit_rows;  // ascending rows whose logits are wanted
+
+  int num_tokens() const { return static_cast<int>(token_ids.size()); }
+  void clear() {
+    token_ids.clear();
+    positions.clear();
+    slots.clear();
+    sequences.clear();
+    logit_rows.clear();
+  }
+};
+
+}  // namespace deinfer

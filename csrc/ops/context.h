@@ -1,0 +1,71 @@
+// What an operation needs to run on one thread of a rank's team.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/thread_team.h"
+#include "deinfer/tensor.h"
+#include "kernels/cpu/kernel_table.h"
+
+namespace deinfer {
+
+/// Rows of activations[m, cols], ld elements apart; fp32 or bf16. Columns beyond `cols` up to the
+/// next multiple of 16 are zero, because packed weights read that far.
+struct Activations {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  std::ptrdiff_t ld = 0;
+
+  Activations rows_from(int row) const { return columns_from(row * ld); }
+  Activations columns_from(std::ptrdiff_t col) const {
+    auto* bytes = static_cast<std::byte*>(data) +
+                  static_cast<std::ptrdiff_t>(dtype_size(dtype)) * col;
+    return {bytes, dtype, ld};
+  }
+  float* f32() const { return static_cast<float*>(data); }
+  bf16* b16() const { return static_cast<bf16*>(data); }
+};
+
+/// Memory of Activations, allocated once and reused by every step.
+class ActivationBuffer {
+ public:
+  ActivationBuffer() = default;
+  ActivationBuffer(DType dtype, int rows, int cols)
+      : dtype_(dtype),
+        // 64 bytes beyond the row keep rows out of one another's cache sets.
+        ld_((cols + 15) / 16 * 16 + 64 / static_cast<int>(dtype_size(dtype))),
+        buffer_(static_cast<std::size_t>(rows) * static_cast<std::size_t>(ld_) *
+                dtype_size(dtype)) {}
+  Activations view() { return {buffer_.as<void>(), dtype_, ld_}; }
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  std::ptrdiff_t ld_ = 0;
+  Buffer buffer_;
+};
+
+/// Tokens that one pass over the weights serves; longer batches take several.
+inline constexpr int kTileTokens = 512;
+
+/// One thread's private memory.
+struct ThreadScratch {
+  ThreadScratch()
+      : tile_a(kTileTokens * cpu::kPanelRows * sizeof(float)),
+        tile_b(kTileTokens * cpu::kPanelRows * sizeof(float)) {}
+  Buffer tile_a;
+  Buffer tile_b;
+  Buffer attention;
+};
+
+/// Operations are collective: every thread of the team calls them with its own context, and they
+/// return when the results of all threads are visible. They neither allocate nor throw on input;
+/// what they are given was checked when the batch was built.
+struct ExecutionContext {
+  const cpu::KernelTable& kernels;
+  TeamMember& member;
+  ThreadScratch& scratch;
+};
+
+}  // namespace deinfer

@@ -1,0 +1,75 @@
+// Linears whose weight is dense, y = W x + b, or low-rank, y = U (V x) + b, with fused epilogues.
+//
+// Linears that share their input run as one operation: all V factors (and dense members) in one
+// pass over x, one barrier, then all U factors. z = V x is rounded to the activation type once, as
+// input of U, and stays in cache: x is taken in chunks of kTileTokens tokens.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/packing.h"
+#include "ops/batch.h"
+#include "ops/context.h"
+#include "ops/kv_cache.h"
+
+namespace deinfer {
+
+/// A linear y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU.
+struct LowRankLinear {
+  std::string name;
+  cpu::PackedMatrix w;      // dense; empty when low-rank
+  cpu::PackedMatrix v;      // [r, k]; empty when dense
+  cpu::PackedMatrix u;      // [n, r]
+  std::vector<float> bias;  // in the packed row order, padded to 32; or empty
+
+  bool is_low_rank() const { return w.empty(); }
+  const cpu::PackedMatrix& output_factor() const { return is_low_rank() ? u : w; }
+  std::size_t bytes() const { return w.bytes() + v.bytes() + u.bytes(); }
+  /// Columns that this linear's z takes in a z buffer (a multiple of 16).
+  int z_cols() const { return is_low_rank() ? v.n_pad : 0; }
+};
+
+/// out[m, n] = linear(x[m, k]), fp32, row stride ldo elements.
+void lowrank_linear(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
+                    const Activations& z, float* out, std::ptrdiff_t ldo);
+
+/// residual[m, n] += linear(x[m, k]).
+void lowrank_linear_add(ExecutionContext& ctx, int m, const Activations& x,
+                        const LowRankLinear& linear, const Activations& z, float* residual,
+                        std::ptrdiff_t ldr);
+
+/// out[m, n] = silu(gate(x)) * up(x) in the activation type.
+void lowrank_gated_mlp(ExecutionContext& ctx, int m, const Activations& x,
+                       const LowRankLinear& gate, const LowRankLinear& up, const Activations& z,
+                       const Activations& out);
+
+/// Rotary angles of a batch: cos, sin [m, ld], column j for the pair j of a head; ld is a multiple
+/// of 16.
+struct RotaryAngles {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  std::ptrdiff_t ld = 0;
+};
+
+/// Where q, k and v go. q and k rows are packed by rotary_row_map, v rows in order.
+struct QkvOutput {
+  float* q = nullptr;  // [m, heads, head_dim], rotated
+  std::ptrdiff_t ldq = 0;
+  KvLayer kv;          // k (rotated) and v are written to the tokens' slots
+  std::span<const KvSlot> slots;  // [m]
+  RotaryAngles angles;
+};
+
+/// q, k, v = linears of x; q and k rotated, k and v written to the cache.
+void lowrank_qkv(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& query,
+                 const LowRankLinear& key, const LowRankLinear& value, const Activations& z,
+                 const QkvOutput& out);
+
+/// The packed order of q and k rows: a panel of 32 rows holds 16 elements of the first half of one
+/// head and their 16 partners in the second half, so that a tile can be rotated where it is
+/// computed. Missing rows (head_dim / 2 not a multiple of 16) are -1. head_dim is even.
+std::vector<std::int32_t> rotary_row_map(int heads, int head_dim);
+
+}  // namespace deinfer

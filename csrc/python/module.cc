@@ -1,0 +1,208 @@
+// deinfer._C: the public C++ structs and the engine, nothing more.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "deinfer/engine.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace deinfer;
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    PyObject* type = PyExc_RuntimeError;
+    switch (error.code()) {
+      case ErrorCode::kInvalidArgument: type = PyExc_ValueError; break;
+      case ErrorCode::kUnsupported: type = PyExc_NotImplementedError; break;
+      case ErrorCode::kOutOfMemory: type = PyExc_MemoryError; break;
+      case ErrorCode::kInternal: break;
+    }
+    PyErr_SetString(type, error.what());
+  }
+}
+
+/// T(**fields): every keyword is a field of the bound struct, so that fields are listed once.
+template <typename T>
+T from_keywords(const char* type_name, const py::kwargs& fields) {
+  T value;
+  py::object self = py::cast(&value, py::return_value_policy::reference);
+  for (const std::pair<py::handle, py::handle> item : fields) {
+    py::handle key = item.first;
+    py::handle field = item.second;
+    std::string name = py::str(key);
+    if (!py::hasattr(self, key)) {
+      throw py::type_error(std::string(type_name) + "() got an unexpected keyword argument '" +
+                           name + "'");
+    }
+    try {
+      py::setattr(self, key, field);
+    } catch (py::error_already_set& error) {
+      throw py::type_error(std::string(type_name) + "(" + name + "=" +
+                           std::string(py::repr(field)) + "): wrong type");
+    }
+  }
+  return value;
+}
+
+/// Token ids of any size, so that one beyond 32 bits is reported by its value.
+std::vector<TokenId> to_token_ids(const std::vector<std::int64_t>& ids) {
+  std::vector<TokenId> tokens;
+  tokens.reserve(ids.size());
+  for (std::int64_t id : ids) {
+    if (id < 0 || id > std::numeric_limits<TokenId>::max()) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "prompt token id " + std::to_string(id) + " is outside the vocabulary");
+    }
+    tokens.push_back(static_cast<TokenId>(id));
+  }
+  return tokens;
+}
+
+py::object finish_reason_name(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone: return py::none();
+    case FinishReason::kStop: return py::str("stop");
+    case FinishReason::kLength: return py::str("length");
+    case FinishReason::kAbort: return py::str("abort");
+  }
+  return py::none();
+}
+
+void bind_params(py::module_& m) {
+  py::class_<SamplingParams>(m, "SamplingParams")
+      .def(py::init([](const py::kwargs& fields) {
+        return from_keywords<SamplingParams>("SamplingParams", fields);
+      }))
+      .def_readwrite("n", &SamplingParams::n)
+      .def_readwrite("max_tokens", &SamplingParams::max_tokens)
+      .def_readwrite("min_tokens", &SamplingParams::min_tokens)
+      .def_readwrite("temperature", &SamplingParams::temperature)
+      .def_readwrite("top_p", &SamplingParams::top_p)
+      .def_readwrite("top_k", &SamplingParams::top_k)
+      .def_readwrite("min_p", &SamplingParams::min_p)
+      .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+      .def_readwrite("presence_penalty", &SamplingParams::presence_penalty)
+      .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty)
+      .def_readwrite("seed", &SamplingParams::seed)
+      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_readwrite("ignore_eos", &SamplingParams::ignore_eos)
+      .def_readwrite("logprobs", &SamplingParams::logprobs)
+      .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs)
+      .def_readwrite("prompt_logits", &SamplingParams::prompt_logits)
+      .def_readwrite("priority", &SamplingParams::priority)
+      .def("validate", &SamplingParams::validate);
+  py::class_<EngineConfig>(m, "EngineConfig")
+      .def(py::init([](const py::kwargs& fields) {
+        return from_keywords<EngineConfig>("EngineConfig", fields);
+      }))
+      .def_readwrite("model", &EngineConfig::model)
+      .def_readwrite("device", &EngineConfig::device)
+      .def_readwrite("dtype", &EngineConfig::dtype)
+      .def_readwrite("tensor_parallel_size", &EngineConfig::tensor_parallel_size)
+      .def_readwrite("tensor_parallel_plan", &EngineConfig::tensor_parallel_plan)
+      .def_readwrite("num_threads", &EngineConfig::num_threads)
+      .def_readwrite("max_model_len", &EngineConfig::max_model_len)
+      .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)
+      .def_readwrite("max_num_batched_tokens", &EngineConfig::max_num_batched_tokens)
+      .def_readwrite("block_size", &EngineConfig::block_size)
+      .def_readwrite("num_kv_blocks", &EngineConfig::num_kv_blocks)
+      .def_readwrite("kv_cache_bytes", &EngineConfig::kv_cache_bytes)
+      .def_readwrite("scheduling_policy", &EngineConfig::scheduling_policy)
+      .def_readwrite("enable_prefix_caching", &EngineConfig::enable_prefix_caching)
+      .def_readwrite("seed", &EngineConfig::seed)
+      .def("validate", &EngineConfig::validate);
+}
+
+void bind_outputs(py::module_& m) {
+  py::class_<TokenLogprob>(m, "TokenLogprob")
+      .def_readonly("token", &TokenLogprob::token)
+      .def_readonly("logprob", &TokenLogprob::logprob)
+      .def_readonly("rank", &TokenLogprob::rank);
+  py::class_<SequenceOutput>(m, "SequenceOutput")
+      .def_readonly("index", &SequenceOutput::index)
+      .def_readonly("new_token_ids", &SequenceOutput::new_token_ids)
+      .def_readonly("logprobs", &SequenceOutput::logprobs)
+      .def_property_readonly("finish_reason",
+                             [](const SequenceOutput& output) {
+                               return finish_reason_name(output.finish_reason);
+                             })
+      .def_readonly("stop_token_id", &SequenceOutput::stop_token_id);
+  py::class_<RequestOutput>(m, "RequestOutput")
+      .def_readonly("request_id", &RequestOutput::request_id)
+      .def_readonly("outputs", &RequestOutput::outputs)
+      .def_readonly("finished", &RequestOutput::finished)
+      .def_readonly("prompt_logprobs", &RequestOutput::prompt_logprobs)
+      .def_property_readonly("prompt_logits", [](const RequestOutput& output) -> py::object {
+        if (output.prompt_logits.empty()) return py::none();
+        return py::array_t<float>(
+            {output.prompt_length, static_cast<int>(output.prompt_logits.size()) /
+                                       output.prompt_length},
+            output.prompt_logits.data());
+      });
+  py::class_<ModelInfo>(m, "ModelInfo")
+      .def_readonly("architecture", &ModelInfo::architecture)
+      .def_readonly("dtype", &ModelInfo::dtype)
+      .def_readonly("isa", &ModelInfo::isa)
+      .def_readonly("num_layers", &ModelInfo::num_layers)
+      .def_readonly("hidden_size", &ModelInfo::hidden_size)
+      .def_readonly("vocab_size", &ModelInfo::vocab_size)
+      .def_readonly("max_model_len", &ModelInfo::max_model_len)
+      .def_readonly("num_threads", &ModelInfo::num_threads)
+      .def_readonly("parameters", &ModelInfo::parameters)
+      .def_readonly("weight_bytes", &ModelInfo::weight_bytes)
+      .def_readonly("kv_cache_bytes", &ModelInfo::kv_cache_bytes)
+      .def_readonly("num_kv_blocks", &ModelInfo::num_kv_blocks)
+      .def_readonly("lowrank_matrices", &ModelInfo::lowrank_matrices)
+      .def_readonly("dense_matrices", &ModelInfo::dense_matrices);
+  py::class_<EngineStats>(m, "EngineStats")
+      .def_readonly("num_waiting", &EngineStats::num_waiting)
+      .def_readonly("num_running", &EngineStats::num_running)
+      .def_readonly("free_kv_blocks", &EngineStats::free_kv_blocks)
+      .def_readonly("num_steps", &EngineStats::num_steps)
+      .def_readonly("num_preemptions", &EngineStats::num_preemptions)
+      .def_readonly("recomputed_tokens", &EngineStats::recomputed_tokens)
+      .def_readonly("prefix_hit_tokens", &EngineStats::prefix_hit_tokens)
+      .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)
+      .def_readonly("generated_tokens", &EngineStats::generated_tokens);
+}
+
+void bind_engine(py::module_& m) {
+  using PyProgress = std::function<void(std::uint64_t, std::uint64_t)>;
+  py::class_<Engine>(m, "Engine")
+      // pybind's function wrapper takes the GIL for each progress call.
+      .def(py::init<EngineConfig, const PyProgress&>(), py::arg("config"),
+           py::arg("progress") = PyProgress(), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "submit",
+          [](Engine& engine, const std::vector<std::int64_t>& prompt,
+             const SamplingParams& params) { return engine.submit(to_token_ids(prompt), params); },
+          py::arg("prompt"), py::arg("params"))
+      .def("abort", &Engine::abort, py::arg("request_id"), py::arg("index") = std::nullopt)
+      .def("step", &Engine::step, py::call_guard<py::gil_scoped_release>())
+      .def("has_unfinished_requests", &Engine::has_unfinished_requests)
+      .def_property_readonly("model_info", &Engine::model_info,
+                             py::return_value_policy::reference_internal)
+      .def_property_readonly("stats", &Engine::stats);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "deinfer's native runtime; see _C.pyi";
+  m.attr("__version__") = version();
+  py::register_exception_translator(translate);
+  bind_params(m);
+  bind_outputs(m);
+  bind_engine(m);
+  m.def("supported_isas", &supported_isas);
+}

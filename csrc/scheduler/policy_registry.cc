@@ -1,0 +1,33 @@
+// The table of scheduling policies. A new one is a file beside this, a declaration and a line here.
+#include <string>
+
+#include "base/check.h"
+#include "scheduler/scheduling_policy.h"
+
+namespace deinfer {
+
+std::unique_ptr<SchedulingPolicy> make_fcfs_policy();
+
+namespace {
+
+struct PolicyEntry {
+  std::string_view name;
+  std::unique_ptr<SchedulingPolicy> (*make)();
+};
+
+constexpr PolicyEntry kPolicies[] = {
+    {"fcfs", make_fcfs_policy},
+};
+
+}  // namespace
+
+std::unique_ptr<SchedulingPolicy> make_policy(std::string_view name) {
+  std::string known;
+  for (const PolicyEntry& entry : kPolicies) {
+    if (entry.name == name) return entry.make();
+    known += str_cat(known.empty() ? "" : ", ", entry.name);
+  }
+  fail(ErrorCode::kInvalidArgument, "unknown scheduling policy '", name, "'; known: ", known);
+}
+
+}  // namespace deinfer

@@ -1,0 +1,137 @@
+// Continuous batching over paged KV blocks with chunked prefill and preemption by recompute.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "scheduler/block_manager.h"
+#include "scheduler/scheduling_policy.h"
+#include "scheduler/sequence.h"
+
+namespace deinfer {
+
+struct SchedulerConfig {
+  int max_num_seqs = 256;            // running sequences; max_num_batched_tokens also limits them,
+                                     // so that each can compute a token in every step
+  int max_num_batched_tokens = 512;  // computed tokens per step
+  int block_size = 16;               // tokens per KV block
+  int num_blocks = 0;                // in the pool
+  int max_prefill_chunk = 0;         // tokens of one sequence per step; 0: the step's budget
+  bool enable_prefix_caching = true;
+  double watermark = 0.01;  // share of the blocks that admission leaves available, [0, 1)
+
+  /// Throws Error(kInvalidArgument) naming the field and its value.
+  void validate() const;
+};
+
+/// One sequence's part of a step: its tokens [num_computed, num_computed + num_tokens).
+struct ScheduledSequence {
+  const Sequence* sequence = nullptr;
+  int num_tokens = 0;
+  bool samples = false;  // reaches the sequence's last token, so a new one is sampled
+};
+
+/// Every sequence's block table covers its part. A block may be shared with another sequence of the
+/// same batch that computes it in this step: the KV of all tokens of a layer must be written before
+/// its attention reads any.
+struct ScheduledBatch {
+  std::vector<ScheduledSequence> items;  // single tokens first, then prefill chunks
+  // Lost their KV in this step and wait again. One that the policy set aside may still be in items:
+  // it came back at once because nothing else could run.
+  std::vector<SequenceId> preempted;
+  int num_tokens = 0;
+};
+
+/// The engine's answer for one item with `samples`.
+struct SampledToken {
+  SequenceId id = 0;
+  TokenId token = 0;
+  bool finished = false;  // this token ends the sequence
+};
+
+struct SchedulerStats {
+  int num_waiting = 0;
+  int num_running = 0;
+  int free_blocks = 0;
+  int cached_blocks = 0;  // evictable
+  int used_blocks = 0;
+  std::int64_t num_preemptions = 0;
+  std::int64_t recomputed_tokens = 0;  // computed again after a preemption
+  std::int64_t prefix_hit_tokens = 0;  // never computed for their sequence, taken from the cache
+};
+
+/// Decides what each step computes. Deterministic: the same calls give the same batches. One
+/// thread; no clock, no random numbers, no device.
+///
+/// A step serves the running sequences first: single tokens (decodes), then prefill chunks in order
+/// of admission with what is left of the token budget; then it admits waiting ones. When blocks run
+/// out a running sequence is preempted: it keeps its tokens, loses its KV and waits with its old
+/// arrival. The running sequence that comes first by priority and arrival is never preempted for
+/// another, so that one always gets done.
+class Scheduler {
+ public:
+  /// Throws Error(kInvalidArgument) for a bad configuration.
+  Scheduler(const SchedulerConfig& config, std::unique_ptr<SchedulingPolicy> policy);
+
+  /// Takes a new sequence (fields above the line in Sequence). Throws Error(kInvalidArgument) for
+  /// an empty prompt, inconsistent lengths or a known id, and Error(kOutOfMemory) when prompt +
+  /// max_new_tokens exceed the whole pool, so that it could never end.
+  void add(Sequence sequence);
+  /// Ends a sequence now; false if unknown or already ended. Not between schedule() and update().
+  bool abort(SequenceId id);
+  bool has_unfinished() const { return !sequences_.empty(); }
+
+  /// Plans the next step. The result, and the sequences that it points to (ended ones included),
+  /// are valid until the next schedule(). Unless it is empty, update() must follow. It is empty
+  /// only when nothing is unfinished.
+  const ScheduledBatch& schedule(std::int64_t now_us);
+  /// Records the step as done; `sampled` answers the items with `samples`, in their order. Throws
+  /// Error(kInternal) if it does not, or if a sequence passes its max_new_tokens unfinished.
+  void update(std::span<const SampledToken> sampled);
+
+  SchedulerStats stats() const;
+  /// A waiting or running sequence, or null.
+  const Sequence* find(SequenceId id) const;
+  const SchedulerConfig& config() const { return config_; }
+  /// Throws Error(kInternal) when the block accounting is inconsistent. For tests: O(pool).
+  void check_invariants() const;
+
+ private:
+  void plan_running(Sequence& sequence);
+  void plan_item(Sequence& sequence, int num_tokens);
+  void plan_waiting();
+  bool try_admit(Sequence& sequence);
+  int chunk_size(const Sequence& sequence) const;
+  std::int64_t missing_blocks(const Sequence& sequence) const;
+  std::int64_t admission_reserve(const Sequence& sequence) const;
+  Sequence& choose_victim();
+  void preempt(Sequence& sequence);
+  void retire(Sequence& sequence);
+  SchedulingContext context(std::span<Sequence* const> running) const;
+
+  const SchedulerConfig config_;
+  const int seats_;
+  const std::int64_t watermark_blocks_;
+  std::unique_ptr<SchedulingPolicy> policy_;
+  BlockManager blocks_;
+  std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::vector<Sequence*> running_;                  // in order of admission
+  std::vector<std::unique_ptr<Sequence>> retired_;  // ended since the last schedule()
+  SchedulerStats totals_;
+
+  // The step being planned; buffers are reused.
+  ScheduledBatch batch_;
+  bool in_flight_ = false;
+  std::int64_t now_us_ = 0;
+  int budget_ = 0;                     // tokens left
+  std::int64_t pledged_blocks_ = 0;    // that running sequences still need for their known tokens
+  std::vector<Sequence*> order_;       // the running sequences when the step began
+  std::vector<Sequence*> candidates_;  // for preemption
+  BlockManager::PrefixMatch match_;
+};
+
+}  // namespace deinfer

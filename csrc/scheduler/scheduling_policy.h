@@ -1,0 +1,57 @@
+// In which order waiting sequences start, and which running one gives way when KV blocks run out.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "scheduler/sequence.h"
+
+namespace deinfer {
+
+/// What a policy may look at besides the sequences themselves.
+struct SchedulingContext {
+  std::int64_t now_us = 0;             // the caller's clock
+  std::span<Sequence* const> running;  // in order of admission
+  int max_num_seqs = 0;                // seats
+  int available_blocks = 0;            // KV blocks that are free or can be evicted
+};
+
+/// Owns the waiting queue in whatever structure makes next() cheap. A policy decides only what
+/// comes when: any answer costs time at most, never correctness. It reads sequences and never
+/// changes them, keeps no clock and draws no random numbers. Predicted lengths are in the
+/// sequences.
+class SchedulingPolicy {
+ public:
+  virtual ~SchedulingPolicy() = default;
+
+  /// A new sequence, or a preempted one (preemptions > 0, with its old arrival), starts waiting.
+  virtual void push(Sequence& sequence) = 0;
+  /// A waiting sequence was admitted or aborted.
+  virtual void remove(Sequence& sequence) = 0;
+  /// Number of waiting sequences.
+  virtual std::size_t size() const = 0;
+
+  /// The waiting sequence to admit next; it stays in the queue until remove(). Null when there is
+  /// none, or to hold the others back until running sequences have ended (never when none runs).
+  virtual Sequence* next(const SchedulingContext& context) = 0;
+  /// The running sequence to preempt. `context.running` lists the candidates, at least one; it
+  /// lacks the sequence that the scheduler protects for the sake of progress.
+  virtual Sequence* victim(const SchedulingContext& context) = 0;
+  /// A running sequence to preempt although it could run, or null. Asked before every step until
+  /// the answer is null: for policies that collect overrunning sequences or that favour short ones.
+  virtual Sequence* set_aside(const SchedulingContext&) { return nullptr; }
+};
+
+/// The policy of that name. Throws Error(kInvalidArgument) listing the known ones.
+std::unique_ptr<SchedulingPolicy> make_policy(std::string_view name);
+
+/// True if a comes before b by priority (higher first), then arrival, then id.
+inline bool runs_before(const Sequence& a, const Sequence& b) {
+  if (a.priority != b.priority) return a.priority > b.priority;
+  if (a.arrival != b.arrival) return a.arrival < b.arrival;
+  return a.id < b.id;
+}
+
+}  // namespace deinfer

@@ -1,0 +1,43 @@
+// One sample of a request, as the scheduler sees it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "deinfer/sampling_params.h"
+
+namespace deinfer {
+
+using SequenceId = std::uint64_t;
+
+enum class SequenceState : std::uint8_t { kWaiting, kRunning, kFinished };
+
+/// A request with n samples makes n sequences with the same tokens. Filled by the engine up to the
+/// line, kept by the Scheduler below it.
+struct Sequence {
+  SequenceId id = 0;
+  std::uint64_t arrival = 0;          // order of submission; sequences of one request may share it
+  std::int64_t arrival_us = 0;        // same clock as Scheduler::schedule(now_us)
+  int priority = 0;                   // higher runs earlier
+  std::vector<TokenId> tokens;        // prompt, then generated ones
+  int prompt_length = 0;              // tokens
+  int max_new_tokens = 0;             // generated at most
+  float predicted_new_tokens = 0.0f;  // expected number of generated tokens; 0: unknown. Advisory.
+  bool reuse_prefix = true;  // may take computed blocks (false: needs every position's logits)
+
+  // ---- kept by the scheduler ----
+  SequenceState state = SequenceState::kWaiting;
+  int num_computed = 0;                   // tokens whose KV is in the cache
+  std::vector<std::int32_t> block_table;  // block i holds the tokens [i, i + 1) * block_size
+  int preemptions = 0;                    // times that its KV was dropped
+  int max_computed = 0;                   // highest num_computed before a preemption
+  int num_registered = 0;                 // leading blocks that are known to the prefix cache
+  std::uint64_t prefix_node = 0;          // the prefix cache's name for those blocks' content
+
+  int length() const { return static_cast<int>(tokens.size()); }
+  int num_generated() const { return length() - prompt_length; }
+  /// Tokens that have to be computed before the next one can be sampled.
+  int num_pending() const { return length() - num_computed; }
+};
+
+}  // namespace deinfer

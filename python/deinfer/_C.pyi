@@ -1,0 +1,156 @@
+"""The native module: C++ structs and the engine, exactly as in csrc/include/deinfer/engine.h."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class SamplingParams:
+    """How the tokens of a request are chosen (csrc/include/deinfer/sampling_params.h)."""
+
+    def __init__(
+        self,
+        *,
+        n: int = 1,
+        max_tokens: int | None = 16,
+        min_tokens: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        prompt_logits: bool = False,
+        priority: int = 0,
+    ) -> None: ...
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    prompt_logits: bool
+    priority: int
+    def validate(self) -> None: ...
+
+class EngineConfig:
+    """What to load and how to run it (csrc/include/deinfer/engine.h)."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        device: str = "cpu",
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        tensor_parallel_plan: str = "auto",
+        num_threads: int = 0,
+        max_model_len: int = 0,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 512,
+        block_size: int = 16,
+        num_kv_blocks: int = 0,
+        kv_cache_bytes: int = 0,
+        scheduling_policy: str = "fcfs",
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+    ) -> None: ...
+    model: str
+    device: str
+    dtype: str
+    tensor_parallel_size: int
+    tensor_parallel_plan: str
+    num_threads: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_kv_blocks: int
+    kv_cache_bytes: int
+    scheduling_policy: str
+    enable_prefix_caching: bool
+    seed: int
+
+class TokenLogprob:
+    token: int
+    logprob: float
+    rank: int
+
+class SequenceOutput:
+    index: int
+    new_token_ids: list[int]
+    logprobs: list[list[TokenLogprob]]
+    finish_reason: str | None
+    stop_token_id: int | None
+
+class RequestOutput:
+    request_id: int
+    outputs: list[SequenceOutput]
+    finished: bool
+    prompt_logprobs: list[list[TokenLogprob]]
+    prompt_logits: NDArray[np.float32] | None
+
+class ModelInfo:
+    architecture: str
+    dtype: str
+    isa: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+    num_threads: int
+    parameters: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    num_kv_blocks: int
+    lowrank_matrices: int
+    dense_matrices: int
+
+class EngineStats:
+    num_waiting: int
+    num_running: int
+    free_kv_blocks: int
+    num_steps: int
+    num_preemptions: int
+    recomputed_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+
+class Engine:
+    """Loads a checkpoint and runs requests; see csrc/include/deinfer/engine.h.
+
+    Raises:
+        ValueError, NotImplementedError, MemoryError, RuntimeError: with the operand and its value.
+    """
+
+    def __init__(
+        self, config: EngineConfig, progress: Callable[[int, int], None] | None = None
+    ) -> None: ...
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int: ...
+    def abort(self, request_id: int, index: int | None = None) -> bool: ...
+    def step(self) -> list[RequestOutput]: ...
+    def has_unfinished_requests(self) -> bool: ...
+    @property
+    def model_info(self) -> ModelInfo: ...
+    @property
+    def stats(self) -> EngineStats: ...
+
+def supported_isas() -> list[str]: ...

@@ -1,0 +1,219 @@
+"""What the subcommands share: the parser, groups of options, and loading."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from deinfer.llm import LLM
+    from deinfer.sampling_params import SamplingParams
+
+# argparse calls a parser's list of subcommands by a private name.
+Commands = Any
+
+
+class UsageError(Exception):
+    """A bad argument; the command ends with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps the layout of descriptions and examples, and reports errors in one line.
+
+    Args:
+        **arguments: As of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        """Create the parser; see the class."""
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Report a bad command line.
+
+        Args:
+            message: What is wrong.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn the errors of bad values into `UsageError`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the MODEL argument."""
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="directory with config.json and *.safetensors"
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the engine; only those given are passed on."""
+    group = parser.add_argument_group("engine")
+    for flag, kind, text in (
+        ("--device", str, 'where to run, "cpu" or "cuda" (default: cpu)'),
+        ("--dtype", str, "auto, float32 or bfloat16 (default: auto, what the checkpoint has)"),
+        ("--tensor-parallel-size", int, "rank threads (default: 1)"),
+        ("--num-threads", int, "CPU threads of a rank (default: all cores)"),
+        ("--max-model-len", int, "longest sequence in tokens (default: the model's limit)"),
+        ("--max-num-seqs", int, "most sequences in one batch (default: 256)"),
+        ("--max-num-batched-tokens", int, "most tokens in one step (default: 512)"),
+        ("--kv-cache-bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
+        ("--scheduling-policy", str, "order of the requests (default: fcfs)"),
+    ):
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """Add the options of sampling.
+
+    Args:
+        parser: Where to add them.
+        max_tokens: Default of --max-tokens.
+    """
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        help=f"longest answer in tokens (default: {max_tokens})",
+    )
+    for flag, kind, text in (
+        ("--temperature", float, "0 always takes the most likely token (default: 0)"),
+        ("--top-p", float, "sample from the likeliest tokens with this probability (default: 1)"),
+        ("--top-k", int, "sample from so many likeliest tokens (default: all)"),
+        ("--min-p", float, "drop tokens below this share of the likeliest (default: 0)"),
+        ("--repetition-penalty", float, "above 1 discourages repetition (default: 1)"),
+        ("--seed", int, "of the sampling"),
+    ):
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        default=argparse.SUPPRESS,
+        help="end the answer before this text (can be given several times)",
+    )
+
+
+_ENGINE = (
+    "device",
+    "dtype",
+    "tensor_parallel_size",
+    "num_threads",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_bytes",
+    "scheduling_policy",
+)
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+)
+
+
+def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
+    """Build the parameters from the options of `add_sampling_options`.
+
+    Args:
+        options: Parsed command line.
+        **more: Further fields.
+
+    Returns:
+        The parameters; greedy unless --temperature says otherwise.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+    from deinfer.sampling_params import SamplingParams
+
+    given = {name: getattr(options, name) for name in _SAMPLING if hasattr(options, name)}
+    with usage_errors():
+        return SamplingParams(**{"temperature": 0.0, **given, **more})
+
+
+def load_model(options: argparse.Namespace) -> LLM:
+    """Load MODEL with the options of `add_engine_options`.
+
+    Args:
+        options: Parsed command line.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: MODEL is not a directory, or an option is out of range.
+    """
+    from deinfer.llm import LLM
+
+    require_model(options.model)
+    given = {name: getattr(options, name) for name in _ENGINE if hasattr(options, name)}
+    try:
+        return LLM(options.model, **given)
+    except (TypeError, ValueError) as error:
+        # The engine says which field it means; a checkpoint's fault is none of the command line.
+        if any(str(error).startswith(name) for name in given):
+            raise UsageError(str(error)) from error
+        raise
+
+
+def require_model(path: Path) -> None:
+    """Check that a path looks like a checkpoint.
+
+    Args:
+        path: MODEL of the command line.
+
+    Raises:
+        UsageError: It is not a directory with a config.json.
+    """
+    if not path.is_dir():
+        raise UsageError(f"MODEL {str(path)!r} is not a directory")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"MODEL {str(path)!r} has no config.json")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file that the command line names.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        UsageError: It cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{str(path)!r} is not UTF-8 text: {error.reason}") from error
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

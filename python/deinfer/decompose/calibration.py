@@ -1,0 +1,191 @@
+"""Token sequences to calibrate on: sampled from the model itself, or read from a text.
+
+Text that the model samples follows the distribution it was trained on, chat template included, and
+makes the gradient moments those of the true Fisher information rather than of some other text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+Sampler = Callable[[list[str]], list[list[int]]]
+"""Takes user prompts, returns one full token sequence each: chat prompt and sampled answer."""
+
+SEQUENCE_TOKENS = 512
+ANSWER_TOKENS = 256
+_PLAIN_SHARE = 0.5  # of the tokens; plain prose needs its share or its perplexity suffers
+
+
+@runtime_checkable
+class PlainSampler(Protocol):
+    """A sampler that can also continue plain text, without a chat template."""
+
+    def __call__(self, prompts: list[str]) -> list[list[int]]:
+        """See `Sampler`."""
+
+    def continue_text(self, openers: list[str]) -> list[list[int]]:
+        """Return the tokens of each opener followed by a sampled continuation."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration sequences.
+
+    Attributes:
+        sequences: Token ids, at most `SEQUENCE_TOKENS` each.
+        source: What they are, for the checkpoint's config: "self-sampled" or "text".
+    """
+
+    sequences: list[list[int]]
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        """Total number of tokens."""
+        return sum(len(s) for s in self.sequences)
+
+
+class RuntimeSampler:
+    """Samples with the native runtime, `deinfer.LLM`.
+
+    Args:
+        model: Checkpoint directory of the dense model.
+        seed: Seed of the first prompt; each further prompt and call gets another one.
+        max_tokens: Longest answer.
+    """
+
+    def __init__(self, model: Path, *, seed: int = 0, max_tokens: int = ANSWER_TOKENS) -> None:
+        """Load the model."""
+        import deinfer
+
+        # The package exports LLM lazily, which a type checker cannot see from here.
+        runtime: Any = deinfer
+        self._llm = runtime.LLM(str(model))
+        self._params = runtime.SamplingParams
+        self._seed = seed
+        self._max_tokens = max_tokens
+
+    def __call__(self, prompts: list[str]) -> list[list[int]]:
+        """Answer user prompts; see `Sampler`."""
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self._tokens(self._llm.chat(conversations, self._sampling(len(prompts), 0.7)))
+
+    def continue_text(self, openers: list[str]) -> list[list[int]]:
+        """Continue plain text; see `PlainSampler`."""
+        return self._tokens(self._llm.generate(openers, self._sampling(len(openers), 0.8)))
+
+    def _sampling(self, count: int, temperature: float) -> list[Any]:
+        # Every other answer is hotter but cut at top_p: more varied, still fluent.
+        params = [
+            self._params(
+                temperature=temperature if i % 2 == 0 else 1.0,
+                top_p=1.0 if i % 2 == 0 else 0.9,
+                max_tokens=self._max_tokens,
+                seed=self._seed + i,
+            )
+            for i in range(count)
+        ]
+        self._seed += count
+        return params
+
+    @staticmethod
+    def _tokens(outputs: list[Any]) -> list[list[int]]:
+        return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+
+
+def packaged_lines(name: str) -> list[str]:
+    """Read the non-empty lines of a file in `deinfer/data`.
+
+    Args:
+        name: File name, e.g. `calibration_prompts.txt`.
+
+    Returns:
+        The lines, stripped.
+    """
+    text = (resources.files("deinfer") / "data" / name).read_text(encoding="utf-8")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def sample_calibration(sampler: Sampler, tokens: int, seed: int = 0) -> Calibration:
+    """Let the model write its own calibration data.
+
+    Answers to the packaged prompts and, if the sampler can do it, continuations of the packaged
+    openers of plain prose, half of the tokens each.
+
+    Args:
+        sampler: Produces the sequences.
+        tokens: Tokens wanted; reached as closely as whole sequences and their cut allow.
+        seed: Order of the prompts.
+
+    Returns:
+        Between about 0.9 and 1 times `tokens` tokens.
+
+    Raises:
+        ValueError: `tokens` is too small, or the sampler's answers are malformed or too short.
+    """
+    if tokens < 2:
+        raise ValueError(f"calibration_tokens {tokens} is too small")
+    plain = isinstance(sampler, PlainSampler)
+    wanted = int(tokens * _PLAIN_SHARE) if plain else 0
+    sequences = _sample(sampler, "calibration_prompts.txt", tokens - wanted, seed)
+    if isinstance(sampler, PlainSampler) and wanted >= 2:
+        sequences += _sample(sampler.continue_text, "calibration_openers.txt", wanted, seed)
+    return Calibration(sequences, "self-sampled")
+
+
+def text_calibration(path: Path, model: Path, tokens: int) -> Calibration:
+    """Cut calibration sequences from a text file.
+
+    Args:
+        path: UTF-8 text.
+        model: Checkpoint directory whose tokenizer is used.
+        tokens: Tokens wanted; sequences are taken evenly over the file.
+
+    Returns:
+        Sequences of `SEQUENCE_TOKENS` tokens (the last may be shorter).
+
+    Raises:
+        ValueError: The file is missing, or has fewer tokens than wanted.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_file():
+        raise ValueError(f"calibration_text {str(path)!r} is not a file")
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
+    text = Path(path).read_text(encoding="utf-8")
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < max(tokens, 2):
+        raise ValueError(
+            f"calibration_text {str(path)!r} has {len(ids)} tokens, "
+            f"calibration_tokens asks for {max(tokens, 2)}"
+        )
+    lengths = [min(SEQUENCE_TOKENS, tokens - i) for i in range(0, tokens, SEQUENCE_TOKENS)]
+    lengths = [length for length in lengths if length >= 2]
+    gap = (len(ids) - sum(lengths)) // len(lengths)
+    starts = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
+    return Calibration([ids[s : s + n] for s, n in zip(starts, lengths, strict=True)], "text")
+
+
+def _sample(sampler: Sampler, file: str, tokens: int, seed: int) -> list[list[int]]:
+    """Sample from a shuffled list of prompts, again and again until there are enough tokens."""
+    prompts = packaged_lines(file)
+    random.Random(seed).shuffle(prompts)
+    kept: list[list[int]] = []
+    rest = tokens
+    while rest >= 2:
+        answers = sampler(list(prompts))
+        if len(answers) != len(prompts):
+            raise ValueError(f"the sampler gave {len(answers)} answers to {len(prompts)} prompts")
+        usable = [a[:SEQUENCE_TOKENS] for a in answers if len(a) >= 2]
+        if not usable:
+            raise ValueError(f"the sampler gave no answer of 2 tokens to {len(prompts)} prompts")
+        for answer in usable:
+            if rest >= 2:
+                kept.append(answer[:rest])
+                rest -= len(kept[-1])
+    return kept

@@ -1,0 +1,104 @@
+"""A plain torch model of a decomposed checkpoint: the oracle that the native runtime must match."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """y = u (v x) + bias, in the dtype of its factors.
+
+    Args:
+        n: Outputs.
+        k: Inputs.
+        rank: Inner dimension r.
+        bias: Whether `u` carries a bias [n].
+        dtype: Dtype of the factors.
+    """
+
+    def __init__(self, n: int, k: int, rank: int, *, bias: bool, dtype: torch.dtype) -> None:
+        """Create the factors `v` [rank, k] and `u` [n, rank], not initialized."""
+        super().__init__()
+        self.v = nn.Linear(k, rank, bias=False, dtype=dtype)
+        self.u = nn.Linear(rank, n, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., k] to [..., n]."""
+        y: Tensor = self.u(self.v(x))
+        return y
+
+
+def replace_linears(model: nn.Module, ranks: dict[str, int], dtype: torch.dtype) -> None:
+    """Put an uninitialized `LowRankLinear` where `ranks` names a linear, in place.
+
+    Args:
+        model: Model to change.
+        ranks: Rank by module name, e.g. `model.layers.0.self_attn.q_proj`.
+        dtype: Dtype of the new factors.
+
+    Raises:
+        ValueError: A name is not a linear layer of the model.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, rank in ranks.items():
+        if name not in linears:
+            raise ValueError(f"low_rank.ranks names {name!r}, which is no linear of the model")
+        old = linears[name]
+        new = LowRankLinear(
+            old.out_features, old.in_features, rank, bias=old.bias is not None, dtype=dtype
+        )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+
+
+def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Build transformers' model for a canonical directory, with factor pairs in place of linears.
+
+    Args:
+        path: Directory written by `deinfer.decompose`, or a plain Hugging Face one.
+        dtype: Dtype to compute in; stored values are converted.
+
+    Returns:
+        The transformers model (`LlamaForCausalLM`) in eval mode.
+
+    Raises:
+        ValueError: The config is of another format version, or tensors are missing, unexpected or
+            of another shape than the config says.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(path)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    low_rank = config.pop("low_rank", {"version": 1, "ranks": {}})
+    if low_rank.get("version") != 1:
+        raise ValueError(f"low_rank.version {low_rank.get('version')!r} is not 1")
+    model_type = low_rank.get("base_model_type", config["model_type"])
+    for key in ("model_type", "architectures", "transformers_version"):
+        config.pop(key, None)
+    # The default dtype keeps from_config from building the model in fp32 first.
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **config), dtype=dtype
+    )
+    replace_linears(model, low_rank["ranks"], dtype)
+    tensors = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        tensors.update({name: t.to(dtype) for name, t in load_file(file).items()})
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    try:
+        result = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+    missing = set(result.missing_keys) - tied
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{str(path)!r}: missing tensors {sorted(missing)[:5]}, "
+            f"unexpected {sorted(result.unexpected_keys)[:5]}"
+        )
+    model.tie_weights()
+    return model.eval()

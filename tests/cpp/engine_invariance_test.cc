@@ -1,0 +1,165 @@
+// A request's tokens and log-probabilities have the same bits alone and in any company.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <map>
+#include <random>
+
+#include "deinfer/engine.h"
+#include "tiny_model.h"
+
+namespace deinfer {
+namespace {
+
+struct RequestSpec {
+  std::vector<TokenId> prompt;
+  SamplingParams params;
+};
+
+/// What a sample produced; compared bit by bit.
+struct Answer {
+  std::vector<TokenId> tokens;
+  std::vector<float> logprobs;
+  std::vector<float> prompt_logprobs;
+  FinishReason reason = FinishReason::kNone;
+  bool operator==(const Answer&) const = default;
+};
+
+using Answers = std::vector<std::map<int, Answer>>;  // [request][sample]
+
+void collect(std::vector<RequestOutput> outputs, const std::map<RequestId, std::size_t>& places,
+             Answers& answers) {
+  for (RequestOutput& output : outputs) {
+    auto& request = answers[places.at(output.request_id)];
+    for (SequenceOutput& sample : output.outputs) {
+      Answer& answer = request[sample.index];
+      answer.tokens.insert(answer.tokens.end(), sample.new_token_ids.begin(),
+                           sample.new_token_ids.end());
+      for (const auto& entries : sample.logprobs) {
+        for (const TokenLogprob& entry : entries) answer.logprobs.push_back(entry.logprob);
+      }
+      if (sample.finish_reason != FinishReason::kNone) answer.reason = sample.finish_reason;
+    }
+    for (const auto& entries : output.prompt_logprobs) {
+      request[0].prompt_logprobs.push_back(entries.at(0).logprob);
+    }
+  }
+}
+
+/// Submits all requests, a few at a time when `trickle`, and steps until done.
+Answers run(Engine& engine, const std::vector<RequestSpec>& requests, bool trickle) {
+  Answers answers(requests.size());
+  std::map<RequestId, std::size_t> places;
+  std::size_t next = 0;
+  int steps = 0;
+  while (next < requests.size() || engine.has_unfinished_requests()) {
+    std::size_t until = trickle ? std::min(requests.size(), next + 1) : requests.size();
+    for (; next < until; ++next) {
+      places[engine.submit(requests[next].prompt, requests[next].params)] = next;
+    }
+    collect(engine.step(), places, answers);
+    if (++steps > 5000) {
+      ADD_FAILURE() << "the engine does not finish";
+      break;
+    }
+  }
+  return answers;
+}
+
+std::vector<RequestSpec> random_requests(std::mt19937& random, int count) {
+  auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  std::vector<RequestSpec> requests;
+  std::vector<TokenId> shared;
+  for (int i = 0; i < 40; ++i) shared.push_back(below(97));
+  for (int i = 0; i < count; ++i) {
+    RequestSpec spec;
+    if (below(3) == 0) spec.prompt.assign(shared.begin(), shared.begin() + below(40));
+    int length = 1 + below(below(4) == 0 ? 100 : 20);
+    for (int j = 0; j < length; ++j) spec.prompt.push_back(below(97));
+    spec.params.max_tokens = 1 + below(40);
+    spec.params.temperature = below(3) == 0 ? 0.0f : 0.9f;
+    spec.params.seed = random();
+    spec.params.n = below(4) == 0 ? 3 : 1;
+    if (below(2) == 0) spec.params.top_p = 0.8f;
+    if (below(3) == 0) spec.params.top_k = 5;
+    if (below(3) == 0) spec.params.repetition_penalty = 1.3f;
+    if (below(2) == 0) spec.params.logprobs = 3;
+    if (below(4) == 0) spec.params.prompt_logprobs = 0;
+    requests.push_back(std::move(spec));
+  }
+  return requests;
+}
+
+class EngineInvariance : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    std::vector<std::string> isas = supported_isas();
+    if (std::find(isas.begin(), isas.end(), GetParam()) == isas.end()) {
+      GTEST_SKIP() << "this CPU lacks " << GetParam();
+    }
+    setenv("DEINFER_CPU_ISA", GetParam().c_str(), 1);
+  }
+  void TearDown() override { unsetenv("DEINFER_CPU_ISA"); }
+};
+
+TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
+  for (bool bfloat16 : {false, true}) {
+    test::TinyConfig tiny;
+    tiny.bfloat16 = bfloat16;
+    tiny.max_position = 600;  // beyond one KV split
+    test::TinyModel model(tiny);
+    std::mt19937 random(bfloat16 ? 5 : 3);
+    std::vector<RequestSpec> requests = random_requests(random, 18);
+    RequestSpec& longest = requests.emplace_back(requests.front());
+    while (longest.prompt.size() < 540) longest.prompt.push_back(random() % 97);
+    longest.params.n = 1;
+
+    EngineConfig alone;
+    alone.model = model.path();
+    alone.num_threads = 1;
+    alone.max_num_seqs = 1;
+    alone.max_num_batched_tokens = 600;
+    alone.enable_prefix_caching = false;
+    alone.num_kv_blocks = 64;
+    Engine reference(alone);
+    Answers expected;
+    for (const RequestSpec& request : requests) {
+      expected.push_back(run(reference, {request}, false)[0]);
+    }
+
+    std::int64_t preemptions = 0;
+    std::int64_t prefix_hits = 0;
+    struct Trial {
+      int threads, seats, budget, block_size, blocks;
+      bool prefix_caching, trickle;
+    };
+    for (const Trial& trial : {Trial{1, 64, 512, 16, 38, false, false},  // preempts
+                               Trial{2, 64, 33, 16, 38, true, true},     // preempts and shares
+                               Trial{3, 7, 100, 32, 20, true, false},
+                               Trial{2, 2, 5, 16, 64, true, false},
+                               Trial{1, 64, 1, 16, 200, true, true},     // token by token
+                               Trial{2, 64, 512, 64, 64, false, true}}) {
+      EngineConfig config;
+      config.model = model.path();
+      config.num_threads = trial.threads;
+      config.max_num_seqs = trial.seats;
+      config.max_num_batched_tokens = trial.budget;
+      config.block_size = trial.block_size;
+      config.num_kv_blocks = trial.blocks;
+      config.enable_prefix_caching = trial.prefix_caching;
+      Engine engine(config);
+      EXPECT_EQ(run(engine, requests, trial.trickle), expected)
+          << "budget " << trial.budget << " bfloat16 " << bfloat16;
+      preemptions += engine.stats().num_preemptions;
+      prefix_hits += engine.stats().prefix_hit_tokens;
+    }
+    EXPECT_GT(preemptions, 0) << "the trials are meant to preempt";
+    EXPECT_GT(prefix_hits, 0) << "the trials are meant to share prefixes";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, EngineInvariance,
+                         testing::Values("scalar", "avx2", "avx512", "avx512_bf16"));
+
+}  // namespace
+}  // namespace deinfer

@@ -1,0 +1,70 @@
+#include "base/thread_team.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <stdexcept>
+
+#include "deinfer/error.h"
+
+namespace deinfer {
+namespace {
+
+TEST(ThreadTeam, RunsEveryMemberAndShowsWritesAfterTheBarrier) {
+  for (int size : {1, 2, 3, 5}) {
+    ThreadTeam team(size);
+    std::vector<int> values(static_cast<std::size_t>(size));
+    std::vector<int> sums(static_cast<std::size_t>(size));
+    for (int round = 1; round <= 200; ++round) {
+      team.run([&](TeamMember& member) {
+        auto id = static_cast<std::size_t>(member.id());
+        values[id] = round * (member.id() + 1);
+        member.barrier();
+        sums[id] = std::accumulate(values.begin(), values.end(), 0);
+        member.barrier();
+        values[id] = 0;
+      });
+      for (int sum : sums) ASSERT_EQ(sum, round * size * (size + 1) / 2);
+    }
+  }
+}
+
+TEST(ThreadTeam, SharesCoverAllItemsOnce) {
+  ThreadTeam team(3);
+  for (int n : {0, 1, 2, 3, 10, 101}) {
+    std::vector<std::pair<int, int>> shares(3);
+    team.run([&](TeamMember& m) { shares[static_cast<std::size_t>(m.id())] = m.share(n); });
+    EXPECT_EQ(shares[0].first, 0);
+    EXPECT_EQ(shares[0].second, shares[1].first);
+    EXPECT_EQ(shares[1].second, shares[2].first);
+    EXPECT_EQ(shares[2].second, n);
+  }
+}
+
+TEST(ThreadTeam, AnExceptionReleasesTheOthersAndLeavesTheTeamUsable) {
+  ThreadTeam team(4);
+  for (int round = 0; round < 100; ++round) {
+    int failing = round % 4;
+    try {
+      team.run([&](TeamMember& member) {
+        if (member.id() == failing) throw std::runtime_error("member " + std::to_string(failing));
+        member.barrier();
+        member.barrier();
+      });
+      FAIL() << "no exception";
+    } catch (const std::runtime_error& error) {
+      EXPECT_EQ(std::string(error.what()), "member " + std::to_string(failing));
+    }
+    std::atomic<int> ran = 0;
+    team.run([&](TeamMember& member) {
+      member.barrier();
+      ++ran;
+    });
+    EXPECT_EQ(ran, 4);
+  }
+}
+
+TEST(ThreadTeam, RejectsAnEmptyTeam) { EXPECT_THROW(ThreadTeam(0), Error); }
+
+}  // namespace
+}  // namespace deinfer

@@ -1,0 +1,275 @@
+"""The `deinfer` command, run as a user runs it, and what `import deinfer` costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deinfer
+import pytest
+from conftest import write_model, write_tokenizer
+
+ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
+
+
+def run(*arguments: Any, stdin: str = "", env: dict[str, str] | None = None) -> Any:
+    return subprocess.run(
+        [sys.executable, "-m", "deinfer", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def succeed(*arguments: Any, stdin: str = "") -> str:
+    result = run(*arguments, stdin=stdin)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return str(result.stdout)
+
+
+def fail(status: int, *arguments: Any, stdin: str = "") -> str:
+    """Run a command that must fail; returns its one line of complaint."""
+    result = run(*arguments, stdin=stdin)
+    lines = result.stderr.splitlines()
+    assert result.returncode == status, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("deinfer: error: "), result.stderr
+    return str(lines[0])
+
+
+def test_import_is_fast_and_light() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import deinfer; "
+        "seconds = time.perf_counter() - start; "
+        "heavy = sorted({'torch', 'transformers', 'numpy', 'deinfer._C'} & set(sys.modules)); "
+        "print(seconds, heavy); "
+        "deinfer.LLM, deinfer.SamplingParams; "
+        "print(sorted({'torch', 'transformers'} & set(sys.modules))); "
+        "print(set(deinfer.__all__) <= set(dir(deinfer)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, second, third = result.stdout.splitlines()
+    seconds, heavy = first.split(maxsplit=1)
+    assert float(seconds) < 1
+    assert heavy == second == "[]" and third == "True"
+
+
+def test_generating_needs_no_torch(lowrank_model: Path) -> None:
+    code = (
+        "import sys, deinfer; "
+        f"llm = deinfer.LLM({str(lowrank_model)!r}, num_threads=1, kv_cache_bytes=1 << 20); "
+        "llm.chat([{'role': 'user', 'content': 'hi'}]); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("False\n", "")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="LLMs"):
+        _ = deinfer.LLMs
+
+
+def test_version() -> None:
+    assert succeed("--version") == f"deinfer {deinfer.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["info", "decompose", "generate", "chat", "eval"])
+def test_help_teaches_with_examples(command: str) -> None:
+    text = succeed(command, "--help")
+    assert "examples:\n" in text and f"deinfer {command} " in text
+    assert f"deinfer {command} " in succeed("--help")
+
+
+def test_info(tiny_model: Path, lowrank_model: Path) -> None:
+    dense = json.loads(succeed("info", tiny_model, "--json"))
+    assert dense["supported"] and dense["architecture"] == "llama" and dense["low_rank"] is None
+    assert dense["parameters"] == dense["dense_parameters"]
+    assert dense["bytes"] == 4 * dense["parameters"]
+    assert (dense["decomposed_matrices"], dense["dense_matrices"]) == (0, 14)
+    assert dense["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    low = json.loads(succeed("info", lowrank_model, "--json"))
+    assert low["supported"] and low["architecture"] == "lowrank_llama"
+    assert low["dense_parameters"] == dense["parameters"] > low["parameters"]
+    assert low["ranks"]["model.layers.0.mlp.down_proj"] == 13
+    assert low["ranks"]["model.layers.1.mlp.down_proj"] is None
+    assert low["low_rank"]["method"] == "two_sided"
+    text = succeed("info", lowrank_model)
+    assert "supported     yes" in text and "1 of 2" in text
+
+
+def test_info_agrees_with_the_runtime(lowrank_model: Path) -> None:
+    low = json.loads(succeed("info", lowrank_model, "--json"))
+    model = deinfer.LLM(lowrank_model, num_threads=1, num_kv_blocks=10, block_size=16).model_info
+    assert (model.parameters, model.lowrank_matrices, model.dense_matrices) == (
+        low["parameters"],
+        low["decomposed_matrices"],
+        low["dense_matrices"],
+    )
+    assert model.kv_cache_bytes == 160 * low["kv_bytes_per_token"]
+
+
+def test_info_says_what_is_wrong(tmp_path: Path) -> None:
+    write_model(tmp_path, 50, ranks={"model.layers.0.mlp.up_proj": 5})
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def problems(**changes: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        report = json.loads(succeed("info", tmp_path, "--json"))
+        assert report["supported"] is (not report["problems"])
+        return "; ".join(report["problems"])
+
+    assert problems() == ""
+    assert "'mamba'" in problems(model_type="mamba")
+    assert "gelu" in problems(hidden_act="gelu")
+    assert "7 of 21 linear layers are missing" in problems(num_hidden_layers=3)
+    ranks = {"version": 1, "ranks": {"model.layers.0.mlp.up_proj": 6}}
+    assert "is 6, its tensors have 5" in problems(low_rank=ranks)
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    assert "malformed" in fail(1, "info", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "missing" in fail(1, "info", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in fail(1, "info", tmp_path)
+
+
+def test_generate(tiny_model: Path) -> None:
+    base = ("generate", tiny_model, *ENGINE, "--max-tokens", 8, "--ignore-eos")
+    report = json.loads(succeed(*base, "--prompt", "The sky", "--prompt", "One", "--json"))
+    assert report["generated_tokens"] == 16
+    assert [r["prompt"] for r in report["requests"]] == ["The sky", "One"]
+    (sample,) = report["requests"][0]["outputs"]
+    assert len(sample["token_ids"]) == 8 and sample["finish_reason"] == "length"
+    # Streamed, from an option or from standard input: the same text.
+    assert succeed(*base, "--prompt", "The sky") == sample["text"] + "\n"
+    assert succeed(*base, stdin="The sky\n") == sample["text"] + "\n"
+    both = succeed(*base, "--prompt", "The sky", "--prompt", "One")
+    assert "--- The sky\n" in both and "--- One\n" in both
+
+
+def test_generate_chat_and_samples(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("The sky\n\nOne\n")
+    report = json.loads(
+        succeed(
+            *(
+                "generate",
+                tiny_model,
+                *ENGINE,
+                "--prompts",
+                file,
+                "--chat",
+                "--system",
+                "Be brief.",
+            ),
+            *("--n", 3, "--temperature", 2, "--seed", 5, "--max-tokens", 4, "--json"),
+        )
+    )
+    assert [len(r["outputs"]) for r in report["requests"]] == [3, 3]
+    assert all(r["prompt_tokens"] > 20 for r in report["requests"])
+
+
+def test_chat_from_a_pipe(tiny_model: Path) -> None:
+    base = ("chat", tiny_model, *ENGINE, "--max-tokens", 6)
+    once = succeed(*base, stdin="hello\n")
+    assert succeed(*base, stdin="\nhello\n/clear\nhello\n/exit\nhello\n") == once * 2
+    base = (*base, "--temperature", 2, "--seed", 1)
+    once = succeed(*base, stdin="hello\n")
+    again = succeed(*base, stdin="hello\nhello\n")
+    assert again.startswith(once) and again != once * 2  # the second answer has seen the first
+    assert succeed(*base, stdin="") == ""
+
+
+def test_chat_goes_on_after_a_question_that_is_too_long(tiny_model: Path) -> None:
+    base = ("chat", tiny_model, *ENGINE, "--max-tokens", 6)
+    result = run(*base, stdin="hello " * 300 + "\nhello\n")
+    assert result.returncode == 0
+    assert result.stdout == succeed(*base, stdin="hello\n")
+    assert "deinfer: error: " in result.stderr and "max_model_len" in result.stderr
+
+
+def test_eval(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("The capital of France is Paris. " * 10)
+    report = json.loads(succeed("eval", tiny_model, *ENGINE, "--text", file, "--json"))
+    assert report["perplexity"] > 1 and report["tokens"] > 50 and report["window"] == 255
+    assert "perplexity" in succeed("eval", tiny_model, *ENGINE, "--text", file, "--window", 32)
+
+
+def test_argument_errors(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"\xe9\xe9")
+    for text, arguments in (
+        ("COMMAND", ()),
+        ("'frobnicate'", ("frobnicate",)),
+        ("--bogus", ("info", tiny_model, "--bogus")),
+        ("'/nowhere' is not a directory", ("info", "/nowhere")),
+        ("no config.json", ("chat", tmp_path)),
+        ("'many'", ("generate", tiny_model, "--max-tokens", "many")),
+        ("-1", ("generate", tiny_model, "--prompt", "x", "--temperature", "-1")),
+        ("no prompt", ("generate", tiny_model)),
+        ("--system needs --chat", ("generate", tiny_model, "--prompt", "x", "--system", "y")),
+        ("tpu", ("generate", tiny_model, "--prompt", "x", "--device", "tpu")),
+        ("num_threads", ("generate", tiny_model, "--prompt", "x", "--num-threads", "-3")),
+        ("cannot read", ("eval", tiny_model, "--text", tmp_path / "none")),
+        ("not UTF-8", ("eval", tiny_model, "--text", tmp_path / "latin")),
+        ("1.5", ("decompose", tiny_model, tmp_path / "new", "--keep", "1.5")),
+        ("exists", ("decompose", tiny_model, tmp_path)),
+        ("'magic'", ("decompose", tiny_model, tmp_path / "new", "--method", "magic")),
+    ):
+        assert text in fail(2, *arguments)
+
+
+def test_failures(tmp_path: Path) -> None:
+    write_model(tmp_path, write_tokenizer(tmp_path, chat_template=None))
+    assert "chat template" in fail(1, "generate", tmp_path, *ENGINE, "--chat", "--prompt", "x")
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "safetensors" in fail(1, "generate", tmp_path, *ENGINE, "--prompt", "x")
+    debug = run("generate", tmp_path, "--prompt", "x", env={"DEINFER_DEBUG": "1"})
+    assert debug.returncode == 1 and "Traceback" in debug.stderr
+
+
+def test_reader_that_leaves_early(tiny_model: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deinfer", "info", str(tiny_model)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 1
+
+
+def test_interrupt(tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "deinfer", "chat", str(tiny_model), *ENGINE]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("hello\n")
+        process.stdin.flush()
+        process.stdout.read(1)  # it is answering, so signal handling is in place
+        time.sleep(0.5)  # the answer ends; it waits for the next line
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "deinfer: interrupted\n")
+
+
+def test_decompose(tiny_model: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "low"
+    options = ("--method", "svd", "--keep", 0.5, "--rank-multiple", 4)
+    report = json.loads(succeed("decompose", tiny_model, destination, *options, "--json"))
+    assert 0.3 < report["keep"] <= 0.55 and report["method"] == "svd"
+    info = json.loads(succeed("info", destination, "--json"))
+    assert info["supported"] and info["decomposed_matrices"] == 14
+    assert info["ranks"] == report["ranks"]
+    succeed("generate", destination, *ENGINE, "--prompt", "The sky", "--max-tokens", 3)

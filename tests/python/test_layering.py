@@ -1,0 +1,60 @@
+"""The include rules of csrc/README.md: downward only, and no torch or Python in the core."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+
+# What a folder may include, besides itself and the public headers.
+ALLOWED = {
+    "base": set(),
+    "kernels": {"base"},
+    "comm": {"base"},
+    "scheduler": {"base"},
+    "io": {"base"},
+    "plan": {"base", "kernels", "comm", "scheduler", "io"},
+    "ops": {"base", "kernels", "comm", "scheduler", "io"},
+    "model": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops"},
+    "engine": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops", "model"},
+    "include": set(),
+    "python": set(),  # public headers only
+}
+QUOTED = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
+FOREIGN = re.compile(r"^\s*#include <(torch|ATen|c10|pybind11|Python\.h)", re.MULTILINE)
+
+
+def sources() -> list[Path]:
+    return [p for p in sorted(CSRC.rglob("*")) if p.suffix in {".h", ".cc", ".cu", ".cuh"}]
+
+
+def test_every_folder_has_a_rule() -> None:
+    assert {p.name for p in CSRC.iterdir() if p.is_dir()} == set(ALLOWED)
+
+
+def test_includes_go_only_downward() -> None:
+    wrong = []
+    for path in sources():
+        folder = path.relative_to(CSRC).parts[0]
+        for include in QUOTED.findall(path.read_text()):
+            target = include.split("/")[0]
+            if target != "deinfer" and target != folder and target not in ALLOWED[folder]:
+                wrong.append(f"{path.relative_to(ROOT)}: {include}")
+    assert len(sources()) > 40
+    assert not wrong
+
+
+def test_the_core_knows_neither_torch_nor_python() -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if path.relative_to(CSRC).parts[0] != "python" and FOREIGN.search(path.read_text())
+    ]
+    assert not wrong
+
+
+def test_cuda_sources_include_only_kernels_and_tensor_h() -> None:
+    for path in sources():
+        if path.suffix in {".cu", ".cuh"}:
+            for include in QUOTED.findall(path.read_text()):
+                assert include.startswith("kernels/") or include == "deinfer/tensor.h", path

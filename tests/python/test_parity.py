@@ -1,0 +1,145 @@
+"""The native runtime against transformers on tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_llama
+from deinfer import LLM, SamplingParams
+from deinfer._C import supported_isas
+from deinfer.decompose.reference import load_reference
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+}
+CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
+    "dense": (None, {}),
+    "all-rank-7": (dict.fromkeys(ALL, 7), {}),
+    "all-rank-1": (dict.fromkeys(ALL, 1), {}),
+    "all-rank-64": (
+        dict.fromkeys(ALL, 64),
+        {"hidden_size": 160, "intermediate_size": 264, "head_dim": 40},
+    ),
+    "mixed": ({"q_proj": 7, "o_proj": 33, "gate_proj": 1, "down_proj": 64}, {}),
+    "up-only": ({"up_proj": 13, "v_proj": 5}, {}),
+    "untied": ({"q_proj": 16}, {"tie_word_embeddings": False}),
+    "multi-head": ({"k_proj": 3}, {"num_key_value_heads": 4}),
+    "multi-query": ({"k_proj": 3}, {"num_key_value_heads": 1, "head_dim": 10}),
+    "odd-sizes": (
+        {"q_proj": 11, "up_proj": 19},
+        {"hidden_size": 53, "intermediate_size": 71, "head_dim": 22, "vocab_size": 257},
+    ),
+    "biases": ({"q_proj": 7, "down_proj": 5}, {"attention_bias": True, "mlp_bias": True}),
+    "rope-theta": (None, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "rope-linear": (
+        {"q_proj": 7},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "rope-dynamic": (
+        None,
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "rope-llama3": ({"k_proj": 9}, {"rope_parameters": LLAMA3}),
+    "rope-yarn": ({"k_proj": 9}, {"rope_parameters": YARN}),
+    "rope-longrope": (None, {"rope_parameters": LONGROPE}),
+}
+
+
+def random_tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return [int(t) for t in rng.integers(3, vocabulary, count)]
+
+
+def reference_logits(path: Path, tokens: list[int], dtype: torch.dtype) -> np.ndarray:
+    with torch.no_grad():
+        logits = load_reference(path, dtype)(torch.tensor([tokens])).logits[0]
+    return np.asarray(logits.double().numpy())
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def load(path: Path, **options: Any) -> LLM:
+    return LLM(str(path), num_kv_blocks=128, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_match_transformers(case: str, tmp_path: Path) -> None:
+    ranks, fields = CASES[case]
+    path = write_llama(tmp_path / "model", ranks, **fields)
+    # longrope picks its factors by length; 200 tokens take the long ones in both programs.
+    length = 200 if case == "rope-longrope" else 90
+    tokens = random_tokens(length, fields.get("vocab_size", 131))
+    llm = load(path, dtype="float32", max_num_batched_tokens=37)
+    expected = reference_logits(path, tokens, torch.float64)
+    assert relative_error(llm.prompt_logits(tokens), expected) < 2e-5
+
+    model = load_reference(path, torch.float64)
+    with torch.no_grad():
+        greedy = model.generate(
+            torch.tensor([tokens]), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )[0, length:].tolist()
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    assert llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids == greedy
+
+
+@pytest.mark.parametrize("case", ["dense", "mixed", "odd-sizes", "biases"])
+def test_bfloat16_is_no_further_from_float64_than_torch(case: str, tmp_path: Path) -> None:
+    ranks, fields = CASES[case]
+    path = write_llama(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
+    tokens = random_tokens(60, fields.get("vocab_size", 131))
+    exact = reference_logits(path, tokens, torch.float64)
+    theirs = relative_error(reference_logits(path, tokens, torch.bfloat16), exact)
+    llm = load(path)
+    assert llm.model_info.dtype == "bfloat16"
+    assert relative_error(llm.prompt_logits(tokens), exact) <= theirs
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_isa_agrees_with_scalar(
+    isa: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isa not in supported_isas():
+        pytest.skip(f"this CPU lacks {isa}")
+    path = write_llama(tmp_path / "model", {"q_proj": 7, "gate_proj": 33}, dtype=torch.bfloat16)
+    tokens = random_tokens(80, 131)
+    logits = {}
+    for name in ("scalar", isa):
+        monkeypatch.setenv("DEINFER_CPU_ISA", name)
+        llm = load(path, dtype=dtype)
+        assert llm.model_info.isa == name
+        logits[name] = llm.prompt_logits(tokens)
+    # The kernels do the same operations in the same order; what may differ is libm's last bit.
+    assert relative_error(logits[isa], logits["scalar"]) < 1e-6
+
+
+def test_unknown_isa_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEINFER_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="mmx"):
+        load(write_llama(tmp_path / "model"))
