@@ -32,6 +32,7 @@ def write_llama(
             "max_position_embeddings": 512,
             "initializer_range": 0.25,
             "eos_token_id": 2,
+            "tie_word_embeddings": True,
             **fields,
         }
     )

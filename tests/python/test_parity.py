@@ -51,7 +51,7 @@ CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "multi-query": ({"k_proj": 3}, {"num_key_value_heads": 1, "head_dim": 10}),
     "odd-sizes": (
         {"q_proj": 11, "up_proj": 19},
-        {"hidden_size": 53, "intermediate_size": 71, "head_dim": 22, "vocab_size": 257},
+        {"hidden_size": 52, "intermediate_size": 71, "head_dim": 22, "vocab_size": 257},
     ),
     "biases": ({"q_proj": 7, "down_proj": 5}, {"attention_bias": True, "mlp_bias": True}),
     "rope-theta": (None, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),

@@ -1,0 +1,152 @@
+#include "kernels/cpu/packing.h"
+#include "reference.h"
+
+namespace deinfer::test {
+namespace {
+
+class GemmTest : public IsaTest {};
+
+/// x[m, k] (rows padded to ldx, zeros beyond k) and packed weights of `rows` rows.
+template <typename T>
+struct GemmCase {
+  GemmCase(int m_, int k_, int rows_, unsigned seed, int extra_ldx = 0)
+      : m(m_), k(k_), rows(rows_) {
+    Random random(seed);
+    float scale = 1.0f / std::sqrt(static_cast<float>(k));
+    weights = random.vector<T>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(k), scale);
+    constexpr DType kDType = sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16;
+    packed = cpu::allocate_packed(kDType, rows, k, rows);
+    TensorView view{weights.data(), kDType, rows, k, k};
+    cpu::pack_rows(view, {}, 0, 1, packed);
+    ldx = packed.k_pad + extra_ldx;
+    x.assign(static_cast<std::size_t>(m) * static_cast<std::size_t>(ldx),
+             TypeTraits<T>::from(0.0f));
+    for (int i = 0; i < m; ++i) {
+      for (int j = 0; j < k; ++j) at(i, j) = TypeTraits<T>::from(random.normal());
+    }
+  }
+  T& at(int i, int j) { return x[static_cast<std::size_t>(i * ldx + j)]; }
+  double weight(int row, int j) const {
+    return wide(weights[static_cast<std::size_t>(row * k + j)]);
+  }
+
+  /// c of the tokens [first, first + count); c is filled with NaN before.
+  std::vector<float> run(const cpu::KernelTable& kernels, int first, int count) {
+    Aligned<float> c(static_cast<std::size_t>(count) * cpu::kPanelRows, kNan);
+    const T* input = x.data() + static_cast<std::ptrdiff_t>(first) * ldx;
+    const T* panel = static_cast<const T*>(packed.panel(0));
+    if constexpr (sizeof(T) == 4) {
+      kernels.panel_gemm_f32(input, ldx, count, panel, rows, packed.k_pad, panel, c.data());
+    } else {
+      kernels.panel_gemm_bf16(input, ldx, count, panel, rows, packed.k_pad, panel, c.data());
+    }
+    return {c.data(), c.data() + static_cast<std::size_t>(count) * cpu::kPanelRows};
+  }
+
+  int m, k, rows;
+  std::ptrdiff_t ldx = 0;
+  std::vector<T> weights;
+  std::vector<T> x;
+  cpu::PackedMatrix packed;
+};
+
+template <typename T>
+void expect_matches_reference(const cpu::KernelTable& kernels, int m, int k, int rows) {
+  SCOPED_TRACE(testing::Message() << "m=" << m << " k=" << k << " rows=" << rows);
+  GemmCase<T> test(m, k, rows, static_cast<unsigned>(m * 131 + k), m % 3 * 8);
+  std::vector<float> c = test.run(kernels, 0, m);
+  double worst = 0;
+  for (int i = 0; i < m; i += m > 64 ? 37 : 1) {
+    for (int row = 0; row < rows; ++row) {
+      double sum = 0;
+      for (int j = 0; j < k; ++j) sum += wide(test.at(i, j)) * test.weight(row, j);
+      double error = c[static_cast<std::size_t>(i * cpu::kPanelRows + row)] - sum;
+      worst = std::max(worst, std::abs(error));
+    }
+    for (int row = rows; row < cpu::kPanelRows; ++row) {
+      EXPECT_TRUE(std::isnan(c[static_cast<std::size_t>(i * cpu::kPanelRows + row)]))
+          << "column beyond the panel was written";
+    }
+  }
+  EXPECT_LT(worst, kSumTolerance * std::sqrt(static_cast<double>(k)));
+}
+
+TEST_P(GemmTest, MatchesFp64) {
+  for (int rows : {16, 32}) {
+    for (int m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 37, 64}) {
+      for (int k : {1, 7, 8, 114, 331}) {
+        expect_matches_reference<float>(kernels(), m, k, rows);
+        expect_matches_reference<bf16>(kernels(), m, k, rows);
+      }
+    }
+    for (int k : {1023, 2101}) {  // several chunks
+      expect_matches_reference<float>(kernels(), 19, k, rows);
+      expect_matches_reference<bf16>(kernels(), 19, k, rows);
+    }
+    expect_matches_reference<float>(kernels(), 512, 40, rows);
+    expect_matches_reference<bf16>(kernels(), 512, 40, rows);
+  }
+}
+
+template <typename T>
+void expect_batch_invariant(const cpu::KernelTable& kernels, int k, int rows) {
+  constexpr int kTokens = 64;
+  GemmCase<T> test(kTokens, k, rows, 5);
+  std::vector<float> all = test.run(kernels, 0, kTokens);
+  for (int m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 31, 37, 63}) {
+    for (int first : {0, 1, 5, kTokens - m}) {
+      if (first + m > kTokens) continue;
+      std::vector<float> part = test.run(kernels, first, m);
+      for (int i = 0; i < m; ++i) {
+        EXPECT_TRUE(same_bits(&part[static_cast<std::size_t>(i * cpu::kPanelRows)],
+                              &all[static_cast<std::size_t>((first + i) * cpu::kPanelRows)],
+                              static_cast<std::size_t>(rows) * sizeof(float)))
+            << "m=" << m << " first=" << first << " token=" << i << " k=" << k;
+      }
+    }
+  }
+}
+
+TEST_P(GemmTest, BitsDoNotDependOnTheBatch) {
+  for (int rows : {16, 32}) {
+    for (int k : {61, 600, 1500}) {
+      expect_batch_invariant<float>(kernels(), k, rows);
+      expect_batch_invariant<bf16>(kernels(), k, rows);
+    }
+  }
+}
+
+template <typename T>
+void expect_same_bits_as(const cpu::KernelTable& scalar, const cpu::KernelTable& kernels) {
+  GemmCase<T> test(11, 777, 32, 9);
+  std::vector<float> a = test.run(scalar, 0, 11);
+  std::vector<float> b = test.run(kernels, 0, 11);
+  EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
+}
+
+TEST_P(GemmTest, BitsDoNotDependOnTheInstructionSet) {
+  expect_same_bits_as<float>(scalar(), kernels());
+  expect_same_bits_as<bf16>(scalar(), kernels());
+}
+
+TEST_P(GemmTest, NaNStaysInItsToken) {
+  GemmCase<bf16> test(9, 64, 32, 3);
+  std::vector<float> clean = test.run(kernels(), 0, 9);
+  test.at(4, 10) = to_bf16(kNan);
+  std::vector<float> c = test.run(kernels(), 0, 9);
+  for (int i = 0; i < 9; ++i) {
+    for (int row = 0; row < 32; ++row) {
+      auto at = static_cast<std::size_t>(i * cpu::kPanelRows + row);
+      if (i == 4) {
+        EXPECT_TRUE(std::isnan(c[at]));
+      } else {
+        EXPECT_EQ(c[at], clean[at]);
+      }
+    }
+  }
+}
+
+DEINFER_FOR_EACH_ISA(GemmTest);
+
+}  // namespace
+}  // namespace deinfer::test

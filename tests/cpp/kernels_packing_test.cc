@@ -1,0 +1,163 @@
+#include "kernels/cpu/packing.h"
+
+#include <utility>
+
+#include "deinfer/error.h"
+#include "reference.h"
+
+namespace deinfer::test {
+namespace {
+
+struct half {
+  std::uint16_t bits;
+};
+
+/// Exact halves: small integers times a power of two.
+half to_half(int value) {
+  if (value == 0) return {0};
+  std::uint32_t u = std::bit_cast<std::uint32_t>(static_cast<float>(value) / 64.0f);
+  auto exponent = static_cast<std::int32_t>((u >> 23) & 0xff) - 112;
+  return {static_cast<std::uint16_t>(((u >> 16) & 0x8000u) |
+                                     (static_cast<std::uint32_t>(exponent) << 10) |
+                                     ((u >> 13) & 0x3ffu))};
+}
+
+/// A source matrix with a row stride, whose elements are exact in all types.
+struct Source {
+  Source(DType type, int rows_, int k_, int stride_) : dtype(type), rows(rows_), k(k_) {
+    std::size_t count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride_);
+    bytes.assign(count * dtype_size(type), std::byte{0x7f});
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < k; ++j) {
+        auto at = static_cast<std::size_t>(i * stride_ + j);
+        float v = value(i, j);
+        if (type == DType::kFloat32) {
+          reinterpret_cast<float*>(bytes.data())[at] = v;
+        } else if (type == DType::kBFloat16) {
+          reinterpret_cast<bf16*>(bytes.data())[at] = to_bf16(v);
+        } else {
+          reinterpret_cast<half*>(bytes.data())[at] = to_half((i * 37 + j * 11) % 251 - 125);
+        }
+      }
+    }
+    view = {bytes.data(), type, rows, k, stride_};
+  }
+  static float value(int i, int j) {
+    return static_cast<float>((i * 37 + j * 11) % 251 - 125) / 64.0f;
+  }
+
+  DType dtype;
+  int rows, k;
+  std::vector<std::byte> bytes;
+  TensorView view;
+};
+
+/// Element (row, j) by the formula of kernel_table.h.
+float packed_element(const cpu::PackedMatrix& p, int row, int j) {
+  int panel = row / p.panel_rows;
+  int rows = p.rows_of(panel);
+  int r = row % p.panel_rows;
+  if (p.dtype == DType::kFloat32) {
+    return static_cast<const float*>(p.panel(panel))[j * rows + r];
+  }
+  return to_float(static_cast<const bf16*>(p.panel(panel))[(j / 2 * rows + r) * 2 + j % 2]);
+}
+
+class PackingTest : public testing::TestWithParam<std::pair<DType, DType>> {};
+
+TEST_P(PackingTest, RoundTrip) {
+  auto [from, to] = GetParam();
+  for (int panel_rows : {16, 32}) {
+    for (auto [n, k] : {std::pair{1, 1}, {16, 8}, {33, 13}, {47, 114}, {64, 301}}) {
+      SCOPED_TRACE(testing::Message() << "n=" << n << " k=" << k << " panel_rows=" << panel_rows);
+      Source source(from, n, k, k + 3);
+      cpu::PackedMatrix packed = cpu::allocate_packed(to, n, k, panel_rows);
+      EXPECT_EQ(packed.n_pad % 16, 0);
+      EXPECT_EQ(packed.k_pad % 8, 0);
+      int middle = packed.num_panels() / 2;
+      cpu::pack_rows(source.view, {}, middle, packed.num_panels(), packed);
+      cpu::pack_rows(source.view, {}, 0, middle, packed);
+      std::vector<float> row(static_cast<std::size_t>(k));
+      for (int i = 0; i < packed.n_pad; ++i) {
+        for (int j = 0; j < packed.k_pad; ++j) {
+          float want = i < n && j < k ? Source::value(i, j) : 0.0f;
+          ASSERT_EQ(packed_element(packed, i, j), want) << i << ", " << j;
+        }
+        if (i >= n) continue;
+        packed.read_row(i, row.data());
+        for (int j = 0; j < k; ++j) ASSERT_EQ(row[static_cast<std::size_t>(j)], Source::value(i, j));
+      }
+    }
+  }
+}
+
+TEST_P(PackingTest, RowMap) {
+  auto [from, to] = GetParam();
+  Source source(from, 40, 21, 21);
+  std::vector<std::int32_t> map;
+  for (int i = 0; i < 50; ++i) map.push_back(i % 7 == 3 ? -1 : (i * 13) % 40);
+  cpu::PackedMatrix packed = cpu::allocate_packed(to, 50, 21, 32);
+  ASSERT_EQ(packed.num_panels(), 2);
+  EXPECT_EQ(packed.rows_of(0), 32);
+  EXPECT_EQ(packed.rows_of(1), 32);
+  cpu::pack_rows(source.view, map, 0, 2, packed);
+  for (int i = 0; i < packed.n_pad; ++i) {
+    std::int32_t row = i < 50 ? map[static_cast<std::size_t>(i)] : -1;
+    for (int j = 0; j < packed.k_pad; ++j) {
+      float want = row >= 0 && j < 21 ? Source::value(row, j) : 0.0f;
+      ASSERT_EQ(packed_element(packed, i, j), want) << i << ", " << j;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Types, PackingTest,
+    testing::Values(std::pair{DType::kFloat32, DType::kFloat32},
+                    std::pair{DType::kFloat32, DType::kBFloat16},
+                    std::pair{DType::kBFloat16, DType::kBFloat16},
+                    std::pair{DType::kBFloat16, DType::kFloat32},
+                    std::pair{DType::kFloat16, DType::kFloat32},
+                    std::pair{DType::kFloat16, DType::kBFloat16}),
+    [](const auto& test) {
+      return std::string(dtype_name(test.param.first)) + "_to_" + dtype_name(test.param.second);
+    });
+
+TEST(Packing, LastPanelOf16Rows) {
+  cpu::PackedMatrix packed = cpu::allocate_packed(DType::kBFloat16, 33, 8, 32);
+  EXPECT_EQ(packed.n_pad, 48);
+  EXPECT_EQ(packed.num_panels(), 2);
+  EXPECT_EQ(packed.rows_of(0), 32);
+  EXPECT_EQ(packed.rows_of(1), 16);
+}
+
+TEST(Packing, RoundsToNearestEven) {
+  std::vector<float> values = {1.00390625f, 1.01171875f, -1.0039064f, kInf, kNan, 3e38f, 0, -0.0f};
+  cpu::PackedMatrix packed = cpu::allocate_packed(DType::kBFloat16, 1, 8, 16);
+  cpu::pack_rows({values.data(), DType::kFloat32, 1, 8, 8}, {}, 0, 1, packed);
+  std::vector<float> row(8);
+  packed.read_row(0, row.data());
+  EXPECT_EQ(row[0], 1.0f);
+  EXPECT_EQ(row[1], 1.015625f);
+  EXPECT_EQ(row[2], -1.0078125f);
+  EXPECT_EQ(row[3], kInf);
+  EXPECT_TRUE(std::isnan(row[4]));
+  for (std::size_t j = 0; j < 8; ++j) {
+    if (j == 4) continue;
+    EXPECT_EQ(row[j], to_float(to_bf16(values[j])));
+  }
+}
+
+TEST(Packing, RejectsWrongInput) {
+  EXPECT_THROW(cpu::allocate_packed(DType::kFloat16, 1, 1, 32), Error);
+  EXPECT_THROW(cpu::allocate_packed(DType::kFloat32, 0, 1, 32), Error);
+  EXPECT_THROW(cpu::allocate_packed(DType::kFloat32, 1, 1, 24), Error);
+  cpu::PackedMatrix packed = cpu::allocate_packed(DType::kFloat32, 4, 4, 32);
+  std::vector<float> data(16);
+  EXPECT_THROW(cpu::pack_rows({data.data(), DType::kFloat32, 4, 3, 3}, {}, 0, 1, packed), Error);
+  EXPECT_THROW(cpu::pack_rows({data.data(), DType::kFloat32, 3, 4, 4}, {}, 0, 1, packed), Error);
+  std::vector<std::int32_t> map = {0, 1, 2, 4};
+  EXPECT_THROW(cpu::pack_rows({data.data(), DType::kFloat32, 4, 4, 4}, map, 0, 1, packed), Error);
+}
+
+}  // namespace
+}  // namespace deinfer::test
