@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -21,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from deinfer.cli.options import quiet_transformers
 from deinfer.evaluate import measure_speed, perplexity
 from deinfer.llm import LLM
 from deinfer.sampling_params import SamplingParams
@@ -216,11 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 0 < options.keep <= 1:
         parser.error(f"--keep {options.keep} is not in (0, 1]")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet_transformers()
     start = time.perf_counter()
     try:
         dense, decomposed = compare(prepare(options.build_dir, options.keep))
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start

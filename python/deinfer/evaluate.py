@@ -113,7 +113,7 @@ def window_spans(length: int, window: int, stride: int) -> list[tuple[int, int, 
     spans = [(0, 1, end)]
     while end < length:
         first, end = end, min(end + stride, length)
-        spans.append((end - window, first, end))
+        spans.append((first - (window - stride), first, end))
     return spans
 
 

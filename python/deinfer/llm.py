@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -181,10 +181,10 @@ class LLM:
         delta: bool = False,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Generate step by step.
 
-        Closing the iterator early drops the request.
+        Closing the generator early, or dropping it, drops the request.
 
         Args:
             prompt: One prompt as for `generate`, or one conversation as for `chat`.
@@ -195,7 +195,7 @@ class LLM:
             chat_template: Of a conversation: template to use in place of the model's.
 
         Returns:
-            An iterator over outputs; the last one is finished.
+            A generator of outputs; the last one is finished.
 
         Raises:
             TypeError, ValueError, FileNotFoundError: As `generate`, at the call itself unless the
@@ -306,7 +306,7 @@ class LLM:
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams, delta: bool
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         request = self._submit(prompt, params)
         try:
             finished, seen = False, 0
@@ -367,8 +367,10 @@ def _params_for(
     count: int, params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[SamplingParams]:
     """Give every prompt its parameters and check them all before any work is done."""
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * count
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        params = [params] * count
     elif isinstance(params, str) or not isinstance(params, Sequence):
         raise TypeError(f"sampling_params is a {type(params).__name__}, not SamplingParams")
     if len(params) != count:

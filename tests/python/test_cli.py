@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import deinfer
 import pytest
 from conftest import write_model, write_tokenizer
+from deinfer.cli import chat, main
 
 ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
 
@@ -43,6 +45,18 @@ def fail(status: int, *arguments: Any, stdin: str = "") -> str:
     assert result.returncode == status, result.stderr
     assert len(lines) == 1 and lines[0].startswith("deinfer: error: "), result.stderr
     return str(lines[0])
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process, for tests of many; status, output, errors."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
 
 
 def test_import_is_fast_and_light() -> None:
@@ -83,11 +97,13 @@ def test_version() -> None:
     assert succeed("--version") == f"deinfer {deinfer.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "decompose", "generate", "chat", "eval"])
-def test_help_teaches_with_examples(command: str) -> None:
-    text = succeed(command, "--help")
-    assert "examples:\n" in text and f"deinfer {command} " in text
-    assert f"deinfer {command} " in succeed("--help")
+@pytest.mark.parametrize("name", ["info", "decompose", "generate", "chat", "eval"])
+def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([name, "--help"], ["--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        text = capsys.readouterr().out
+        assert "examples:\n" in text and f"deinfer {name} " in text
 
 
 def test_info(tiny_model: Path, lowrank_model: Path) -> None:
@@ -118,13 +134,15 @@ def test_info_agrees_with_the_runtime(lowrank_model: Path) -> None:
     assert model.kv_cache_bytes == 160 * low["kv_bytes_per_token"]
 
 
-def test_info_says_what_is_wrong(tmp_path: Path) -> None:
+def test_info_says_what_is_wrong(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
     write_model(tmp_path, 50, ranks={"model.layers.0.mlp.up_proj": 5})
     config = json.loads((tmp_path / "config.json").read_text())
 
     def problems(**changes: Any) -> str:
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-        report = json.loads(succeed("info", tmp_path, "--json"))
+        report = json.loads(command("info", tmp_path, "--json")[1])
         assert report["supported"] is (not report["problems"])
         return "; ".join(report["problems"])
 
@@ -135,11 +153,11 @@ def test_info_says_what_is_wrong(tmp_path: Path) -> None:
     ranks = {"version": 1, "ranks": {"model.layers.0.mlp.up_proj": 6}}
     assert "is 6, its tensors have 5" in problems(low_rank=ranks)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert "malformed" in fail(1, "info", tmp_path)
+    assert "malformed" in command("info", tmp_path)[2]
     (tmp_path / "model.safetensors").unlink()
-    assert "missing" in fail(1, "info", tmp_path)
+    assert "missing" in command("info", tmp_path)[2]
     (tmp_path / "config.json").write_text("{")
-    assert "not JSON" in fail(1, "info", tmp_path)
+    assert "not JSON" in command("info", tmp_path)[2]
 
 
 def test_generate(tiny_model: Path) -> None:
@@ -197,6 +215,18 @@ def test_chat_goes_on_after_a_question_that_is_too_long(tiny_model: Path) -> Non
     assert "deinfer: error: " in result.stderr and "max_model_len" in result.stderr
 
 
+def test_interrupting_an_answer_keeps_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted:
+        def stream(self, *_: Any, **__: Any) -> Any:
+            sample = deinfer.CompletionOutput(0, "The sky", [3])
+            yield deinfer.RequestOutput(0, None, [1], None, [sample], False)
+            raise KeyboardInterrupt
+
+    answer = chat._answer(Interrupted(), [], deinfer.SamplingParams())  # type: ignore[arg-type]
+    assert answer == "The sky"
+    assert capsys.readouterr().out == "The sky [interrupted]\n"
+
+
 def test_eval(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("The capital of France is Paris. " * 10)
@@ -205,17 +235,18 @@ def test_eval(tiny_model: Path, tmp_path: Path) -> None:
     assert "perplexity" in succeed("eval", tiny_model, *ENGINE, "--text", file, "--window", 32)
 
 
-def test_argument_errors(tiny_model: Path, tmp_path: Path) -> None:
+def test_argument_errors(
+    tiny_model: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    assert "'/nowhere' is not a directory" in fail(2, "info", "/nowhere")
     (tmp_path / "latin").write_bytes(b"\xe9\xe9")
     for text, arguments in (
         ("COMMAND", ()),
         ("'frobnicate'", ("frobnicate",)),
         ("--bogus", ("info", tiny_model, "--bogus")),
-        ("'/nowhere' is not a directory", ("info", "/nowhere")),
         ("no config.json", ("chat", tmp_path)),
         ("'many'", ("generate", tiny_model, "--max-tokens", "many")),
         ("-1", ("generate", tiny_model, "--prompt", "x", "--temperature", "-1")),
-        ("no prompt", ("generate", tiny_model)),
         ("--system needs --chat", ("generate", tiny_model, "--prompt", "x", "--system", "y")),
         ("tpu", ("generate", tiny_model, "--prompt", "x", "--device", "tpu")),
         ("num_threads", ("generate", tiny_model, "--prompt", "x", "--num-threads", "-3")),
@@ -225,7 +256,10 @@ def test_argument_errors(tiny_model: Path, tmp_path: Path) -> None:
         ("exists", ("decompose", tiny_model, tmp_path)),
         ("'magic'", ("decompose", tiny_model, tmp_path / "new", "--method", "magic")),
     ):
-        assert text in fail(2, *arguments)
+        status, output, errors = command(*arguments)
+        assert (status, output, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith("deinfer: error: ") and text in errors
+    assert "no prompt" in fail(2, "generate", tiny_model)
 
 
 def test_failures(tmp_path: Path) -> None:

@@ -205,6 +205,24 @@ def test_load_progress(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls[-1][0] == calls[-1][1] > 0
 
 
+def test_interrupt_while_loading(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deinfer.llm._report_to", lambda bar: report)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(tiny_model, num_threads=1, kv_cache_bytes=1 << 20)
+
+
+def test_a_request_that_can_never_fit(tiny_model: Path) -> None:
+    small = LLM(tiny_model, num_threads=1, num_kv_blocks=4, block_size=16)
+    with pytest.raises(MemoryError, match="prompt 1: .*the pool has 4"):
+        small.generate([[3] * 10, [3] * 100], GREEDY)
+    # Together they need more than there is: they take turns.
+    outputs = small.generate([[3 + i] * 40 for i in range(4)], GREEDY)
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [12] * 4
+
+
 # Sampling parameters
 
 
@@ -523,7 +541,7 @@ def test_closing_a_stream_drops_its_request(llm: LLM) -> None:
     params = SamplingParams(max_tokens=200, ignore_eos=True, n=2)
     stream = llm.stream("The sky", params)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not llm._engine.has_unfinished_requests()
     unused = llm.stream("The sky", params)
     del unused

@@ -26,12 +26,18 @@ struct Range {
   int end;
 };
 
-/// K and V of a tile by groups of 16 positions. A group that no row sees repeats another one.
+/// K and V of a tile by groups of 16 positions, and what to fetch meanwhile: while K is read, the
+/// same places of V, and while V is read, those of the next tile's K. Blocks of 16 positions are too
+/// short for the hardware to find the streams. A group that no row sees repeats another one.
 template <typename T>
 struct KvTile {
   const T* k[kTileGroups];  // [head_dim][16]
   const T* v[kTileGroups];  // [16][head_dim]
+  const T* next_k[kTileGroups];
 };
+
+template <typename T>
+inline constexpr int kVecsPerLine = 64 / (kLanes * static_cast<int>(sizeof(T)));
 
 /// scores[kRows][kKvTile] = q . k of all groups; kVecs of them at a time.
 template <typename T, int kRows>
@@ -47,15 +53,18 @@ template <typename T, int kRows>
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) acc[r][j] = zero();
     }
-    for (int d = 0; d < head_dim; ++d) {
-      Vec keys[kVecs];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) keys[j] = load(k[j] + d * kLanes);
+    const float* element = q;
+    for (int d = 0; d < head_dim; ++d, ++element) {
+      asm volatile("" : "+r"(element));  // or the compiler keeps a pointer per row
+      Vec query[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        Vec query = broadcast(q[r * head_dim + d]);
+      for (int r = 0; r < kRows; ++r) query[r] = broadcast(element[std::ptrdiff_t{r} * head_dim]);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) acc[r][j] = fma(keys[j], query, acc[r][j]);
+      for (int j = 0; j < kVecs; ++j) {
+        __builtin_prefetch(tile.v[group + j] + d * kLanes, 0, 2);
+        Vec keys = load(k[j] + d * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) acc[r][j] = fma(keys, query[r], acc[r][j]);
       }
     }
 #pragma GCC unroll 8
@@ -85,18 +94,19 @@ template <typename T, int kRows, int kVecs, bool kPartial>
   for (int position = range.begin; position < range.end;) {
     int group = position / kLanes;
     int stop = range.end < (group + 1) * kLanes ? range.end : (group + 1) * kLanes;
-    const T* v = tile.v[group] + (position % kLanes) * std::ptrdiff_t{head_dim} + d0;
-    for (; position < stop; ++position, v += head_dim) {
-      Vec values[kVecs];
+    const std::ptrdiff_t offset = (position % kLanes) * std::ptrdiff_t{head_dim} + d0;
+    const T* v = tile.v[group] + offset;
+    const T* next_k = tile.next_k[group] + offset;
+    for (; position < stop; ++position, v += head_dim, next_k += head_dim) {
+      Vec weight[kRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) weight[r] = broadcast(weights[r * kKvTile + position]);
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) {
-        values[j] = kPartial ? load_n(v + j * kLanes, lanes) : load(v + j * kLanes);
-      }
+        if (j % kVecsPerLine<T> == 0) __builtin_prefetch(next_k + j * kLanes, 0, 2);
+        Vec value = kPartial ? load_n(v + j * kLanes, lanes) : load(v + j * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        Vec weight = broadcast(weights[r * kKvTile + position]);
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) acc[r][j] = fma(values[j], weight, acc[r][j]);
+        for (int r = 0; r < kRows; ++r) acc[r][j] = fma(value, weight[r], acc[r][j]);
       }
     }
   }
@@ -178,6 +188,22 @@ struct Rows {
     int end = position + 1 - base;
     return {begin > 0 ? begin : 0, end < kKvTile ? end : kKvTile};
   }
+  bool sees_none(int row, int base) const {
+    Range range = visible(row, base);
+    return range.begin >= range.end;
+  }
+  /// The rows that see some of the tile: those that do not come first or last.
+  Range seeing(int num_rows, int base) const {
+    int begin = 0;
+    int end = num_rows;
+    while (end > 0 && sees_none(end - 1, base)) --end;
+    while (begin < end && sees_none(begin, base)) ++begin;
+    return {begin, end};
+  }
+  /// What the rows [begin, end) of seeing() see together.
+  Range seen(int begin, int end, int base) const {
+    return {visible(begin, base).begin, visible(end - 1, base).end};
+  }
 };
 
 /// One tile for the rows [row, row + kRows), which all see some of it.
@@ -219,26 +245,16 @@ void run_block(int count, const Rows& rows, int row, int base, const KvTile<T>& 
   attend_block<T, kRows>(rows, row, base, tile);
 }
 
-/// Finds the groups of the tile at `base` that hold a position of `range`.
-template <typename T>
-KvTile<T> find_tile(const KvView& kv, int base, Range range) {
-  KvTile<T> tile;
-  int first = range.begin / kLanes;
-  int last = (range.end - 1) / kLanes;
-  for (int group = first; group <= last; ++group) {
-    int position = base + group * kLanes;
-    std::ptrdiff_t offset =
-        kv.block_table[position / kv.block_size] * kv.block_stride +
-        static_cast<std::ptrdiff_t>(position % kv.block_size) * kv.head_dim;
-    tile.k[group] = static_cast<const T*>(kv.k) + offset;
-    tile.v[group] = static_cast<const T*>(kv.v) + offset;
-  }
+/// Calls f(group, K and V's offset in the pool) for the groups of the tile at `base` that hold a
+/// position of `range`, and for the others with the offset of the first of these.
+template <typename F>
+void for_each_group(const KvView& kv, int base, Range range, F f) {
   for (int group = 0; group < kTileGroups; ++group) {
-    if (group >= first && group <= last) continue;
-    tile.k[group] = tile.k[first];
-    tile.v[group] = tile.v[first];
+    bool seen = (group + 1) * kLanes > range.begin && group * kLanes < range.end;
+    int position = base + (seen ? group : range.begin / kLanes) * kLanes;
+    f(group, kv.block_table[position / kv.block_size] * kv.block_stride +
+                 static_cast<std::ptrdiff_t>(position % kv.block_size) * kv.head_dim);
   }
-  return tile;
 }
 
 std::size_t attention_scratch(int rows, int head_dim) {
@@ -262,20 +278,24 @@ void attention_split(const QueryView& query, const KvView& kv, int split, float*
     state.sum[row] = 0.0f;
   }
   Rows rows = {scratch, query.group, query.first_position, query.window, head_dim, state};
-  int row = 0;
   for (int t = 0; t < kSplitTiles; ++t) {
-    int base = split * kKvSplit + t * kKvTile;
-    auto sees_none = [&](int r) {
-      Range range = rows.visible(r, base);
-      return range.begin >= range.end;
-    };
-    int end = num_rows;
-    // Rows whose window ended before this tile come first or last, never in between.
-    while (end > 0 && sees_none(end - 1)) --end;
-    for (row = 0; row < end && sees_none(row);) ++row;
+    const int base = split * kKvSplit + t * kKvTile;
+    auto [row, end] = rows.seeing(num_rows, base);
     if (row >= end) continue;
-    Range seen = {rows.visible(row, base).begin, rows.visible(end - 1, base).end};
-    KvTile<T> tile = find_tile<T>(kv, base, seen);
+    KvTile<T> tile;
+    for_each_group(kv, base, rows.seen(row, end, base), [&](int group, std::ptrdiff_t offset) {
+      tile.k[group] = static_cast<const T*>(kv.k) + offset;
+      tile.v[group] = static_cast<const T*>(kv.v) + offset;
+      tile.next_k[group] = tile.k[group];
+    });
+    const int next = base + kKvTile;
+    auto [next_row, next_end] = rows.seeing(num_rows, next);
+    if (next_row < next_end) {
+      Range seen = rows.seen(next_row, next_end, next);
+      for_each_group(kv, next, seen, [&](int group, std::ptrdiff_t offset) {
+        tile.next_k[group] = static_cast<const T*>(kv.k) + offset;
+      });
+    }
     const int count = end - row;
     const int blocks = (count + kAttentionBlock - 1) / kAttentionBlock;
     for (int block = 0; block < blocks; ++block) {

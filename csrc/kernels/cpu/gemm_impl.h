@@ -10,21 +10,35 @@ namespace {
 
 struct DotF32 {
   using Element = float;
+  using Operand = Vec;
   static constexpr int kElements = 1;  // of k per step
   static constexpr int kMaxTokens = kGemmTokensF32;
-  static constexpr int kOps = 1;  // multiply-adds per step and 16 rows
-  static auto weights(const float* w) { return load(w); }
-  static auto input(const float* x) { return broadcast(*x); }
+  static constexpr int kPhases = 1;  // multiply-adds per step and 16 rows
+  template <int kPhase>
+  static Vec weights(const float* w) {
+    return load(w);
+  }
+  template <int kPhase>
+  static Vec input(const float* x) {
+    return broadcast(*x);
+  }
   static Vec dot(Vec acc, const Vec& w, const Vec& x) { return fma(w, x, acc); }
 };
 
 struct DotBf16 {
   using Element = bf16;
+  using Operand = Pairs;
   static constexpr int kElements = 2;
   static constexpr int kMaxTokens = kGemmTokensBf16;
-  static constexpr int kOps = kPairOps;
-  static auto weights(const bf16* w) { return load_pairs(w); }
-  static auto input(const bf16* x) { return broadcast_pair(x); }
+  static constexpr int kPhases = kPairPhases;
+  template <int kPhase>
+  static Pairs weights(const bf16* w) {
+    return load_pairs<kPhase>(w);
+  }
+  template <int kPhase>
+  static Pairs input(const bf16* x) {
+    return broadcast_pair<kPhase>(x);
+  }
   static Vec dot(Vec acc, const Pairs& w, const Pairs& x) { return pair_dot(acc, w, x); }
 };
 
@@ -47,6 +61,24 @@ struct MicroArgs {
   float* c;
 };
 
+/// One phase of one step; w is at its weights, x at its input of token 0.
+template <typename Dot, int kPhase, int kVecs, int kTokens>
+[[gnu::always_inline]] inline void add_phase(const typename Dot::Element* x, std::ptrdiff_t ldx,
+                                             const typename Dot::Element* w,
+                                             Vec (&acc)[kTokens][kVecs]) {
+  typename Dot::Operand weights[kVecs];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVecs; ++j) {
+    weights[j] = Dot::template weights<kPhase>(w + j * kLanes * Dot::kElements);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+    auto input = Dot::template input<kPhase>(x + i * ldx);
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Dot::dot(acc[i][j], weights[j], input);
+  }
+}
+
 /// kTokens tokens times kVecs * 16 rows over some steps, in registers.
 template <typename Dot, int kVecs, int kTokens, int kPrefetch>
 [[gnu::noinline]] void micro_kernel(const MicroArgs<typename Dot::Element>& args) {
@@ -54,43 +86,41 @@ template <typename Dot, int kVecs, int kTokens, int kPrefetch>
   const auto* w = args.w;
   const char* prefetch = args.prefetch;
   const std::ptrdiff_t ldx = args.ldx;
+  const int steps = args.steps;
+  float* const c = args.c;
   Vec acc[kTokens][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) {
-      acc[i][j] = args.first ? zero() : load(args.c + i * kPanelRows + j * kLanes);
+      acc[i][j] = args.first ? zero() : load(c + i * kPanelRows + j * kLanes);
     }
   }
-  for (int step = 0; step < args.steps; step += kStepUnroll) {
+  for (int step = 0; step < steps; step += kStepUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kStepUnroll; ++u) {
-      // Keeps the loads in address order; reordered ones make the hardware lose the stream.
-      asm volatile("" ::: "memory");
-      decltype(Dot::weights(w)) weights[kVecs];
-#pragma GCC unroll 2
-      for (int j = 0; j < kVecs; ++j) {
-        weights[j] = Dot::weights(w + (u * kVecs + j) * kLanes * Dot::kElements);
-      }
+      // Keeps the loads in address order, as reordered ones make the hardware lose the stream; and
+      // hides x, of which the compiler would else keep an address per token and step.
+      asm volatile("" : "+r"(x) : : "memory");
 #pragma GCC unroll 2
       for (int j = 0; j < kPrefetch; ++j) {
         __builtin_prefetch(prefetch + (u * kPrefetch + j) * kLineBytes, 0, 2);  // to L2
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < kTokens; ++i) {
-        auto input = Dot::input(x + i * ldx + u * Dot::kElements);
-#pragma GCC unroll 2
-        for (int j = 0; j < kVecs; ++j) acc[i][j] = Dot::dot(acc[i][j], weights[j], input);
+      const auto* weights = w + u * kVecs * kLanes * Dot::kElements;
+      add_phase<Dot, 0, kVecs, kTokens>(x, ldx, weights, acc);
+      if constexpr (Dot::kPhases == 2) {
+        asm volatile("" : "+r"(x) : : "memory");  // loads again, as registers are few
+        add_phase<Dot, 1, kVecs, kTokens>(x, ldx, weights, acc);
       }
+      x += Dot::kElements;
     }
-    x += kStepUnroll * Dot::kElements;
     w += kStepUnroll * kVecs * kLanes * Dot::kElements;
     prefetch += kStepUnroll * kPrefetch * kLineBytes;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) store(args.c + i * kPanelRows + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kVecs; ++j) store(c + i * kPanelRows + j * kLanes, acc[i][j]);
   }
 }
 
@@ -126,7 +156,7 @@ void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
       int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
       int lines = 0;
       if (passes == 1) {
-        if (m * Dot::kOps >= kPrefetchMinOps) lines = kVecs;
+        if (m * Dot::kPhases >= kPrefetchMinOps) lines = kVecs;
         args.prefetch = reinterpret_cast<const char*>(args.w) + kPrefetchAhead;
       } else {  // each pass fetches its slice of what is read next
         lines = (kVecs + passes - 1) / passes;

@@ -125,31 +125,28 @@ inline float reduce_max(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 
-struct Pairs {
-  Vec odd;
-  Vec even;
-};
-inline constexpr int kPairOps = 2;
+using Pairs = Vec;
+inline constexpr int kPairPhases = 2;
 
-inline __m256 odd_of(__m256i pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+template <int kPhase>
+inline __m256 elements_of(__m256i pairs) {
+  return _mm256_castsi256_ps(kPhase == 0 ? _mm256_and_si256(pairs, _mm256_set1_epi32(-65536))
+                                         : _mm256_slli_epi32(pairs, 16));
 }
-inline __m256 even_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+template <int kPhase>
 inline Pairs load_pairs(const bf16* p) {
   auto* words = reinterpret_cast<const __m256i*>(p);
-  __m256i lo = _mm256_loadu_si256(words);
-  __m256i hi = _mm256_loadu_si256(words + 1);
-  return {{odd_of(lo), odd_of(hi)}, {even_of(lo), even_of(hi)}};
+  return {elements_of<kPhase>(_mm256_loadu_si256(words)),
+          elements_of<kPhase>(_mm256_loadu_si256(words + 1))};
 }
+template <int kPhase>
 inline Pairs broadcast_pair(const bf16* p) {
   int pair;
   __builtin_memcpy(&pair, p, sizeof pair);
-  __m256i all = _mm256_set1_epi32(pair);
-  return {{odd_of(all), odd_of(all)}, {even_of(all), even_of(all)}};
+  __m256 element = elements_of<kPhase>(_mm256_set1_epi32(pair));
+  return {element, element};
 }
-inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) {
-  return fma(w.even, x.even, fma(w.odd, x.odd, acc));
-}
+inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
 
 }  // namespace
 }  // namespace deinfer::cpu

@@ -16,9 +16,13 @@ inline void store_n(bf16* p, Vec v, int n) {
 }
 
 using Pairs = __m512bh;
-inline constexpr int kPairOps = 1;
+inline constexpr int kPairPhases = 1;
 
-inline Pairs load_pairs(const bf16* p) { return reinterpret_cast<Pairs>(_mm512_loadu_si512(p)); }
+template <int kPhase>
+inline Pairs load_pairs(const bf16* p) {
+  return reinterpret_cast<Pairs>(_mm512_loadu_si512(p));
+}
+template <int kPhase>
 inline Pairs broadcast_pair(const bf16* p) {
   int pair;
   __builtin_memcpy(&pair, p, sizeof pair);

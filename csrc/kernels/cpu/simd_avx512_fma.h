@@ -24,25 +24,25 @@ inline void store_n(bf16* p, Vec v, int n) {
   _mm256_mask_storeu_epi16(p, lanes_below(n), narrow(v));
 }
 
-struct Pairs {
-  Vec odd;
-  Vec even;
-};
-inline constexpr int kPairOps = 2;
+using Pairs = Vec;
+inline constexpr int kPairPhases = 2;
 
-inline Pairs split_pairs(__m512i pairs) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536))),
-          _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+template <int kPhase>
+inline Pairs elements_of(__m512i pairs) {
+  return _mm512_castsi512_ps(kPhase == 0 ? _mm512_and_si512(pairs, _mm512_set1_epi32(-65536))
+                                         : _mm512_slli_epi32(pairs, 16));
 }
-inline Pairs load_pairs(const bf16* p) { return split_pairs(_mm512_loadu_si512(p)); }
+template <int kPhase>
+inline Pairs load_pairs(const bf16* p) {
+  return elements_of<kPhase>(_mm512_loadu_si512(p));
+}
+template <int kPhase>
 inline Pairs broadcast_pair(const bf16* p) {
   int pair;
   __builtin_memcpy(&pair, p, sizeof pair);
-  return split_pairs(_mm512_set1_epi32(pair));
+  return elements_of<kPhase>(_mm512_set1_epi32(pair));
 }
-inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) {
-  return fma(w.even, x.even, fma(w.odd, x.odd, acc));
-}
+inline Vec pair_dot(Vec acc, Pairs w, Pairs x) { return fma(w, x, acc); }
 
 }  // namespace
 }  // namespace deinfer::cpu

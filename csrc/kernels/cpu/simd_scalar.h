@@ -125,22 +125,20 @@ inline float reduce_max(Vec v) {
   return v.lane[0];
 }
 
-/// 16 pairs of bf16, as floats: weights of 16 rows, or one pair of inputs in every lane.
-struct Pairs {
-  Vec odd;
-  Vec even;
-};
-inline constexpr int kPairOps = 2;  // multiply-adds per pair_dot
+/// 16 pairs of bf16: weights of 16 rows, or one pair of inputs in every lane. Without an instruction
+/// for pairs they are multiplied in two phases, first the odd elements, then the even ones.
+using Pairs = Vec;
+inline constexpr int kPairPhases = 2;
 
+template <int kPhase>
 inline Pairs load_pairs(const bf16* p) {
-  return {make_vec([=](int i) { return widen(p[2 * i + 1]); }),
-          make_vec([=](int i) { return widen(p[2 * i]); })};
+  return make_vec([=](int i) { return widen(p[2 * i + 1 - kPhase]); });
 }
-inline Pairs broadcast_pair(const bf16* p) { return {broadcast(widen(p[1])), broadcast(widen(p[0]))}; }
-/// acc + the products of both elements, in the order of vdpbf16ps.
-inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) {
-  return fma(w.even, x.even, fma(w.odd, x.odd, acc));
+template <int kPhase>
+inline Pairs broadcast_pair(const bf16* p) {
+  return broadcast(widen(p[1 - kPhase]));
 }
+inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
 
 }  // namespace
 }  // namespace deinfer::cpu

@@ -73,7 +73,12 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError(f"--keep {options.keep} is not in (0, 1]")
     if options.destination.exists() and not options.overwrite:
         raise UsageError(f"DESTINATION {str(options.destination)!r} exists; see --overwrite")
-    from deinfer.decompose import METHODS, decompose_model
+    try:
+        from deinfer.decompose import METHODS, decompose_model
+    except ImportError as error:
+        raise RuntimeError(
+            f"decompose needs {error.name}: pip install deinfer[decompose]"
+        ) from error
 
     if options.method not in METHODS:
         raise UsageError(f"--method {options.method!r} is not one of {', '.join(METHODS)}")

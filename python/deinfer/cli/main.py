@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from deinfer import __version__
 from deinfer.cli import chat, decompose, evaluate, generate, info
-from deinfer.cli.options import Parser, UsageError
+from deinfer.cli.options import Parser, UsageError, quiet_transformers
 
 _EPILOG = """\
 examples:
@@ -54,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a failure, 2 for a bad argument, 130 when interrupted.
     """
-    # Checkpoints are local directories; a typo must not become a request to a model hub.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it, too
+    quiet_transformers()
     debug = os.environ.get("DEINFER_DEBUG", "") not in ("", "0")
     try:
         options = build_parser().parse_args(arguments)
