@@ -77,8 +77,8 @@ void EngineConfig::validate() const {
                  "\" is unknown; use \"auto\", \"float32\" or \"bfloat16\"");
   check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
                  tensor_parallel_size);
-  check_argument(num_threads >= 0 && num_threads <= 1024,
-                 "num_threads must be in [0, 1024], got ", num_threads);
+  check_argument(num_threads >= 0 && num_threads <= 1024, "num_threads must be in [0, 1024], got ",
+                 num_threads);
   check_argument(max_model_len >= 0, "max_model_len must be at least 0, got ", max_model_len);
   check_argument(max_num_seqs >= 1, "max_num_seqs must be at least 1, got ", max_num_seqs);
   check_argument(max_num_batched_tokens >= 1 && max_num_batched_tokens <= 1 << 20,
@@ -116,8 +116,8 @@ struct Engine::Impl {
   // Shared with submit() and abort(); guarded by the mutex.
   mutable std::mutex mutex;
   std::vector<std::unique_ptr<Request>> inbox;
-  std::vector<std::pair<RequestId, int>> aborts;            // (request, sample)
-  std::unordered_map<RequestId, std::vector<bool>> alive;   // samples that have not ended
+  std::vector<std::pair<RequestId, int>> aborts;           // (request, sample)
+  std::unordered_map<RequestId, std::vector<bool>> alive;  // samples that have not ended
   RequestId next_request = 0;
   EngineStats counters;
   std::exception_ptr failure;
@@ -127,8 +127,8 @@ struct Engine::Impl {
   std::unordered_map<SequenceId, std::pair<Request*, int>> owners;
   SequenceId next_sequence = 0;
   Batch batch;
-  std::vector<RowTarget> targets;        // per logit row
-  std::vector<SampleResult> results;     // per sampled row
+  std::vector<RowTarget> targets;     // per logit row
+  std::vector<SampleResult> results;  // per sampled row
   std::vector<SampledToken> sampled;
   std::map<RequestId, RequestOutput> outputs;
 };
@@ -139,9 +139,9 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   check_argument(std::filesystem::is_directory(config.model), "model=\"", config.model,
                  "\" is not a directory");
   model = read_model_config(config.model);
-  check_argument(config.max_model_len <= model.max_position_embeddings, "max_model_len=",
-                 config.max_model_len, " exceeds the model's max_position_embeddings=",
-                 model.max_position_embeddings);
+  check_argument(config.max_model_len <= model.max_position_embeddings,
+                 "max_model_len=", config.max_model_len,
+                 " exceeds the model's max_position_embeddings=", model.max_position_embeddings);
   max_model_len = config.max_model_len > 0 ? config.max_model_len : model.max_position_embeddings;
   plan = make_plan(config.tensor_parallel_plan, config.tensor_parallel_size);
   int threads = config.num_threads > 0
@@ -158,8 +158,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler_config.block_size = config.block_size;
   scheduler_config.num_blocks = static_cast<int>(blocks);
   scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
-  scheduler =
-      std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
+  scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
   for (int i = 0; i < threads; ++i) samplers.emplace_back(worker->kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks};
 
@@ -191,8 +190,8 @@ RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingPa
   RequestId id = next_request++;
   // Spread the default seeds: neighbouring requests must not share random streams.
   std::uint64_t seed = config.seed * 0x9e3779b97f4a7c15u + id;
-  inbox.push_back(std::make_unique<Request>(id, prompt, params, model.eos_token_ids, seed,
-                                            max_model_len));
+  inbox.push_back(
+      std::make_unique<Request>(id, prompt, params, model.eos_token_ids, seed, max_model_len));
   alive[id].assign(static_cast<std::size_t>(params.n), true);
   return id;
 }

@@ -57,8 +57,7 @@ Sequence Request::make_sequence(int index, SequenceId id, std::int64_t now_us) c
   return sequence;
 }
 
-void Request::take_prompt_row(int position, const float* logits, int vocab_size,
-                              Sampler& sampler) {
+void Request::take_prompt_row(int position, const float* logits, int vocab_size, Sampler& sampler) {
   auto row = static_cast<std::size_t>(position);
   auto width = static_cast<std::size_t>(vocab_size);
   if (params_.prompt_logits) {

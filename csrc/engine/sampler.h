@@ -57,7 +57,7 @@ class Sampler {
   const cpu::KernelTable& kernels_;
   int vocab_size_;
   std::vector<Candidate> candidates_;
-  std::vector<float> raw_;  // [vocab] logits before penalties
+  std::vector<float> raw_;            // [vocab] logits before penalties
   std::vector<std::int32_t> counts_;  // [vocab] occurrences; zero between calls
 };
 

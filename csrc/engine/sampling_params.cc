@@ -27,14 +27,14 @@ void SamplingParams::validate() const {
   check_range("min_p", min_p, min_p >= 0 && min_p <= 1, "in [0, 1]");
   check_range("repetition_penalty", repetition_penalty, repetition_penalty > 0,
               "a finite number > 0");
-  check_range("presence_penalty", presence_penalty,
-              presence_penalty >= -2 && presence_penalty <= 2, "in [-2, 2]");
+  check_range("presence_penalty", presence_penalty, presence_penalty >= -2 && presence_penalty <= 2,
+              "in [-2, 2]");
   check_range("frequency_penalty", frequency_penalty,
               frequency_penalty >= -2 && frequency_penalty <= 2, "in [-2, 2]");
   check_argument(!logprobs || *logprobs >= 0, "logprobs must be at least 0, got ",
                  logprobs.value_or(0));
-  check_argument(!prompt_logprobs || *prompt_logprobs >= 0, "prompt_logprobs must be at least 0, got ",
-                 prompt_logprobs.value_or(0));
+  check_argument(!prompt_logprobs || *prompt_logprobs >= 0,
+                 "prompt_logprobs must be at least 0, got ", prompt_logprobs.value_or(0));
 }
 
 }  // namespace deinfer

@@ -14,9 +14,9 @@ DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
 
 }  // namespace
 
-Worker::Worker(const EngineConfig& config, const ModelConfig& model,
-               const TensorParallelPlan& plan, std::unique_ptr<Communicator> communicator,
-               int threads, int max_model_len, const LoadProgress& progress)
+Worker::Worker(const EngineConfig& config, const ModelConfig& model, const TensorParallelPlan& plan,
+               std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+               const LoadProgress& progress)
     : block_size_(config.block_size),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),

@@ -23,8 +23,8 @@ class Worker {
   /// Sizes the KV cache; call it once before execute().
   void allocate_kv_cache(std::int64_t num_blocks);
 
-  /// Receives logits[count, vocab] of the batch's logit rows first .. first + count. Called on every
-  /// thread of the team; may overwrite the logits of its own share of the rows.
+  /// Receives logits[count, vocab] of the batch's logit rows first .. first + count. Called on
+  /// every thread of the team; may overwrite the logits of its own share of the rows.
   using LogitsConsumer =
       std::function<void(TeamMember& member, int first, int count, float* logits)>;
 

@@ -2,6 +2,7 @@
 
 #include <cctype>
 #include <fstream>
+#include <functional>
 #include <ios>
 #include <set>
 #include <system_error>
@@ -13,6 +14,7 @@ namespace deinfer::io {
 namespace {
 
 constexpr std::uintmax_t kMaxFileBytes = 100'000'000;
+constexpr int kMaxDepth = 64;
 constexpr std::size_t kMaxReasonLength = 300;
 
 /// The parser's messages quote what it read: any length, any bytes.
@@ -24,13 +26,17 @@ std::string printable(std::string_view reason) {
   return text;
 }
 
-/// A parser callback that throws when an object has a key twice.
-class DuplicateKeyCheck {
+/// A parser callback that throws at what the parser itself lets pass.
+class Checks {
  public:
-  explicit DuplicateKeyCheck(const std::string& origin) : origin_(origin) {}
+  Checks(const std::string& origin, DuplicateKeys duplicates)
+      : origin_(origin), duplicates_(duplicates) {}
 
-  bool operator()(nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
+  bool operator()(int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
     using Event = nlohmann::json::parse_event_t;
+    // Parsing uses no recursion, but writing a value out does.
+    check_argument(depth <= kMaxDepth, origin_, ": nested deeper than ", kMaxDepth, " levels");
+    if (duplicates_ == DuplicateKeys::kKeepLast) return true;
     if (event == Event::object_start) {
       open_objects_.emplace_back();
     } else if (event == Event::object_end) {
@@ -45,6 +51,7 @@ class DuplicateKeyCheck {
 
  private:
   const std::string& origin_;
+  const DuplicateKeys duplicates_;
   std::vector<std::set<std::string>> open_objects_;
 };
 
@@ -53,13 +60,8 @@ class DuplicateKeyCheck {
 nlohmann::json parse_json(std::string_view text, const std::string& origin,
                           DuplicateKeys duplicates) {
   try {
-    if (duplicates == DuplicateKeys::kKeepLast) {
-      return nlohmann::json::parse(text.begin(), text.end());
-    }
-    DuplicateKeyCheck check(origin);
-    return nlohmann::json::parse(text.begin(), text.end(),
-                                 [&check](int, nlohmann::json::parse_event_t event,
-                                          nlohmann::json& parsed) { return check(event, parsed); });
+    Checks checks(origin, duplicates);
+    return nlohmann::json::parse(text.begin(), text.end(), std::ref(checks));
   } catch (const nlohmann::json::exception& e) {
     fail(ErrorCode::kInvalidArgument, origin, ": invalid JSON: ", printable(e.what()));
   }

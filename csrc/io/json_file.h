@@ -12,8 +12,8 @@ namespace deinfer::io {
 /// the last value; in a table of weights it can only be a mistake or an attack.
 enum class DuplicateKeys { kKeepLast, kReject };
 
-/// Parses one JSON value; nothing but white space may follow it. Throws Error(kInvalidArgument)
-/// "origin: ..." with the position of the mistake.
+/// Parses one JSON value, nested at most 64 deep; nothing but white space may follow it. Throws
+/// Error(kInvalidArgument) "origin: ..." with the position of the mistake.
 nlohmann::json parse_json(std::string_view text, const std::string& origin,
                           DuplicateKeys duplicates = DuplicateKeys::kKeepLast);
 

@@ -37,10 +37,15 @@ std::string find_pickles(const std::filesystem::path& directory) {
 }
 
 /// A shard is a plain file name: nothing in an index may reach outside of its directory.
-void check_shard_name(const std::string& name, const std::string& origin) {
+const std::string& shard_name(const nlohmann::json& shard, const std::string& origin) {
+  check_argument(shard.is_string(), origin, ": shard ", shard.dump(-1, ' ', true),
+                 " is not a string");
+  const auto& name = shard.get_ref<const std::string&>();
   const bool plain = name.find('/') == std::string::npos && name.find('\0') == std::string::npos &&
                      name.size() > kSuffix.size() && std::string_view(name).ends_with(kSuffix);
-  check_argument(plain, origin, ": shard '", name, "' is not the name of a .safetensors file");
+  check_argument(plain, origin, ": shard ", shard.dump(-1, ' ', true),
+                 " is not the name of a .safetensors file");
+  return name;
 }
 
 DType float_dtype(const TensorInfo& info) {
@@ -103,14 +108,12 @@ void WeightSource::open_index(const std::filesystem::path& index_path) {
       origin, ": no weight_map object");
   std::map<std::string, const SafetensorsFile*> shards;
   for (const auto& [name, shard] : index.at("weight_map").items()) {
-    check_argument(shard.is_string(), origin, ": weight_map['", name, "'] is not a string");
-    const auto& shard_name = shard.get_ref<const std::string&>();
-    check_shard_name(shard_name, origin);
-    const SafetensorsFile*& file = shards[shard_name];
+    const std::string& file_name = shard_name(shard, origin);
+    const SafetensorsFile*& file = shards[file_name];
     if (file == nullptr) {
-      check_argument(file_exists(directory_ / shard_name), origin, ": shard ", shard_name,
+      check_argument(file_exists(directory_ / file_name), origin, ": shard ", file_name,
                      " is missing");
-      files_.push_back(std::make_unique<SafetensorsFile>(directory_ / shard_name));
+      files_.push_back(std::make_unique<SafetensorsFile>(directory_ / file_name));
       file = files_.back().get();
     }
     const auto found = file->tensors().find(name);

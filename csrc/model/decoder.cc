@@ -47,8 +47,8 @@ DecoderLayer load_layer(const ModelConfig& config, const std::string& prefix,
   layer.key = loader.linear(attention + "k_proj", LinearRole::kKey, kv_size, hidden,
                             rotary_row_map(config.num_kv_heads, config.head_dim));
   layer.value = loader.linear(attention + "v_proj", LinearRole::kValue, kv_size, hidden);
-  layer.output = loader.linear(attention + "o_proj", LinearRole::kAttentionOutput, hidden,
-                               query_size);
+  layer.output =
+      loader.linear(attention + "o_proj", LinearRole::kAttentionOutput, hidden, query_size);
   layer.mlp_norm = loader.vector(prefix + "post_attention_layernorm.weight", hidden);
   layer.gate =
       loader.linear(mlp + "gate_proj", LinearRole::kGate, config.intermediate_size, hidden);
@@ -79,8 +79,7 @@ DecoderWeights load_decoder(const ModelConfig& config, DType dtype, WeightLoader
   cpu::PackedMatrix embedding =
       loader.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
   for (int i = 0; i < config.num_layers; ++i) {
-    weights.layers.push_back(
-        load_layer(config, "model.layers." + std::to_string(i) + ".", loader));
+    weights.layers.push_back(load_layer(config, "model.layers." + std::to_string(i) + ".", loader));
   }
   weights.final_norm = loader.vector("model.norm.weight", config.hidden_size);
   if (config.tie_word_embeddings) {
@@ -157,8 +156,7 @@ void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer)
   rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size, layer.mlp_norm.data(),
            config_.rms_norm_eps, normed_.view());
   lowrank_gated_mlp(ctx, m, normed_.view(), layer.gate, layer.up, z_.view(), gated_.view());
-  lowrank_linear_add(ctx, m, gated_.view(), layer.down, z_.view(), residual(),
-                     config_.hidden_size);
+  lowrank_linear_add(ctx, m, gated_.view(), layer.down, z_.view(), residual(), config_.hidden_size);
 }
 
 void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out) {

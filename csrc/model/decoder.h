@@ -74,10 +74,10 @@ class Decoder {
   DecoderWeights weights_;
   Rope rope_;
   AttentionSchedule attention_;
-  int angle_cols_;      // head_dim / 2, padded to 16
-  Buffer cos_, sin_;    // [max_tokens, angle_cols]
-  Buffer residual_;     // [max_tokens, hidden] fp32
-  Buffer query_;        // [max_tokens, heads, head_dim] fp32
+  int angle_cols_;    // head_dim / 2, padded to 16
+  Buffer cos_, sin_;  // [max_tokens, angle_cols]
+  Buffer residual_;   // [max_tokens, hidden] fp32
+  Buffer query_;      // [max_tokens, heads, head_dim] fp32
   ActivationBuffer normed_, attended_, gated_, z_;
 };
 

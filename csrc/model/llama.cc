@@ -22,8 +22,8 @@ ModelConfig parse_llama(const nlohmann::json& config) {
   check_argument(model.num_heads % model.num_kv_heads == 0,
                  "config.json: num_attention_heads=", model.num_heads,
                  " is not a multiple of num_key_value_heads=", model.num_kv_heads);
-  check_argument(model.head_dim % 2 == 0 && model.head_dim > 0, "config.json: head_dim=",
-                 model.head_dim, " must be even");
+  check_argument(model.head_dim % 2 == 0 && model.head_dim > 0,
+                 "config.json: head_dim=", model.head_dim, " must be even");
   check_argument(model.num_heads / model.num_kv_heads <= 64, "config.json: ", model.num_heads,
                  " heads on ", model.num_kv_heads, " kv heads: at most 64 heads may share one");
   std::string activation = json_string(config, "hidden_act", "silu");

@@ -16,8 +16,8 @@ int choose_panel_rows(int n, int threads) {
 
 TensorView part_of(const TensorView& whole, Range rows, Range cols) {
   TensorView part = whole;
-  part.data = whole.row(rows.begin) +
-              static_cast<std::size_t>(cols.begin) * dtype_size(whole.dtype);
+  part.data =
+      whole.row(rows.begin) + static_cast<std::size_t>(cols.begin) * dtype_size(whole.dtype);
   part.rows = rows.size();
   part.cols = cols.size();
   return part;
@@ -60,10 +60,8 @@ cpu::PackedMatrix WeightLoader::pack(const std::string& tensor, int n, int k, Ra
   TensorView whole = source_.matrix(tensor, n, k);
   TensorView part = part_of(whole, rows, cols);
   int packed_rows = row_map.empty() ? rows.size() : static_cast<int>(row_map.size());
-  int panel_rows = row_map.empty() ? choose_panel_rows(packed_rows, team_.size())
-                                   : cpu::kPanelRows;
-  cpu::PackedMatrix packed =
-      cpu::allocate_packed(dtype_, packed_rows, cols.size(), panel_rows);
+  int panel_rows = row_map.empty() ? choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
+  cpu::PackedMatrix packed = cpu::allocate_packed(dtype_, packed_rows, cols.size(), panel_rows);
   team_.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
     cpu::pack_rows(part, row_map, first, last, packed);
@@ -141,8 +139,8 @@ void WeightLoader::check_all_used() const {
   for (const std::string& name : source_.names()) {
     bool derived = name.ends_with("rotary_emb.inv_freq") ||
                    (config_.tie_word_embeddings && name == "lm_head.weight");
-    check_argument(derived || used_.contains(name), "unexpected tensor ", name,
-                   ": a ", config_.model_type, " model has no such weight");
+    check_argument(derived || used_.contains(name), "unexpected tensor ", name, ": a ",
+                   config_.model_type, " model has no such weight");
   }
 }
 

@@ -95,13 +95,13 @@ RopeConfig read_rope_config(const json& config, int max_position_embeddings) {
     if (!object.is_object()) bad_field(config, key, "an object");
     rope.type = json_string(object, "rope_type", json_string(object, "type", "default").c_str());
     rope.theta = json_number(object, "rope_theta", rope.theta);
-    rope.original_max_position = json_int(object, "original_max_position_embeddings", 1,
-                                          max_position_embeddings);
-    rope.factor = json_number(
-        object, "factor",
-        rope.type == "yarn" || rope.type == "longrope"
-            ? static_cast<double>(max_position_embeddings) / rope.original_max_position
-            : 1.0);
+    rope.original_max_position =
+        json_int(object, "original_max_position_embeddings", 1, max_position_embeddings);
+    rope.factor =
+        json_number(object, "factor",
+                    rope.type == "yarn" || rope.type == "longrope"
+                        ? static_cast<double>(max_position_embeddings) / rope.original_max_position
+                        : 1.0);
     rope.low_freq_factor = json_number(object, "low_freq_factor", rope.low_freq_factor);
     rope.high_freq_factor = json_number(object, "high_freq_factor", rope.high_freq_factor);
     rope.beta_fast = json_number(object, "beta_fast", rope.beta_fast);

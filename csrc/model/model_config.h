@@ -25,7 +25,7 @@ struct ModelConfig {
   float rms_norm_eps = 1e-6f;
   bool tie_word_embeddings = false;
   RopeConfig rope;
-  std::vector<TokenId> eos_token_ids;       // of config.json and generation_config.json
+  std::vector<TokenId> eos_token_ids;        // of config.json and generation_config.json
   std::map<std::string, int> lowrank_ranks;  // module name -> rank, from the low_rank object
 };
 

@@ -22,8 +22,8 @@ void scale_llama3(const RopeConfig& config, std::vector<double>& frequencies) {
   double context = config.original_max_position;
   for (double& frequency : frequencies) {
     double turns = context * frequency / (2 * std::numbers::pi);
-    double smooth = (turns - config.low_freq_factor) /
-                    (config.high_freq_factor - config.low_freq_factor);
+    double smooth =
+        (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor);
     smooth = std::clamp(smooth, 0.0, 1.0);
     frequency = (1 - smooth) * frequency / config.factor + smooth * frequency;
   }

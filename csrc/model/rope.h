@@ -12,15 +12,15 @@ struct RopeConfig {
   std::string type = "default";  // default, linear, dynamic, llama3, yarn, longrope
   double theta = 10000.0;
   double factor = 1.0;
-  double low_freq_factor = 1.0;    // llama3
-  double high_freq_factor = 4.0;   // llama3
-  int original_max_position = 0;   // llama3, yarn, longrope
-  std::optional<double> attention_factor;  // yarn, longrope
-  double beta_fast = 32.0;         // yarn
-  double beta_slow = 1.0;          // yarn
-  double mscale = 0.0;             // yarn
-  double mscale_all_dim = 0.0;     // yarn
-  bool truncate = true;            // yarn
+  double low_freq_factor = 1.0;                   // llama3
+  double high_freq_factor = 4.0;                  // llama3
+  int original_max_position = 0;                  // llama3, yarn, longrope
+  std::optional<double> attention_factor;         // yarn, longrope
+  double beta_fast = 32.0;                        // yarn
+  double beta_slow = 1.0;                         // yarn
+  double mscale = 0.0;                            // yarn
+  double mscale_all_dim = 0.0;                    // yarn
+  bool truncate = true;                           // yarn
   std::vector<double> short_factor, long_factor;  // longrope, [head_dim / 2]
 };
 

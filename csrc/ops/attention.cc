@@ -32,9 +32,9 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, int num_thread
       tokens_per_unit_(std::clamp(cpu::kMaxAttentionRows / shape.group(), 1, kUnitTokens)),
       state_floats_(state_floats(shape)),
       partial_capacity_(static_cast<int>(kPartialBytes / (state_floats_ * sizeof(float)))),
-      partials_(num_threads > 1 ? static_cast<std::size_t>(partial_capacity_) * state_floats_ *
-                                      sizeof(float)
-                                : 0) {}
+      partials_(num_threads > 1
+                    ? static_cast<std::size_t>(partial_capacity_) * state_floats_ * sizeof(float)
+                    : 0) {}
 
 cpu::AttentionState AttentionSchedule::state_at(float* memory) const {
   constexpr std::size_t kRows = cpu::kMaxAttentionRows;
@@ -103,8 +103,8 @@ void AttentionSchedule::run_task(ExecutionContext& ctx, const Task& task, const 
   const Unit& unit = units_[static_cast<std::size_t>(task.unit)];
   const BatchSequence& sequence = batch.sequences[static_cast<std::size_t>(unit.sequence)];
   cpu::QueryView query;
-  query.q = q + (sequence.first_row + unit.token) * ldq +
-            unit.kv_head * shape_.group() * shape_.head_dim;
+  query.q =
+      q + (sequence.first_row + unit.token) * ldq + unit.kv_head * shape_.group() * shape_.head_dim;
   query.token_stride = ldq;
   query.tokens = unit.tokens;
   query.group = shape_.group();
@@ -151,9 +151,8 @@ void AttentionSchedule::run(ExecutionContext& ctx, const Batch& batch, const flo
     float* base = partials_.as<float>() + static_cast<std::size_t>(unit.partial) * state_floats_;
     cpu::AttentionState total = state_at(base);
     for (int split = 1; split < unit.num_splits; ++split) {
-      ctx.kernels.attention_merge(
-          state_at(base + static_cast<std::size_t>(split) * state_floats_), rows_of(unit),
-          shape_.head_dim, total);
+      ctx.kernels.attention_merge(state_at(base + static_cast<std::size_t>(split) * state_floats_),
+                                  rows_of(unit), shape_.head_dim, total);
     }
     finish(ctx, unit, batch, total, out);
   }

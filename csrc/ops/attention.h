@@ -13,7 +13,7 @@ struct AttentionShape {
   int heads = 0;
   int kv_heads = 0;  // divides heads; the heads of a group share K and V
   int head_dim = 0;
-  int window = 0;    // positions a token sees, itself included; 0 means all
+  int window = 0;  // positions a token sees, itself included; 0 means all
   float scale = 1.0f;
 
   int group() const { return heads / kv_heads; }

@@ -20,8 +20,8 @@ struct Activations {
 
   Activations rows_from(int row) const { return columns_from(row * ld); }
   Activations columns_from(std::ptrdiff_t col) const {
-    auto* bytes = static_cast<std::byte*>(data) +
-                  static_cast<std::ptrdiff_t>(dtype_size(dtype)) * col;
+    auto* bytes =
+        static_cast<std::byte*>(data) + static_cast<std::ptrdiff_t>(dtype_size(dtype)) * col;
     return {bytes, dtype, ld};
   }
   float* f32() const { return static_cast<float*>(data); }

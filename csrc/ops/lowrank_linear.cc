@@ -47,13 +47,13 @@ const void* panel_after(const cpu::PackedMatrix& matrix, int panel) {
 void run_panel(ExecutionContext& ctx, const Job& job, int row, int m, int panel) {
   auto* tile = ctx.scratch.tile_a.as<float>();
   float* second = nullptr;
-  const void* next = job.second != nullptr ? job.second->panel(panel)
-                                           : panel_after(*job.matrix, panel);
+  const void* next =
+      job.second != nullptr ? job.second->panel(panel) : panel_after(*job.matrix, panel);
   multiply(ctx.kernels, *job.matrix, job.x, row, m, panel, next, tile);
   if (job.second != nullptr) {
     second = ctx.scratch.tile_b.as<float>();
-    multiply(ctx.kernels, *job.second, job.second_x, row, m, panel,
-             panel_after(*job.matrix, panel), second);
+    multiply(ctx.kernels, *job.second, job.second_x, row, m, panel, panel_after(*job.matrix, panel),
+             second);
   }
   job.epilogue->apply(ctx.kernels, tile, second, row, m, panel * job.matrix->panel_rows,
                       job.matrix->rows_of(panel));
@@ -274,8 +274,7 @@ class JobList {
     }
   }
 
-  void add_pair(const LowRankLinear& first, const LowRankLinear& second,
-                const Epilogue& epilogue) {
+  void add_pair(const LowRankLinear& first, const LowRankLinear& second, const Epilogue& epilogue) {
     Activations first_x = first.is_low_rank() ? add_v(first) : x_;
     Activations second_x = second.is_low_rank() ? add_v(second) : x_;
     Job job{&first.output_factor(), first_x, &epilogue, &second.output_factor(), second_x};

@@ -57,7 +57,7 @@ struct RotaryAngles {
 struct QkvOutput {
   float* q = nullptr;  // [m, heads, head_dim], rotated
   std::ptrdiff_t ldq = 0;
-  KvLayer kv;          // k (rotated) and v are written to the tokens' slots
+  KvLayer kv;                     // k (rotated) and v are written to the tokens' slots
   std::span<const KvSlot> slots;  // [m]
   RotaryAngles angles;
 };

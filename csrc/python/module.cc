@@ -132,10 +132,9 @@ void bind_outputs(py::module_& m) {
       .def_readonly("index", &SequenceOutput::index)
       .def_readonly("new_token_ids", &SequenceOutput::new_token_ids)
       .def_readonly("logprobs", &SequenceOutput::logprobs)
-      .def_property_readonly("finish_reason",
-                             [](const SequenceOutput& output) {
-                               return finish_reason_name(output.finish_reason);
-                             })
+      .def_property_readonly(
+          "finish_reason",
+          [](const SequenceOutput& output) { return finish_reason_name(output.finish_reason); })
       .def_readonly("stop_token_id", &SequenceOutput::stop_token_id);
   py::class_<RequestOutput>(m, "RequestOutput")
       .def_readonly("request_id", &RequestOutput::request_id)
@@ -145,8 +144,8 @@ void bind_outputs(py::module_& m) {
       .def_property_readonly("prompt_logits", [](const RequestOutput& output) -> py::object {
         if (output.prompt_logits.empty()) return py::none();
         return py::array_t<float>(
-            {output.prompt_length, static_cast<int>(output.prompt_logits.size()) /
-                                       output.prompt_length},
+            {output.prompt_length,
+             static_cast<int>(output.prompt_logits.size()) / output.prompt_length},
             output.prompt_logits.data());
       });
   py::class_<ModelInfo>(m, "ModelInfo")

@@ -13,17 +13,17 @@ std::uint64_t mix(std::uint64_t hash, std::uint64_t value) {
   return hash ^ (hash >> 32);
 }
 
-std::uint64_t content_hash(std::uint64_t parent, std::span<const TokenId> tokens) {
-  std::uint64_t hash = mix(0, parent);
-  for (const TokenId token : tokens) hash = mix(hash, static_cast<std::uint32_t>(token));
-  return hash;
-}
-
 void require(bool ok, const char* what, std::int32_t block) {
   if (!ok) fail(ErrorCode::kInternal, "block manager: ", what, " (block ", block, ")");
 }
 
 }  // namespace
+
+std::uint64_t block_hash(std::uint64_t parent, std::span<const TokenId> tokens) {
+  std::uint64_t hash = mix(0, parent);
+  for (const TokenId token : tokens) hash = mix(hash, static_cast<std::uint32_t>(token));
+  return hash;
+}
 
 BlockManager::BlockManager(int num_blocks, int block_size, bool enable_prefix_caching)
     : num_blocks_(num_blocks),
@@ -48,7 +48,7 @@ void BlockManager::match_prefix(const Sequence& sequence, PrefixMatch& match) co
   const auto limit = static_cast<std::size_t>((sequence.length() - 1) / block_size_);
   for (std::size_t i = 0; i < limit; ++i) {
     const std::span<const TokenId> tokens = block_tokens(sequence, i);
-    const std::int32_t block = find(match.node, tokens, content_hash(match.node, tokens));
+    const std::int32_t block = find(match.node, tokens, block_hash(match.node, tokens));
     if (block == kNone) return;
     match.blocks.push_back(block);
     match.node = at(block).node;
@@ -82,7 +82,7 @@ void BlockManager::register_computed(Sequence& sequence, int num_tokens) {
        ++sequence.num_registered) {
     const auto index = static_cast<std::size_t>(sequence.num_registered);
     const std::span<const TokenId> tokens = block_tokens(sequence, index);
-    const std::uint64_t hash = content_hash(sequence.prefix_node, tokens);
+    const std::uint64_t hash = block_hash(sequence.prefix_node, tokens);
     std::int32_t block = find(sequence.prefix_node, tokens, hash);
     if (block ==
         kNone) {  // else another sequence computed the same: its block stays the shared one

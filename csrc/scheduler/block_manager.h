@@ -10,6 +10,9 @@
 
 namespace deinfer {
 
+/// Hash of a block's tokens and its parent node. Fast, and not hard to make collide on purpose.
+std::uint64_t block_hash(std::uint64_t parent, std::span<const TokenId> tokens);
+
 /// Hands out the blocks of the KV pool by number; it never sees their memory.
 ///
 /// A block is used (one or more sequences hold it), cached (nobody holds it, but its content is

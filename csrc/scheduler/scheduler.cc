@@ -38,7 +38,6 @@ void SchedulerConfig::validate() const {
 
 Scheduler::Scheduler(const SchedulerConfig& config, std::unique_ptr<SchedulingPolicy> policy)
     : config_(validated(config)),
-      seats_(std::min(config.max_num_seqs, config.max_num_batched_tokens)),
       watermark_blocks_(static_cast<std::int64_t>(std::ceil(config.watermark * config.num_blocks))),
       policy_(std::move(policy)),
       blocks_(config.num_blocks, config.block_size, config.enable_prefix_caching) {
@@ -190,7 +189,7 @@ void Scheduler::preempt(Sequence& sequence) {
 void Scheduler::plan_waiting() {
   pledged_blocks_ = 0;
   for (const Sequence* sequence : running_) pledged_blocks_ += missing_blocks(*sequence);
-  while (budget_ > 0 && static_cast<int>(running_.size()) < seats_) {
+  while (budget_ > 0 && static_cast<int>(running_.size()) < config_.max_num_seqs) {
     Sequence* sequence = policy_->next(context(running_));
     if (sequence == nullptr || !try_admit(*sequence)) return;
   }
@@ -278,7 +277,7 @@ void Scheduler::retire(Sequence& sequence) {
 }
 
 SchedulingContext Scheduler::context(std::span<Sequence* const> running) const {
-  return {now_us_, running, seats_, blocks_.num_available()};
+  return {now_us_, running, config_.max_num_seqs, blocks_.num_available()};
 }
 
 const Sequence* Scheduler::find(SequenceId id) const {

@@ -15,8 +15,7 @@
 namespace deinfer {
 
 struct SchedulerConfig {
-  int max_num_seqs = 256;            // running sequences; max_num_batched_tokens also limits them,
-                                     // so that each can compute a token in every step
+  int max_num_seqs = 256;            // running sequences
   int max_num_batched_tokens = 512;  // computed tokens per step
   int block_size = 16;               // tokens per KV block
   int num_blocks = 0;                // in the pool
@@ -68,10 +67,12 @@ struct SchedulerStats {
 /// thread; no clock, no random numbers, no device.
 ///
 /// A step serves the running sequences first: single tokens (decodes), then prefill chunks in order
-/// of admission with what is left of the token budget; then it admits waiting ones. When blocks run
-/// out a running sequence is preempted: it keeps its tokens, loses its KV and waits with its old
-/// arrival. The running sequence that comes first by priority and arrival is never preempted for
-/// another, so that one always gets done.
+/// of admission with what is left of the token budget; then it admits waiting ones. Since admission
+/// spends only what all the running ones left over, these are never more than the budget has
+/// tokens, and so neither decodes nor prefills starve. When blocks run out a running sequence is
+/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. The running
+/// sequence that comes first by priority and arrival is never preempted for another, so that one
+/// always gets done.
 class Scheduler {
  public:
   /// Throws Error(kInvalidArgument) for a bad configuration.
@@ -114,7 +115,6 @@ class Scheduler {
   SchedulingContext context(std::span<Sequence* const> running) const;
 
   const SchedulerConfig config_;
-  const int seats_;
   const std::int64_t watermark_blocks_;
   std::unique_ptr<SchedulingPolicy> policy_;
   BlockManager blocks_;

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "deinfer/error.h"
@@ -147,6 +149,33 @@ TEST(BlockManager, AMatchIsNeverBuiltOnAnEvictedParent) {
   blocks.match_prefix(b, match);
   EXPECT_TRUE(match.blocks.empty());
   blocks.check_invariants(std::vector<const Sequence*>{&b, &filler});
+}
+
+TEST(BlockManager, ComparesTokensAndNotOnlyHashes) {
+  // Two first tokens whose hashes agree in the upper half; the second tokens cancel the lower half.
+  Sequence a;
+  Sequence b;
+  std::map<std::uint64_t, TokenId> by_upper_half;
+  for (TokenId token = 0; b.tokens.empty(); ++token) {
+    ASSERT_LT(token, 10'000'000);
+    const std::uint64_t hash = block_hash(0, std::span(&token, 1));
+    const auto [other, is_new] = by_upper_half.emplace(hash >> 32, token);
+    if (is_new) continue;
+    const std::uint64_t difference = hash ^ block_hash(0, std::span(&other->second, 1));
+    a.tokens = {other->second, 0, 5};
+    b.tokens = {token, static_cast<TokenId>(difference), 5};
+  }
+  ASSERT_EQ(block_hash(0, std::span(a.tokens).first(2)),
+            block_hash(0, std::span(b.tokens).first(2)))
+      << "the hash has changed: find another way to a collision";
+  BlockManager blocks(8, 2, true);
+  EXPECT_EQ(compute_all(blocks, a), 0);
+  EXPECT_EQ(compute_all(blocks, b), 0);
+  Sequence again = Sequence(b);
+  again.block_table.clear();
+  EXPECT_EQ(compute_all(blocks, again), 2);
+  EXPECT_EQ(again.block_table[0], b.block_table[0]);
+  blocks.check_invariants(std::vector<const Sequence*>{&a, &b, &again});
 }
 
 TEST(BlockManager, RejectsABadPool) {

@@ -133,12 +133,12 @@ TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
       int threads, seats, budget, block_size, blocks;
       bool prefix_caching, trickle;
     };
-    for (const Trial& trial : {Trial{1, 64, 512, 16, 38, false, false},  // preempts
-                               Trial{2, 64, 33, 16, 38, true, true},     // preempts and shares
-                               Trial{3, 7, 100, 32, 20, true, false},
-                               Trial{2, 2, 5, 16, 64, true, false},
-                               Trial{1, 64, 1, 16, 200, true, true},     // token by token
-                               Trial{2, 64, 512, 64, 64, false, true}}) {
+    for (const Trial& trial :
+         {Trial{1, 64, 512, 16, 38, false, false},  // preempts
+          Trial{2, 64, 33, 16, 38, true, true},     // preempts and shares
+          Trial{3, 7, 100, 32, 20, true, false}, Trial{2, 2, 5, 16, 64, true, false},
+          Trial{1, 64, 1, 16, 200, true, true},  // token by token
+          Trial{2, 64, 512, 64, 64, false, true}}) {
       EngineConfig config;
       config.model = model.path();
       config.num_threads = trial.threads;

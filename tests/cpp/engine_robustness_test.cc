@@ -108,8 +108,7 @@ TEST(EngineRobustness, RejectsBadConfigurationsByValue) {
   expect_error(kBad, "lottery", with([](auto& c) { c.scheduling_policy = "lottery"; }));
   expect_error(kBad, "1000", with([](auto& c) { c.max_model_len = 1000; }));
   expect_error(kBad, "max_num_seqs", with([](auto& c) { c.max_num_seqs = 0; }));
-  expect_error(kBad, "max_num_batched_tokens",
-               with([](auto& c) { c.max_num_batched_tokens = 0; }));
+  expect_error(kBad, "max_num_batched_tokens", with([](auto& c) { c.max_num_batched_tokens = 0; }));
   expect_error(kBad, "10 is less than one KV block", with([](auto& c) {
                  c.num_kv_blocks = 0;
                  c.kv_cache_bytes = 10;

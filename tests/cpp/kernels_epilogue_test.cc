@@ -115,8 +115,8 @@ TEST_P(EpilogueTest, SiluMul) {
 }
 
 TEST_P(EpilogueTest, SiluOfExtremeValues) {
-  std::vector<float> x = {0.0f,  -0.0f, 1e-30f, -1e-30f, 20.0f,  -20.0f, 80.0f,  -80.0f,
-                          90.0f, -90.0f, 1e4f,  -1e4f,   3e38f, -3e38f, kInf,   kNan};
+  std::vector<float> x = {0.0f,  -0.0f,  1e-30f, -1e-30f, 20.0f, -20.0f, 80.0f, -80.0f,
+                          90.0f, -90.0f, 1e4f,   -1e4f,   3e38f, -3e38f, kInf,  kNan};
   Aligned<float> gate(32, 0.0f);
   Aligned<float> up(32, 1.0f);
   std::copy(x.begin(), x.end(), gate.data());
@@ -198,8 +198,8 @@ TEST_P(EpilogueTest, CacheWrites) {
 
 TEST_P(EpilogueTest, RoundsToBf16LikeTheLibrary) {
   Aligned<float> c(32);
-  std::vector<float> special = {1.00390625f, 1.01171875f, -1.0039064f, kInf, -kInf, 3.4e38f,
-                                -0.0f,       1e-30f};
+  std::vector<float> special = {1.00390625f, 1.01171875f, -1.0039064f, kInf,
+                                -kInf,       3.4e38f,     -0.0f,       1e-30f};
   std::copy(special.begin(), special.end(), c.data());
   for (std::size_t j = special.size(); j < 32; ++j) c[j] = random_.normal();
   c[31] = kNan;

@@ -17,9 +17,8 @@ half to_half(int value) {
   if (value == 0) return {0};
   std::uint32_t u = std::bit_cast<std::uint32_t>(static_cast<float>(value) / 64.0f);
   auto exponent = static_cast<std::int32_t>((u >> 23) & 0xff) - 112;
-  return {static_cast<std::uint16_t>(((u >> 16) & 0x8000u) |
-                                     (static_cast<std::uint32_t>(exponent) << 10) |
-                                     ((u >> 13) & 0x3ffu))};
+  return {static_cast<std::uint16_t>(
+      ((u >> 16) & 0x8000u) | (static_cast<std::uint32_t>(exponent) << 10) | ((u >> 13) & 0x3ffu))};
 }
 
 /// A source matrix with a row stride, whose elements are exact in all types.
@@ -85,7 +84,8 @@ TEST_P(PackingTest, RoundTrip) {
         }
         if (i >= n) continue;
         packed.read_row(i, row.data());
-        for (int j = 0; j < k; ++j) ASSERT_EQ(row[static_cast<std::size_t>(j)], Source::value(i, j));
+        for (int j = 0; j < k; ++j)
+          ASSERT_EQ(row[static_cast<std::size_t>(j)], Source::value(i, j));
       }
     }
   }
@@ -110,17 +110,17 @@ TEST_P(PackingTest, RowMap) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Types, PackingTest,
-    testing::Values(std::pair{DType::kFloat32, DType::kFloat32},
-                    std::pair{DType::kFloat32, DType::kBFloat16},
-                    std::pair{DType::kBFloat16, DType::kBFloat16},
-                    std::pair{DType::kBFloat16, DType::kFloat32},
-                    std::pair{DType::kFloat16, DType::kFloat32},
-                    std::pair{DType::kFloat16, DType::kBFloat16}),
-    [](const auto& test) {
-      return std::string(dtype_name(test.param.first)) + "_to_" + dtype_name(test.param.second);
-    });
+INSTANTIATE_TEST_SUITE_P(Types, PackingTest,
+                         testing::Values(std::pair{DType::kFloat32, DType::kFloat32},
+                                         std::pair{DType::kFloat32, DType::kBFloat16},
+                                         std::pair{DType::kBFloat16, DType::kBFloat16},
+                                         std::pair{DType::kBFloat16, DType::kFloat32},
+                                         std::pair{DType::kFloat16, DType::kFloat32},
+                                         std::pair{DType::kFloat16, DType::kBFloat16}),
+                         [](const auto& test) {
+                           return std::string(dtype_name(test.param.first)) + "_to_" +
+                                  dtype_name(test.param.second);
+                         });
 
 TEST(Packing, LastPanelOf16Rows) {
   cpu::PackedMatrix packed = cpu::allocate_packed(DType::kBFloat16, 33, 8, 32);

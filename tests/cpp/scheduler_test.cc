@@ -131,7 +131,7 @@ TEST(Scheduler, ChunkLimitLetsAShortPromptPassALongOne) {
 
 TEST(Scheduler, EveryRunningSequenceDecodesInEveryStep) {
   SchedulerConfig config = small_config();
-  config.max_num_batched_tokens = 3;  // below max_num_seqs: limits the seats too
+  config.max_num_batched_tokens = 3;  // below max_num_seqs
   Scheduler scheduler(config, make_policy("fcfs"));
   for (SequenceId id = 1; id <= 6; ++id) scheduler.add(distinct(id, 1, 5));
   for (int step = 0; step < 5; ++step) {
@@ -307,30 +307,29 @@ TEST(Scheduler, PreemptionKeepsTokensAndPlaceAndSparesTheOldest) {
 }
 
 TEST(Scheduler, ReadmissionNeedsMoreRoomThanAdmission) {
-  // After the preemption, 2 would fit into the free blocks, yet waits while 1 grows.
   SchedulerConfig config = small_config();
   config.block_size = 1;
-  config.num_blocks = 40;
+  config.num_blocks = 60;
   config.enable_prefix_caching = false;
   Scheduler scheduler(config, make_policy("fcfs"));
-  scheduler.add(distinct(1, 10, 30));
-  scheduler.add(distinct(2, 10, 30));
-  scheduler.add(distinct(3, 5, 1));
-  int preempted_at = -1;
-  int lone_steps = 0;
-  for (int step = 0; scheduler.has_unfinished(); ++step) {
+  // With 20 tokens each the pool is full and 3 gives way. At the end of 2 there is room for 3
+  // again, but not for long beside the growing 1: it would be preempted once more.
+  scheduler.add(distinct(1, 10, 46));
+  scheduler.add(distinct(2, 10, 16));
+  scheduler.add(distinct(3, 10, 46));
+  Ids preempted;
+  bool had_room = false;
+  while (scheduler.has_unfinished()) {
     const ScheduledBatch& batch = scheduler.schedule(0);
-    if (!batch.preempted.empty()) {
-      EXPECT_EQ(preempted_at, -1) << "preempted twice";
-      preempted_at = step;
-    } else if (preempted_at >= 0 && batch.items.size() == 1 && tokens_of(batch, 1) == 1) {
-      ++lone_steps;
-    }
+    preempted.insert(preempted.end(), batch.preempted.begin(), batch.preempted.end());
     answer(scheduler, batch);
+    const Sequence* third = scheduler.find(3);
+    if (third != nullptr && third->state == SequenceState::kWaiting && scheduler.find(1)) {
+      had_room |= scheduler.stats().free_blocks > third->length();
+    }
   }
-  EXPECT_GE(preempted_at, 0);
-  EXPECT_GE(lone_steps, 10);
-  EXPECT_EQ(scheduler.stats().num_preemptions, 1);
+  EXPECT_EQ(preempted, (Ids{3})) << "the latest, and once";
+  EXPECT_TRUE(had_room);
 }
 
 TEST(Scheduler, HigherPriorityTakesBlocksFromLower) {

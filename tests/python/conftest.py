@@ -73,7 +73,12 @@ def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) ->
 
 
 def write_model(
-    path: Path, vocab_size: int, *, ranks: dict[str, int] | None = None, seed: int = 0
+    path: Path,
+    vocab_size: int,
+    *,
+    ranks: dict[str, int] | None = None,
+    max_position_embeddings: int = 256,
+    seed: int = 0,
 ) -> None:
     """Write a random fp32 Llama; modules in `ranks` are stored as factors."""
     from safetensors.numpy import save_file
@@ -118,7 +123,7 @@ def write_model(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": vocab_size,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": max_position_embeddings,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -133,7 +138,8 @@ def write_model(
             "base_model_type": "llama",
             "method": "two_sided",
             "keep_ratio": 0.8,
-            "rank_multiple": 1,
+            "rank_multiple": 16,
+            "calibration": {"source": "self-sampled", "tokens": 0, "seed": 0},
             "ranks": ranks,
         }
     path.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deinfer
 import pytest
 from conftest import write_model, write_tokenizer
+from deinfer import demo
 from deinfer.cli import chat, main
 
 ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
@@ -307,3 +309,30 @@ def test_decompose(tiny_model: Path, tmp_path: Path) -> None:
     assert info["supported"] and info["decomposed_matrices"] == 14
     assert info["ranks"] == report["ranks"]
     succeed("generate", destination, *ENGINE, "--prompt", "The sky", "--max-tokens", 3)
+
+
+def test_demo_with_models_of_an_earlier_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setattr(demo, "LLM", partial(deinfer.LLM, num_threads=1))
+    monkeypatch.setattr(demo, "measure_speed", partial(deinfer.measure_speed, rounds=1))
+    ranks = {"model.layers.0.mlp.up_proj": 16}
+    for name, own in (("", None), ("-keep0.8", ranks)):
+        path = tmp_path / f"smollm2-135m-instruct{name}"
+        size = write_tokenizer(path)
+        write_model(path, size, ranks=own, max_position_embeddings=1024)
+    assert demo.main(["--build-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 90 for line in lines if "|" in line)
+    assert sum(line.startswith("Q: ") for line in lines) == 3
+    assert any(line.startswith("perplexity (held-out)") for line in lines)
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["keep"] == 0.8 and report["seconds"] > 0
+    for side in ("dense", "decomposed"):
+        assert len(report[side]["answers"]) == 3
+        assert all(report[side][key] > 0 for key in report[side] if key != "answers")
+    assert report["decomposed"]["parameters"] < report["dense"]["parameters"]
+    # Another keep, or other settings, means another model.
+    assert demo._is_decomposed(path, 0.8)
+    assert not demo._is_decomposed(path, 0.7) and not demo._is_decomposed(tmp_path, 0.8)

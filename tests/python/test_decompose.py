@@ -434,11 +434,11 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.seeds: list[int] = []
 
-    def chat(self, conversations: list[Any], params: list[Any]) -> list[Any]:
+    def chat(self, conversations: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
         """Answer with as many tokens as the prompt has words."""
-        return self.generate([c[0]["content"] for c in conversations], params)
+        return self.generate([c[0]["content"] for c in conversations], params, use_tqdm)
 
-    def generate(self, prompts: list[str], params: list[Any]) -> list[Any]:
+    def generate(self, prompts: list[str], params: list[Any], use_tqdm: bool) -> list[Any]:
         """Return vLLM-shaped outputs."""
         from types import SimpleNamespace as Box
 
@@ -451,7 +451,8 @@ class FakeRuntime:
 
 def test_runtime_sampler_mixes_chat_and_plain_text() -> None:
     sampler = RuntimeSampler.__new__(RuntimeSampler)
-    sampler._llm, sampler._params, sampler._seed, sampler._max_tokens = FakeRuntime(), dict, 5, 8
+    sampler._llm, sampler._params, sampler._seed = FakeRuntime(), dict, 5
+    sampler._max_tokens, sampler._progress = 8, False
     calibration = sample_calibration(sampler, 600)
     assert 0.9 * 600 <= calibration.tokens <= 600
     assert calibration.source == "self-sampled"

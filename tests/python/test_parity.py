@@ -12,6 +12,7 @@ from checkpoints import write_llama
 from deinfer import LLM, SamplingParams
 from deinfer._C import supported_isas
 from deinfer.decompose.reference import load_reference
+from oracle import reference_logits, relative_error
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA3 = {
@@ -72,16 +73,6 @@ CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
 def random_tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
     rng = np.random.default_rng(seed)
     return [int(t) for t in rng.integers(3, vocabulary, count)]
-
-
-def reference_logits(path: Path, tokens: list[int], dtype: torch.dtype) -> np.ndarray:
-    with torch.no_grad():
-        logits = load_reference(path, dtype)(torch.tensor([tokens])).logits[0]
-    return np.asarray(logits.double().numpy())
-
-
-def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def load(path: Path, **options: Any) -> LLM:

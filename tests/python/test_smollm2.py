@@ -12,9 +12,14 @@ import pytest
 import torch
 from deinfer import LLM, SamplingParams
 from deinfer.decompose import load_reference
-from deinfer.decompose.checkpoint import Factors, linear_names, read_config, read_tensors
-from deinfer.decompose.checkpoint import write_checkpoint
-from test_parity import relative_error
+from deinfer.decompose.checkpoint import (
+    Factors,
+    linear_names,
+    read_config,
+    read_tensors,
+    write_checkpoint,
+)
+from oracle import relative_error
 from transformers import AutoTokenizer
 
 MODEL = Path(__file__).resolve().parents[2] / "build" / "smollm2-135m-instruct"

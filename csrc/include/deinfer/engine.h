@@ -18,11 +18,11 @@ namespace deinfer {
 using RequestId = std::uint64_t;
 
 struct EngineConfig {
-  std::string model;                 // directory: config.json and *.safetensors
-  std::string device = "cpu";        // "cpu"; "cuda" once the CUDA engine lands
-  std::string dtype = "auto";        // "float32", "bfloat16"; auto: bfloat16 for bf16 checkpoints,
-                                     // else float32 (so that no weight loses bits)
-  int tensor_parallel_size = 1;      // rank threads in this process
+  std::string model;             // directory: config.json and *.safetensors
+  std::string device = "cpu";    // "cpu"; "cuda" once the CUDA engine lands
+  std::string dtype = "auto";    // "float32", "bfloat16"; auto: bfloat16 for bf16 checkpoints,
+                                 // else float32 (so that no weight loses bits)
+  int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
   int num_threads = 0;               // CPU threads per rank; 0: the available cores / ranks
   int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
@@ -33,7 +33,7 @@ struct EngineConfig {
   std::uint64_t kv_cache_bytes = 0;  // 0: a quarter of the memory available after loading
   std::string scheduling_policy = "fcfs";
   bool enable_prefix_caching = true;
-  std::uint64_t seed = 0;            // base of the seeds of requests that bring none
+  std::uint64_t seed = 0;  // base of the seeds of requests that bring none
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;
@@ -43,11 +43,11 @@ enum class FinishReason : std::uint8_t { kNone, kStop, kLength, kAbort };
 
 /// What one sample of a request gained in a step.
 struct SequenceOutput {
-  int index = 0;                                     // of the sample, [0, n)
-  std::vector<TokenId> new_token_ids;                // since the previous step
-  std::vector<std::vector<TokenLogprob>> logprobs;   // one list per new token, chosen token first
+  int index = 0;                                    // of the sample, [0, n)
+  std::vector<TokenId> new_token_ids;               // since the previous step
+  std::vector<std::vector<TokenLogprob>> logprobs;  // one list per new token, chosen token first
   FinishReason finish_reason = FinishReason::kNone;
-  std::optional<TokenId> stop_token_id;              // the token that ended it (kStop)
+  std::optional<TokenId> stop_token_id;  // the token that ended it (kStop)
 };
 
 /// One request's progress in a step.
@@ -63,7 +63,7 @@ struct RequestOutput {
 
 /// What was loaded.
 struct ModelInfo {
-  std::string architecture;         // model_type of config.json
+  std::string architecture;  // model_type of config.json
   std::string dtype;
   std::string isa;
   int num_layers = 0;
@@ -71,24 +71,24 @@ struct ModelInfo {
   int vocab_size = 0;
   int max_model_len = 0;
   int num_threads = 0;
-  std::uint64_t parameters = 0;     // of the checkpoint as it is run, tied weights once
-  std::uint64_t weight_bytes = 0;   // resident, padding included
+  std::uint64_t parameters = 0;    // of the checkpoint as it is run, tied weights once
+  std::uint64_t weight_bytes = 0;  // resident, padding included
   std::uint64_t kv_cache_bytes = 0;
   std::int64_t num_kv_blocks = 0;
   int lowrank_matrices = 0;
-  int dense_matrices = 0;           // decomposable matrices that stayed dense
+  int dense_matrices = 0;  // decomposable matrices that stayed dense
 };
 
 /// Counters of a running engine.
 struct EngineStats {
   int num_waiting = 0;
   int num_running = 0;
-  std::int64_t free_kv_blocks = 0;      // cached blocks that can be evicted count as free
+  std::int64_t free_kv_blocks = 0;  // cached blocks that can be evicted count as free
   std::int64_t num_steps = 0;
   std::int64_t num_preemptions = 0;
   std::int64_t recomputed_tokens = 0;
   std::int64_t prefix_hit_tokens = 0;
-  std::int64_t prompt_tokens = 0;       // computed
+  std::int64_t prompt_tokens = 0;  // computed
   std::int64_t generated_tokens = 0;
 };
 

@@ -24,7 +24,8 @@ constexpr const char* dtype_name(DType dtype) {
   return "unknown";
 }
 
-/// A borrowed matrix data[rows, cols], row stride in elements. Never owns, never outlives its owner.
+/// A borrowed matrix data[rows, cols], row stride in elements. Never owns, never outlives its
+/// owner.
 struct TensorView {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;

@@ -27,8 +27,8 @@ struct Range {
 };
 
 /// K and V of a tile by groups of 16 positions, and what to fetch meanwhile: while K is read, the
-/// same places of V, and while V is read, those of the next tile's K. Blocks of 16 positions are too
-/// short for the hardware to find the streams. A group that no row sees repeats another one.
+/// same places of V, and while V is read, those of the next tile's K. Blocks of 16 positions are
+/// too short for the hardware to find the streams. A group that no row sees repeats another one.
 template <typename T>
 struct KvTile {
   const T* k[kTileGroups];  // [head_dim][16]
@@ -339,8 +339,7 @@ void attention_finish(const AttentionState& state, int tokens, int group, int he
                       std::ptrdiff_t token_stride) {
   for (int row = 0; row < tokens * group; ++row) {
     const float* source = state.output + std::ptrdiff_t{row} * head_dim;
-    Out* target =
-        out + row / group * token_stride + std::ptrdiff_t{row % group} * head_dim;
+    Out* target = out + row / group * token_stride + std::ptrdiff_t{row % group} * head_dim;
     Vec sum = broadcast(state.sum[row]);
     for_each_chunk(head_dim, [&](int d, int count) {
       store_some(target + d, div(load_some(source + d, count), sum), count);

@@ -1,8 +1,8 @@
 // Tokens times one panel of packed weights. Include a simd_*.h before.
 //
-// A step is one vector of weights per 16 rows, 64 bytes: one k of fp32 or a pair of k of bf16. Every
-// output is one accumulator that takes the steps in ascending order, whatever m, the pass or the
-// chunk, so its bits depend on its own inputs only.
+// A step is one vector of weights per 16 rows, 64 bytes: one k of fp32 or a pair of k of bf16.
+// Every output is one accumulator that takes the steps in ascending order, whatever m, the pass or
+// the chunk, so its bits depend on its own inputs only.
 #pragma once
 
 namespace deinfer::cpu {
@@ -148,8 +148,8 @@ void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
     args.w = panel + std::ptrdiff_t{step} * kVecs * kLanes * Dot::kElements;
     args.steps = steps - step < chunk ? steps - step : chunk;
     args.first = step == 0;
-    const auto* after = reinterpret_cast<const char*>(
-        args.w + std::ptrdiff_t{args.steps} * kVecs * kLanes * Dot::kElements);
+    const auto* after = reinterpret_cast<const char*>(args.w + std::ptrdiff_t{args.steps} * kVecs *
+                                                                   kLanes * Dot::kElements);
     if (step + args.steps == steps) after = static_cast<const char*>(next);
     for (int pass = 0; pass < passes; ++pass) {
       int token = static_cast<int>(std::int64_t{m} * pass / passes);

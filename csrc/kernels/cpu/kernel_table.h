@@ -5,7 +5,8 @@
 // the call (batch invariance): one accumulator per output over all of k, fixed tiles of KV
 // positions, explicit fused multiply-adds only (built with -ffp-contract=off).
 //
-// Packed weights. W[n, k] is stored as panels of 32 (or 16) consecutive rows, one contiguous stream:
+// Packed weights. W[n, k] is stored as panels of 32 (or 16) consecutive rows, one contiguous
+// stream:
 //   bf16: [panel][k_pad/2][rows][2]     fp32: [panel][k_pad][rows]
 // n is padded to 16 and k to 8 with zeros (kernels/cpu/packing.h).
 //
@@ -87,9 +88,8 @@ struct KernelTable {
   /// out = silu(gate + gate_bias) * (up + up_bias); gate and up are tiles. out is not an alias.
   void (*silu_mul_f32)(const float* gate, const float* up, int m, int cols, const float* gate_bias,
                        const float* up_bias, float* out, std::ptrdiff_t ldo);
-  void (*silu_mul_bf16)(const float* gate, const float* up, int m, int cols,
-                        const float* gate_bias, const float* up_bias, bf16* out,
-                        std::ptrdiff_t ldo);
+  void (*silu_mul_bf16)(const float* gate, const float* up, int m, int cols, const float* gate_bias,
+                        const float* up_bias, bf16* out, std::ptrdiff_t ldo);
   /// Rotates the pairs (c[i, j], c[i, 16 + j]) of a tile in place, j in [0, 16):
   /// (a, b) -> (a cos - b sin, b cos + a sin) with cos, sin [m, 16] rows ld apart. bias[32] is
   /// added before (may be null).
@@ -106,7 +106,8 @@ struct KernelTable {
   void (*write_v_bf16)(const float* values, int cols, int d0, int head_dim, int offset,
                        void* block);
 
-  // --- attention -----------------------------------------------------------------------------------
+  // --- attention
+  // -----------------------------------------------------------------------------------
   /// Floats of scratch (64-byte aligned) that attention_split needs for `rows` rows.
   std::size_t (*attention_scratch)(int rows, int head_dim);
   /// The state of all rows over the KV positions [split * kKvSplit, (split + 1) * kKvSplit): each
@@ -124,7 +125,8 @@ struct KernelTable {
   void (*attention_finish_bf16)(const AttentionState& state, int tokens, int group, int head_dim,
                                 bf16* out, std::ptrdiff_t token_stride);
 
-  // --- rows ----------------------------------------------------------------------------------------
+  // --- rows
+  // ----------------------------------------------------------------------------------------
   /// out[j] = x[j] / sqrt(mean(x^2) + eps) * gain[j] for one row of n.
   void (*rms_norm_f32)(const float* x, const float* gain, int n, float eps, float* out);
   void (*rms_norm_bf16)(const float* x, const float* gain, int n, float eps, bf16* out);

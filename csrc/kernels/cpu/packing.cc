@@ -36,8 +36,8 @@ void pack_row(const Source* source, int k, int row, int rows, int step, Target* 
 template <typename Target>
 void pack_row(const TensorView& source, std::int64_t source_row, int first, int count, int row,
               int rows, int step, Target* panel) {
-  const std::byte* data = source.row(source_row) + static_cast<std::size_t>(first) *
-                                                       dtype_size(source.dtype);
+  const std::byte* data =
+      source.row(source_row) + static_cast<std::size_t>(first) * dtype_size(source.dtype);
   panel += std::ptrdiff_t{first} * rows;
   switch (source.dtype) {
     case DType::kFloat32:

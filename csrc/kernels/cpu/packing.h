@@ -21,8 +21,8 @@ struct PackedMatrix {
 
   bool empty() const { return n == 0; }
   int num_panels() const { return (n_pad + panel_rows - 1) / panel_rows; }
-  int rows_of(int panel) const;          // 16 or 32
-  const void* panel(int panel) const;    // its first byte
+  int rows_of(int panel) const;        // 16 or 32
+  const void* panel(int panel) const;  // its first byte
   std::size_t bytes() const { return data.size(); }
   /// out[k] = row `row` (packed order) as fp32, for embedding look-ups.
   void read_row(int row, float* out) const;

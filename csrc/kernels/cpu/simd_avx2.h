@@ -92,8 +92,7 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(
 
 inline __m256 exponent_from_bits(__m256 v, std::uint32_t bias) {
   __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
-  return _mm256_castsi256_ps(
-      _mm256_add_epi32(shifted, _mm256_set1_epi32(static_cast<int>(bias))));
+  return _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(static_cast<int>(bias))));
 }
 inline Vec exponent_from_bits(Vec v, std::uint32_t bias) {
   return {exponent_from_bits(v.lo, bias), exponent_from_bits(v.hi, bias)};

@@ -56,8 +56,7 @@ inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 
 inline Vec exponent_from_bits(Vec v, std::uint32_t bias) {
   __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(shifted, _mm512_set1_epi32(static_cast<int>(bias))));
+  return _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(static_cast<int>(bias))));
 }
 
 inline Vec keep_range(Vec v, int begin, int end, float other) {

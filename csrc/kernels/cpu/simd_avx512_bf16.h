@@ -8,9 +8,7 @@ namespace deinfer::cpu {
 namespace {
 
 inline __m256i narrow(Vec v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
-inline void store(bf16* p, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
-}
+inline void store(bf16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 inline void store_n(bf16* p, Vec v, int n) {
   _mm256_mask_storeu_epi16(p, lanes_below(n), narrow(v));
 }

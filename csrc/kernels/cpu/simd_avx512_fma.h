@@ -14,12 +14,9 @@ inline __m256i narrow(Vec v) {
   __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
   __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, quiet));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, quiet));
 }
-inline void store(bf16* p, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
-}
+inline void store(bf16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 inline void store_n(bf16* p, Vec v, int n) {
   _mm256_mask_storeu_epi16(p, lanes_below(n), narrow(v));
 }

@@ -125,8 +125,9 @@ inline float reduce_max(Vec v) {
   return v.lane[0];
 }
 
-/// 16 pairs of bf16: weights of 16 rows, or one pair of inputs in every lane. Without an instruction
-/// for pairs they are multiplied in two phases, first the odd elements, then the even ones.
+/// 16 pairs of bf16: weights of 16 rows, or one pair of inputs in every lane. Without an
+/// instruction for pairs they are multiplied in two phases, first the odd elements, then the even
+/// ones.
 using Pairs = Vec;
 inline constexpr int kPairPhases = 2;
 

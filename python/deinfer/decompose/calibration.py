@@ -18,6 +18,7 @@ Sampler = Callable[[list[str]], list[list[int]]]
 
 SEQUENCE_TOKENS = 512
 ANSWER_TOKENS = 256
+_TYPICAL_TOKENS = 200  # of a prompt and its answer, to guess how many are needed
 _PLAIN_SHARE = 0.5  # of the tokens; plain prose needs its share or its perplexity suffers
 
 
@@ -57,34 +58,45 @@ class RuntimeSampler:
         model: Checkpoint directory of the dense model.
         seed: Seed of the first prompt; each further prompt and call gets another one.
         max_tokens: Longest answer.
+        progress: Show progress bars.
     """
 
-    def __init__(self, model: Path, *, seed: int = 0, max_tokens: int = ANSWER_TOKENS) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        seed: int = 0,
+        max_tokens: int = ANSWER_TOKENS,
+        progress: bool = False,
+    ) -> None:
         """Load the model."""
         import deinfer
 
         # The package exports LLM lazily, which a type checker cannot see from here.
         runtime: Any = deinfer
-        self._llm = runtime.LLM(str(model))
+        self._llm = runtime.LLM(str(model), use_tqdm_on_load=progress)
         self._params = runtime.SamplingParams
         self._seed = seed
         self._max_tokens = max_tokens
+        self._progress = progress
 
     def __call__(self, prompts: list[str]) -> list[list[int]]:
         """Answer user prompts; see `Sampler`."""
         conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return self._tokens(self._llm.chat(conversations, self._sampling(len(prompts), 0.7)))
+        params = self._sampling(len(prompts), [(0.7, 1.0), (1.0, 0.9)])
+        return self._tokens(self._llm.chat(conversations, params, use_tqdm=self._progress))
 
     def continue_text(self, openers: list[str]) -> list[list[int]]:
         """Continue plain text; see `PlainSampler`."""
-        return self._tokens(self._llm.generate(openers, self._sampling(len(openers), 0.8)))
+        params = self._sampling(len(openers), [(1.0, 1.0)])
+        return self._tokens(self._llm.generate(openers, params, use_tqdm=self._progress))
 
-    def _sampling(self, count: int, temperature: float) -> list[Any]:
-        # Every other answer is hotter but cut at top_p: more varied, still fluent.
+    def _sampling(self, count: int, kinds: list[tuple[float, float]]) -> list[Any]:
+        """Parameters for `count` requests that take turns at (temperature, top_p)."""
         params = [
             self._params(
-                temperature=temperature if i % 2 == 0 else 1.0,
-                top_p=1.0 if i % 2 == 0 else 0.9,
+                temperature=kinds[i % len(kinds)][0],
+                top_p=kinds[i % len(kinds)][1],
                 max_tokens=self._max_tokens,
                 seed=self._seed + i,
             )
@@ -178,12 +190,14 @@ def _sample(sampler: Sampler, file: str, tokens: int, seed: int) -> list[list[in
     kept: list[list[int]] = []
     rest = tokens
     while rest >= 2:
-        answers = sampler(list(prompts))
-        if len(answers) != len(prompts):
-            raise ValueError(f"the sampler gave {len(answers)} answers to {len(prompts)} prompts")
+        batch = prompts[: max(8, rest // _TYPICAL_TOKENS)]
+        prompts = prompts[len(batch) :] + batch
+        answers = sampler(batch)
+        if len(answers) != len(batch):
+            raise ValueError(f"the sampler gave {len(answers)} answers to {len(batch)} prompts")
         usable = [a[:SEQUENCE_TOKENS] for a in answers if len(a) >= 2]
         if not usable:
-            raise ValueError(f"the sampler gave no answer of 2 tokens to {len(prompts)} prompts")
+            raise ValueError(f"the sampler gave no answer of 2 tokens to {len(batch)} prompts")
         for answer in usable:
             if rest >= 2:
                 kept.append(answer[:rest])

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from deinfer.decompose.factorize import Moments
 
+_GRAM_TOKENS = 512
+
 
 def collect_moments(
     model: Any,
@@ -23,11 +25,12 @@ def collect_moments(
     """Collect the compact moments (see `factorize.Moments`) of every given layer.
 
     The gradient is that of the negative log-likelihood of each next token, in nats, summed over a
-    sequence; moments are means over tokens. Grams are computed in the model's dtype per sequence
-    and summed in float64. Weights get no gradients, so the backward pass costs one forward pass.
+    sequence; moments are means over tokens. Grams over some hundred tokens are computed in float32
+    (of gradients: in the model's dtype, since their moments are shrunk anyway) and summed in
+    float64. Weights get no gradients, so the backward pass costs about one forward pass.
 
     Args:
-        model: A transformers causal LM in float32; its parameters' `requires_grad` is cleared.
+        model: A transformers causal LM; its parameters' `requires_grad` is cleared.
         linears: Layers of that model by name.
         sequences: Token ids, each sequence at least two long; the statistics see no padding.
         gradients: Collect output-gradient moments too; otherwise they are the identity.
@@ -82,6 +85,28 @@ def _hook(sums: _Sums, gradients: bool) -> Any:
     return forward
 
 
+class _Gram:
+    """Sum of a aᵀ over many vectors a, float64."""
+
+    def __init__(self, side: int) -> None:
+        self.total = torch.zeros(side, side, dtype=torch.float64)
+        self._waiting: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows [tokens, side]; they are kept until a Gram of them is worth computing."""
+        self._waiting.append(rows)
+        if sum(len(r) for r in self._waiting) >= _GRAM_TOKENS:
+            self.flush()
+
+    def flush(self) -> Tensor:
+        """Bring the sum up to date and return it."""
+        if self._waiting:
+            rows = torch.cat(self._waiting)
+            self.total += rows.T @ rows
+            self._waiting.clear()
+        return self.total
+
+
 class _Sums:
     """Running sums of one layer W[n, k] over tokens; s = min(n, k)."""
 
@@ -90,31 +115,29 @@ class _Sums:
         self.bias = None if layer.bias is None else layer.bias.detach()
         n, k = self.weight.shape
         self.wide = n <= k
-        side = min(n, k)
-        self.forward = torch.zeros(side, side, dtype=torch.float64)
-        self.backward = torch.zeros(side, side, dtype=torch.float64)
+        self.forward, self.backward = _Gram(min(n, k)), _Gram(min(n, k))
         self.inputs = self.outputs = 0.0  # sums of |x|^2 and |g|^2
         self.tokens = 0
 
     def add_forward(self, x: Tensor, y: Tensor) -> None:
         """Add x [tokens, k] with y = W x + bias [tokens, n]."""
         kept = x if not self.wide else y if self.bias is None else y - self.bias
-        self.forward += kept.T @ kept
-        self.inputs += float(x.double().square().sum())
+        self.forward.add(kept.to(torch.promote_types(kept.dtype, torch.float32)))
+        self.inputs += _power(x)
         self.tokens += len(x)
 
     def add_backward(self, g: Tensor) -> None:
         """Add output gradients g [tokens, n]."""
-        kept = g if self.wide else g @ self.weight
-        self.backward += kept.T @ kept
-        self.outputs += float(g.double().square().sum())
+        self.backward.add(g if self.wide else g @ self.weight)
+        self.outputs += _power(g)
 
     def moments(self, gradients: bool) -> Moments:
         """Return means over tokens."""
         n, k = self.weight.shape
-        forward, input_power = self.forward / self.tokens, self.inputs / self.tokens / k
+        forward, input_power = self.forward.flush() / self.tokens, self.inputs / self.tokens / k
         if gradients:
-            backward, output_power = self.backward / self.tokens, self.outputs / self.tokens / n
+            backward = self.backward.flush() / self.tokens
+            output_power = self.outputs / self.tokens / n
         elif self.wide:
             backward, output_power = torch.eye(n, dtype=torch.float64), 1.0
         else:
@@ -123,3 +146,9 @@ class _Sums:
         if self.wide:
             return Moments(backward, forward, output_power, input_power)
         return Moments(forward, backward, input_power, output_power)
+
+
+def _power(rows: Tensor) -> float:
+    """Sum of squares, with the sum over rows in float64."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return float(norms.double().square().sum())
