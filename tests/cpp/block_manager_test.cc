@@ -3,10 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <map>
 #include <numeric>
 #include <random>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "deinfer/error.h"
@@ -129,7 +129,7 @@ TEST(BlockManager, FreedBlocksStayCachedUntilEvictedOldestAndDeepestFirst) {
 
 TEST(BlockManager, AMatchIsNeverBuiltOnAnEvictedParent) {
   // b computes the same first block as a, unshared, and registers its second block under a's first.
-  BlockManager blocks(6, 2, true);
+  BlockManager blocks(5, 2, true);
   Sequence a;
   a.tokens = {1, 1, 5};
   Sequence b;
@@ -138,42 +138,48 @@ TEST(BlockManager, AMatchIsNeverBuiltOnAnEvictedParent) {
   ASSERT_TRUE(blocks.grow(b, 5));
   blocks.register_computed(a, 2);
   blocks.register_computed(b, 4);
+  const std::int32_t parent = a.block_table[0];
   blocks.release(a);
-  Sequence filler;  // evicts a's block and gives it other content, before a second block {2, 2}
-  filler.tokens = {8, 8, 2, 2, 2};
-  ASSERT_TRUE(blocks.grow(filler, 5));
-  blocks.register_computed(filler, 2);
+  Sequence hog;  // takes the only free block, so that the next one has to evict
+  ASSERT_TRUE(blocks.grow(hog, 1));
+  Sequence other;  // the same second block after another first one, in the place of a's
+  other.tokens = {8, 8, 2, 2, 2};
+  ASSERT_TRUE(blocks.grow(other, 2));
+  ASSERT_EQ(other.block_table[0], parent);
+  blocks.register_computed(other, 2);
   BlockManager::PrefixMatch match;
-  blocks.match_prefix(filler, match);
+  blocks.match_prefix(other, match);
   EXPECT_EQ(match.blocks.size(), 1u);
   blocks.match_prefix(b, match);
   EXPECT_TRUE(match.blocks.empty());
-  blocks.check_invariants(std::vector<const Sequence*>{&b, &filler});
+  blocks.check_invariants(std::vector<const Sequence*>{&b, &hog, &other});
 }
 
 TEST(BlockManager, ComparesTokensAndNotOnlyHashes) {
-  // Two first tokens whose hashes agree in the upper half; the second tokens cancel the lower half.
+  // Two beginnings whose hashes agree in the upper half (a birthday away); the last tokens of the
+  // block cancel the lower half.
   Sequence a;
   Sequence b;
-  std::map<std::uint64_t, TokenId> by_upper_half;
-  for (TokenId token = 0; b.tokens.empty(); ++token) {
-    ASSERT_LT(token, 10'000'000);
-    const std::uint64_t hash = block_hash(0, std::span(&token, 1));
-    const auto [other, is_new] = by_upper_half.emplace(hash >> 32, token);
+  std::unordered_map<std::uint64_t, TokenId> by_upper_half;
+  for (TokenId i = 0; b.tokens.empty(); ++i) {
+    ASSERT_LT(i, 1'000'000);
+    const std::uint64_t hash = block_hash(0, std::vector<TokenId>{i, i});
+    const auto [other, is_new] = by_upper_half.emplace(hash >> 32, i);
     if (is_new) continue;
-    const std::uint64_t difference = hash ^ block_hash(0, std::span(&other->second, 1));
-    a.tokens = {other->second, 0, 5};
-    b.tokens = {token, static_cast<TokenId>(difference), 5};
+    const TokenId j = other->second;
+    const std::uint64_t difference = hash ^ block_hash(0, std::vector<TokenId>{j, j});
+    a.tokens = {j, j, 0, 5};
+    b.tokens = {i, i, static_cast<TokenId>(difference), 5};
   }
-  ASSERT_EQ(block_hash(0, std::span(a.tokens).first(2)),
-            block_hash(0, std::span(b.tokens).first(2)))
+  ASSERT_EQ(block_hash(0, std::span(a.tokens).first(3)),
+            block_hash(0, std::span(b.tokens).first(3)))
       << "the hash has changed: find another way to a collision";
-  BlockManager blocks(8, 2, true);
+  BlockManager blocks(8, 3, true);
   EXPECT_EQ(compute_all(blocks, a), 0);
   EXPECT_EQ(compute_all(blocks, b), 0);
-  Sequence again = Sequence(b);
-  again.block_table.clear();
-  EXPECT_EQ(compute_all(blocks, again), 2);
+  Sequence again;
+  again.tokens = b.tokens;
+  EXPECT_EQ(compute_all(blocks, again), 3);
   EXPECT_EQ(again.block_table[0], b.block_table[0]);
   blocks.check_invariants(std::vector<const Sequence*>{&a, &b, &again});
 }

@@ -351,6 +351,37 @@ TEST(Scheduler, HigherPriorityTakesBlocksFromLower) {
   EXPECT_EQ(preempted, (Ids{1}));
 }
 
+TEST(Scheduler, BlocksOfAWithdrawnChunkAreNotShared) {
+  SchedulerConfig config = small_config();
+  config.block_size = 1;
+  config.num_blocks = 84;
+  config.max_prefill_chunk = 8;
+  Scheduler scheduler(config, make_policy("fcfs"));
+  Sequence decoding = distinct(1, 1, 6);
+  decoding.priority = 2;
+  Sequence urgent = distinct(3, 34, 1);
+  urgent.priority = 1;
+  scheduler.add(std::move(decoding));
+  scheduler.add(distinct(2, 48, 1));
+  answer(scheduler, scheduler.schedule(0));
+  scheduler.add(std::move(urgent));
+  for (int step = 2; step <= 5; ++step) answer(scheduler, scheduler.schedule(0));
+  ASSERT_EQ(scheduler.find(2)->num_computed, 40);
+  // 2 gets the last 6 blocks for its chunk; then 3 needs one, and 2 is preempted with its chunk.
+  const ScheduledBatch& batch = scheduler.schedule(0);
+  EXPECT_EQ(batch.preempted, (Ids{2}));
+  EXPECT_EQ(ids(batch), (Ids{1, 3}));
+  EXPECT_EQ(batch.num_tokens, 2);
+  answer(scheduler, batch);
+  answer(scheduler, scheduler.schedule(0));
+  const ScheduledBatch& resumed = scheduler.schedule(0);
+  ASSERT_EQ(ids(resumed), (Ids{2}));
+  EXPECT_EQ(resumed.items[0].sequence->num_computed, 40) << "what was computed, and no more";
+  answer(scheduler, resumed);
+  EXPECT_EQ(scheduler.stats().recomputed_tokens, 0);
+  EXPECT_EQ(scheduler.stats().prefix_hit_tokens, 0);
+}
+
 TEST(Scheduler, TellsTheEngineWhenItBreaksTheProtocol) {
   Scheduler scheduler(small_config(), make_policy("fcfs"));
   EXPECT_THROW(scheduler.update({}), Error);

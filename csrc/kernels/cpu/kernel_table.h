@@ -116,7 +116,8 @@ struct KernelTable {
                               const AttentionState& state);
   void (*attention_split_bf16)(const QueryView& query, const KvView& kv, int split, float* scratch,
                                const AttentionState& state);
-  /// into = into combined with from, over the same rows.
+  /// into = into combined with from, over the same rows. A side whose sum is 0 is empty and leaves
+  /// the bits of the other.
   void (*attention_merge)(const AttentionState& from, int rows, int head_dim,
                           const AttentionState& into);
   /// out row (i, g) at out + i * token_stride + g * head_dim = output / sum.
@@ -127,10 +128,11 @@ struct KernelTable {
 
   // --- rows
   // ----------------------------------------------------------------------------------------
-  /// out[j] = x[j] / sqrt(mean(x^2) + eps) * gain[j] for one row of n.
+  /// out[j] = x[j] / sqrt(mean(x^2) + eps) * gain[j] for one row of n. out may be x.
   void (*rms_norm_f32)(const float* x, const float* gain, int n, float eps, float* out);
   void (*rms_norm_bf16)(const float* x, const float* gain, int n, float eps, bf16* out);
-  /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1.
+  /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1. When
+  /// nothing is larger than -inf the index is 0.
   void (*argmax)(const float* x, int n, float* value, int* index);
   /// sum of exp((x[j] - shift) * scale) over x[n].
   float (*exp_sum)(const float* x, int n, float shift, float scale);

@@ -15,7 +15,8 @@ constexpr int kKMultiple = 8;
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 /// Elements of k that stand together in a panel: pairs of bf16.
-int step_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 1; }
+template <typename Target>
+constexpr int kStep = sizeof(Target) == sizeof(bf16) ? 2 : 1;
 
 float as_float(float v) { return v; }
 float as_float(bf16 v) { return to_float(v); }
@@ -26,27 +27,39 @@ void convert(float v, bf16* out) { *out = to_bf16(v); }
 
 /// Writes source[k] as row `row` of a panel of `rows` rows.
 template <typename Source, typename Target>
-void pack_row(const Source* source, int k, int row, int rows, int step, Target* panel) {
-  for (int i = 0; i < k; ++i) {
-    std::ptrdiff_t group = i / step;
-    convert(as_float(source[i]), panel + (group * rows + row) * step + i % step);
+void pack_row(const Source* source, int k, int row, int rows, Target* panel) {
+  constexpr int step = kStep<Target>;
+  Target* out = panel + row * step;
+  int i = 0;
+  for (; i + step <= k; i += step, out += rows * step) {
+    for (int j = 0; j < step; ++j) convert(as_float(source[i + j]), out + j);
   }
+  for (int j = 0; i + j < k; ++j) convert(as_float(source[i + j]), out + j);
 }
 
+/// The part [first, first + count) of a source row; first is even.
 template <typename Target>
 void pack_row(const TensorView& source, std::int64_t source_row, int first, int count, int row,
-              int rows, int step, Target* panel) {
+              int rows, Target* panel) {
   const std::byte* data =
       source.row(source_row) + static_cast<std::size_t>(first) * dtype_size(source.dtype);
   panel += std::ptrdiff_t{first} * rows;
   switch (source.dtype) {
     case DType::kFloat32:
-      return pack_row(reinterpret_cast<const float*>(data), count, row, rows, step, panel);
+      return pack_row(reinterpret_cast<const float*>(data), count, row, rows, panel);
     case DType::kBFloat16:
-      return pack_row(reinterpret_cast<const bf16*>(data), count, row, rows, step, panel);
+      return pack_row(reinterpret_cast<const bf16*>(data), count, row, rows, panel);
     case DType::kFloat16:
-      return pack_row(reinterpret_cast<const std::uint16_t*>(data), count, row, rows, step, panel);
+      return pack_row(reinterpret_cast<const std::uint16_t*>(data), count, row, rows, panel);
     case DType::kInt32: break;
+  }
+}
+
+template <typename Target>
+void read_packed_row(const Target* panel, int k, int row, int rows, float* out) {
+  constexpr int step = kStep<Target>;
+  for (int i = 0; i < k; ++i) {
+    out[i] = as_float(panel[(std::ptrdiff_t{i / step} * rows + row) * step + i % step]);
   }
 }
 
@@ -63,14 +76,13 @@ const void* PackedMatrix::panel(int panel) const {
 }
 
 void PackedMatrix::read_row(int row, float* out) const {
-  const int step = step_of(dtype);
   const int index = row / panel_rows;
-  const int rows = rows_of(index);
-  for (int i = 0; i < k; ++i) {
-    std::ptrdiff_t group = i / step;
-    std::ptrdiff_t at = (group * rows + row % panel_rows) * step + i % step;
-    out[i] = dtype == DType::kBFloat16 ? to_float(static_cast<const bf16*>(panel(index))[at])
-                                       : static_cast<const float*>(panel(index))[at];
+  if (dtype == DType::kBFloat16) {
+    read_packed_row(static_cast<const bf16*>(panel(index)), k, row % panel_rows, rows_of(index),
+                    out);
+  } else {
+    read_packed_row(static_cast<const float*>(panel(index)), k, row % panel_rows, rows_of(index),
+                    out);
   }
 }
 
@@ -103,7 +115,6 @@ void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, 
   check_argument(0 <= first_panel && last_panel <= packed.num_panels(), "panels [", first_panel,
                  ", ", last_panel, ") of ", packed.num_panels());
   constexpr int kChunk = 128;  // of k: a panel's chunk stays in L1 while its rows are written
-  const int step = step_of(packed.dtype);
   for (int index = first_panel; index < last_panel; ++index) {
     const int rows = packed.rows_of(index);
     const int first_row = index * packed.panel_rows;
@@ -120,9 +131,9 @@ void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, 
         if (from < 0) continue;
         check_argument(from < source.rows, "row map names row ", from, " of ", source.rows);
         if (packed.dtype == DType::kBFloat16) {
-          pack_row(source, from, first, count, row, rows, step, static_cast<bf16*>(panel));
+          pack_row(source, from, first, count, row, rows, static_cast<bf16*>(panel));
         } else {
-          pack_row(source, from, first, count, row, rows, step, static_cast<float*>(panel));
+          pack_row(source, from, first, count, row, rows, static_cast<float*>(panel));
         }
       }
     }

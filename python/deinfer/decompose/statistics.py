@@ -150,5 +150,5 @@ class _Sums:
 
 def _power(rows: Tensor) -> float:
     """Sum of squares, with the sum over rows in float64."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return float(norms.double().square().sum())
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return float(wide.square().sum(dim=1).double().sum())
