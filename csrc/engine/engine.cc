@@ -334,19 +334,12 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     }
   }
   scheduler->update(sampled);
-  SchedulerStats stats = scheduler->stats();
   std::lock_guard lock(mutex);
   for (auto [id, index] : ended) {
     auto found = alive.find(id);
     if (found != alive.end()) found->second[static_cast<std::size_t>(index)] = false;
   }
-  counters.num_waiting = stats.num_waiting;
-  counters.num_running = stats.num_running;
-  counters.free_kv_blocks = stats.free_blocks + stats.cached_blocks;
   ++counters.num_steps;
-  counters.num_preemptions = stats.num_preemptions;
-  counters.recomputed_tokens = stats.recomputed_tokens;
-  counters.prefix_hit_tokens = stats.prefix_hit_tokens;
   counters.prompt_tokens += prompt_tokens;
   counters.generated_tokens += generated;
 }
@@ -371,7 +364,14 @@ std::vector<RequestOutput> Engine::Impl::step() {
     throw;
   }
   std::vector<RequestOutput> progressed;
+  SchedulerStats stats = scheduler->stats();
   std::lock_guard lock(mutex);
+  counters.num_waiting = stats.num_waiting;
+  counters.num_running = stats.num_running;
+  counters.free_kv_blocks = stats.free_blocks + stats.cached_blocks;
+  counters.num_preemptions = stats.num_preemptions;
+  counters.recomputed_tokens = stats.recomputed_tokens;
+  counters.prefix_hit_tokens = stats.prefix_hit_tokens;
   for (auto& [id, output] : outputs) {
     if (output.finished) alive.erase(id);
     progressed.push_back(std::move(output));

@@ -143,10 +143,9 @@ void bind_outputs(py::module_& m) {
       .def_readonly("prompt_logprobs", &RequestOutput::prompt_logprobs)
       .def_property_readonly("prompt_logits", [](const RequestOutput& output) -> py::object {
         if (output.prompt_logits.empty()) return py::none();
-        return py::array_t<float>(
-            {output.prompt_length,
-             static_cast<int>(output.prompt_logits.size()) / output.prompt_length},
-            output.prompt_logits.data());
+        auto rows = static_cast<py::ssize_t>(output.prompt_length);
+        auto elements = static_cast<py::ssize_t>(output.prompt_logits.size());
+        return py::array_t<float>({rows, elements / rows}, output.prompt_logits.data());
       });
   py::class_<ModelInfo>(m, "ModelInfo")
       .def_readonly("architecture", &ModelInfo::architecture)

@@ -226,6 +226,20 @@ TEST(EngineRobustness, AbortsInTheMiddle) {
   EXPECT_EQ(engine.stats().free_kv_blocks, 32);
 }
 
+TEST(EngineRobustness, StatsFollowAStepThatOnlyAborts) {
+  test::TinyModel model;
+  Engine engine(config_for(model));
+  SamplingParams params;
+  params.ignore_eos = true;
+  RequestId id = engine.submit(std::vector<TokenId>{1, 2}, params);
+  engine.step();
+  EXPECT_EQ(engine.stats().num_running, 1);
+  engine.abort(id);
+  engine.step();
+  EXPECT_EQ(engine.stats().num_running, 0);
+  EXPECT_FALSE(engine.has_unfinished_requests());
+}
+
 TEST(EngineRobustness, TakesRequestsAndAbortsFromOtherThreads) {
   test::TinyModel model;
   Engine engine(config_for(model));

@@ -251,6 +251,10 @@ def test_argument_errors(
         ("-1", ("generate", tiny_model, "--prompt", "x", "--temperature", "-1")),
         ("--system needs --chat", ("generate", tiny_model, "--prompt", "x", "--system", "y")),
         ("tpu", ("generate", tiny_model, "--prompt", "x", "--device", "tpu")),
+        (
+            'scheduling_policy="lifo"',
+            ("generate", tiny_model, "--prompt", "x", "--scheduling-policy", "lifo"),
+        ),
         ("num_threads", ("generate", tiny_model, "--prompt", "x", "--num-threads", "-3")),
         ("cannot read", ("eval", tiny_model, "--text", tmp_path / "none")),
         ("not UTF-8", ("eval", tiny_model, "--text", tmp_path / "latin")),
@@ -316,7 +320,9 @@ def test_demo_with_models_of_an_earlier_run(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     monkeypatch.setattr(demo, "LLM", partial(deinfer.LLM, num_threads=1))
-    monkeypatch.setattr(demo, "measure_speed", partial(deinfer.measure_speed, rounds=1))
+    # Measured times of a tiny model are noise, which may even leave no valid round.
+    speed = deinfer.Speed(100.0, {1: 10.0, 16: 20.0})
+    monkeypatch.setattr(demo, "measure_speed", lambda llms: [speed] * len(llms))
     ranks = {"model.layers.0.mlp.up_proj": 16}
     for name, own in (("", None), ("-keep0.8", ranks)):
         path = tmp_path / f"smollm2-135m-instruct{name}"

@@ -28,8 +28,10 @@ from deinfer.decompose.calibration import (  # noqa: E402
     text_calibration,
 )
 from deinfer.decompose.checkpoint import Factors, linear_names, read_config  # noqa: E402
+from deinfer.decompose.compensate import compensate, run_block  # noqa: E402
 from deinfer.decompose.directory import atomic_directory  # noqa: E402
 from deinfer.decompose.factorize import compact_moments, factorize, shrink  # noqa: E402
+from deinfer.decompose.reference import replace_linears  # noqa: E402
 from deinfer.decompose.statistics import collect_moments  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -306,6 +308,47 @@ def test_two_sided_predicts_less_loss_than_svd(dense: Path, tmp_path: Path) -> N
     assert errors["two_sided"] < errors["svd"]
 
 
+def test_compensation_lowers_the_error(dense: Path) -> None:
+    """Fitting u to the model's own activations brings its hidden states closer to the dense."""
+    sequences = random_sampler(["x"] * 40)
+    model = load_reference(dense)
+    names = linear_names(read_config(dense))
+    linears = {name: model.get_submodule(name) for name in names}
+    moments = collect_moments(model, linears, sequences, progress=False)
+    factors = {
+        name: Factors(*factorize(layer.weight.detach(), moments[name]).factors(10))
+        for name, layer in linears.items()
+    }
+    kept = {name: pair.u.clone() for name, pair in factors.items()}
+    fitted = compensate(load_reference(dense), factors, sequences, progress=False)
+    errors = []
+    with torch.no_grad():
+        want = model(torch.tensor(sequences)).logits
+        for pairs in (factors, fitted):
+            low = load_reference(dense)
+            replace_linears(low, dict.fromkeys(pairs, 10), torch.float32)
+            for name, pair in pairs.items():
+                low.get_submodule(name).u.weight.copy_(pair.u)
+                low.get_submodule(name).v.weight.copy_(pair.v)
+            errors.append((low(torch.tensor(sequences)).logits - want).norm().item())
+    assert errors[1] < errors[0]
+    assert all(torch.equal(factors[name].u, u) for name, u in kept.items())
+
+
+def test_compensation_without_factors_is_the_dense_model(dense: Path) -> None:
+    """The block-wise forward pass is the model's own."""
+    model = load_reference(dense)
+    sequences = random_sampler(["x"] * 3)
+    hidden = model.get_input_embeddings()(torch.tensor(sequences).flatten())
+    rotary = model.model.rotary_emb(hidden[None], torch.arange(24)[None])
+    with torch.no_grad():
+        for block in model.model.layers:
+            hidden = run_block(block, hidden, [24] * 3, rotary, lambda leaves, x: None)
+        got = model.lm_head(model.model.norm(hidden))
+        want = model(torch.tensor(sequences)).logits.flatten(0, 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_biases_and_untied_head(tmp_path: Path) -> None:
     source = tiny_llama(
         tmp_path / "dense", attention_bias=True, mlp_bias=True, tie_word_embeddings=False
@@ -461,7 +504,7 @@ class FakeRuntime:
 def test_runtime_sampler_mixes_chat_and_plain_text() -> None:
     sampler = RuntimeSampler.__new__(RuntimeSampler)
     sampler._llm, sampler._params, sampler._seed = FakeRuntime(), dict, 5
-    sampler._max_tokens, sampler._progress = 8, False
+    sampler._progress = False
     calibration = sample_calibration(sampler, 600)
     assert 0.9 * 600 <= calibration.tokens <= 600
     assert calibration.source == "self-sampled"

@@ -17,8 +17,9 @@ Sampler = Callable[[list[str]], list[list[int]]]
 """Takes user prompts, returns one full token sequence each: chat prompt and sampled answer."""
 
 SEQUENCE_TOKENS = 512
-ANSWER_TOKENS = 256
-_TYPICAL_TOKENS = 200  # of a prompt and its answer, to guess how many are needed
+_ANSWER_TOKENS = 160  # shorter answers leave room for more prompts
+_PROSE_TOKENS = 256
+_TYPICAL_TOKENS = 180  # of a prompt and its answer, to guess how many are needed
 _PLAIN_SHARE = 0.5  # of the tokens; plain prose needs its share or its perplexity suffers
 
 
@@ -57,7 +58,6 @@ class RuntimeSampler:
     Args:
         model: Checkpoint directory of the dense model.
         seed: Seed of the first prompt; each further prompt and call gets another one.
-        max_tokens: Longest answer.
         progress: Show progress bars.
     """
 
@@ -66,7 +66,6 @@ class RuntimeSampler:
         model: Path,
         *,
         seed: int = 0,
-        max_tokens: int = ANSWER_TOKENS,
         progress: bool = False,
     ) -> None:
         """Load the model."""
@@ -77,27 +76,27 @@ class RuntimeSampler:
         self._llm = runtime.LLM(str(model), use_tqdm_on_load=progress)
         self._params = runtime.SamplingParams
         self._seed = seed
-        self._max_tokens = max_tokens
         self._progress = progress
 
     def __call__(self, prompts: list[str]) -> list[list[int]]:
         """Answer user prompts; see `Sampler`."""
         conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        params = self._sampling(len(prompts), [(0.7, 1.0), (1.0, 0.9)])
+        params = self._sampling(len(prompts), _ANSWER_TOKENS, [(0.7, 1.0), (1.0, 0.9)])
         return self._tokens(self._llm.chat(conversations, params, use_tqdm=self._progress))
 
     def continue_text(self, openers: list[str]) -> list[list[int]]:
         """Continue plain text; see `PlainSampler`."""
-        params = self._sampling(len(openers), [(1.0, 1.0)])
+        # At T = 1 the text is the model's true distribution: cooler samples made prose worse.
+        params = self._sampling(len(openers), _PROSE_TOKENS, [(1.0, 1.0)])
         return self._tokens(self._llm.generate(openers, params, use_tqdm=self._progress))
 
-    def _sampling(self, count: int, kinds: list[tuple[float, float]]) -> list[Any]:
+    def _sampling(self, count: int, max_tokens: int, kinds: list[tuple[float, float]]) -> list[Any]:
         """Parameters for `count` requests that take turns at (temperature, top_p)."""
         params = [
             self._params(
                 temperature=kinds[i % len(kinds)][0],
                 top_p=kinds[i % len(kinds)][1],
-                max_tokens=self._max_tokens,
+                max_tokens=max_tokens,
                 seed=self._seed + i,
             )
             for i in range(count)

@@ -34,8 +34,8 @@ def compensate(
     factors: Mapping[str, Factors],
     sequences: Sequence[Sequence[int]],
     *,
-    clean_share: float = 0.5,
-    ridge: float = 0.01,
+    clean_share: float = 0.75,
+    ridge: float = 0.03,
     progress: bool = True,
 ) -> dict[str, Factors]:
     """Fit every `u` again on the decomposed model's own activations.
@@ -68,7 +68,7 @@ def compensate(
             def record(leaves: tuple[str, ...], x: Tensor, clean: Any = clean) -> None:
                 clean.update(dict.fromkeys(leaves, x))
 
-            dense = _run_block(block, dense, lengths, rotary, record)
+            dense = run_block(block, dense, lengths, rotary, record)
             ranks = {}
             for leaf in (*_QKV, *_O, *_GATE_UP, *_DOWN):
                 if prefix + leaf in factors:
@@ -92,7 +92,7 @@ def compensate(
                         block.get_submodule(leaf).u.weight.copy_(pair.u)
                         block.get_submodule(leaf).v.weight.copy_(pair.v)
 
-            low = _run_block(block, low, lengths, rotary, refit)
+            low = run_block(block, low, lengths, rotary, refit)
     return fitted
 
 
@@ -107,12 +107,20 @@ def _refit(weight: Tensor, pair: Factors, x: Tensor, target: Tensor, ridge: floa
     return Factors(u, pair.v) if bool(torch.isfinite(u).all()) else pair
 
 
-def _run_block(
+def run_block(
     block: Any, hidden: Tensor, lengths: Sequence[int], rotary: Any, visit: Visit
 ) -> Tensor:
-    """Run one pre-norm Llama block over joined sequences [tokens, hidden], visiting each linear.
+    """Run one pre-norm Llama block over joined sequences, visiting its linears.
 
-    A visit may change its linears: they run after it.
+    Args:
+        block: transformers' decoder layer.
+        hidden: Residual stream [tokens, hidden].
+        lengths: Tokens of each sequence, in their order.
+        rotary: cos and sin [1, >= max(lengths), head_dim].
+        visit: Called before linears run; it may change them.
+
+    Returns:
+        The residual stream after the block [tokens, hidden].
     """
     attention, mlp = block.self_attn, block.mlp
     x = block.input_layernorm(hidden)

@@ -172,6 +172,11 @@ def factorize(weight: Tensor, moments: Moments) -> Spectrum:
 
 def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return R and R⁺ with moment = R Rᵀ; a zero moment counts as the identity."""
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    diagonal = factor.diagonal()
+    if not failed and bool(diagonal.min() > diagonal.max() * 1e-4):  # well conditioned, and fast
+        eye = torch.eye(len(moment), dtype=moment.dtype)
+        return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
     values, vectors = torch.linalg.eigh(moment)
     top = values[-1].item()
     if top <= 0:

@@ -28,17 +28,19 @@ from deinfer.decompose.calibration import (
     text_calibration,
 )
 from deinfer.decompose.checkpoint import Factors, linear_names, read_config, write_checkpoint
+from deinfer.decompose.compensate import compensate
 from deinfer.decompose.directory import require_free
 from deinfer.decompose.factorize import Moments, Spectrum, compact_moments, factorize, shrink
 from deinfer.decompose.statistics import collect_moments
 
 METHODS = ("two_sided", "whitening", "svd")
-"""`two_sided`: KFAC weights and global ranks. `whitening`: SVD-LLM's objective, uniform ranks.
-`svd`: plain truncated SVD, uniform ranks (a baseline; it does not keep a model usable)."""
+"""`two_sided`: KFAC weights, global ranks, error compensation. `whitening`: SVD-LLM's objective,
+uniform ranks. `svd`: plain truncated SVD, uniform ranks (a baseline; it leaves no usable model)."""
 
 DEFAULT_TOKENS = 12288
-_INPUT_SHRINKAGE = 0.01
+_INPUT_SHRINKAGE = 0.003
 _OUTPUT_SHRINKAGE = 0.3
+_COMPENSATION_TOKENS = 6144  # a fit of u alone needs fewer than the moments do
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,11 @@ def decompose_model(
             for name, rank in ranks.items()
             if rank is not None
         }
+    del spectra
+    if method == "two_sided":
+        with _timed(seconds, "compensation"):
+            some = _spread(calibration.sequences, _COMPENSATION_TOKENS)
+            factors = compensate(model, factors, some, progress=progress)
     dense = sum(parameters(c, None) for c in candidates.values())
     kept = sum(parameters(c, ranks[name]) for name, c in candidates.items())
     with _timed(seconds, "writing"):
@@ -225,6 +232,12 @@ def _factorize(
         allowed = candidate_ranks(layer.out_features, layer.in_features, multiple)
         spectra[name] = factorize(weight, shrunk).truncated(max(allowed, default=1))
     return spectra
+
+
+def _spread(sequences: list[list[int]], tokens: int) -> list[list[int]]:
+    """Take every n-th sequence, for about as many tokens as wanted."""
+    step = max(1, round(sum(len(s) for s in sequences) / tokens))
+    return sequences[::step]
 
 
 @contextmanager
