@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 BIN := $(abspath $(VENV)/bin)
 export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
+# Waiting OpenMP threads that spin slow torch down several times on a busy machine.
+export OMP_WAIT_POLICY := PASSIVE
 
 MODEL := build/smollm2-135m-instruct
 CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h')
@@ -52,13 +54,13 @@ bench: build $(MODEL)
 
 # --- checks -----------------------------------------------------------------------------------------
 lint: $(VENV)/.ready
-	clang-format --dry-run --Werror $(CXX_FILES)
+	@clang-format --dry-run --Werror $(CXX_FILES)
 	ruff format --check $(PY_FILES)
 	ruff check $(PY_FILES)
 	mypy
 
 format: $(VENV)/.ready
-	clang-format -i $(CXX_FILES)
+	@clang-format -i $(CXX_FILES)
 	ruff format $(PY_FILES)
 	ruff check --fix $(PY_FILES)
 

@@ -27,8 +27,7 @@ std::unique_ptr<SchedulingPolicy> make_policy(std::string_view name) {
     if (entry.name == name) return entry.make();
     known += str_cat(known.empty() ? "" : ", ", entry.name);
   }
-  fail(ErrorCode::kInvalidArgument, "scheduling_policy=\"", name, "\" is unknown; known: ",
-       known);
+  fail(ErrorCode::kInvalidArgument, "scheduling_policy=\"", name, "\" is unknown; known: ", known);
 }
 
 }  // namespace deinfer

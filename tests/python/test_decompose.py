@@ -547,3 +547,47 @@ def test_factors_must_fit(dense: Path, tmp_path: Path) -> None:
     bad = Factors(torch.ones(48, 2), torch.ones(3, 48))
     with pytest.raises(ValueError, match="do not fit"):
         write_checkpoint(dense, tmp_path / "low", {name: bad}, {})
+
+
+def test_recovery_brings_the_factors_closer_to_the_dense_model(tmp_path: Path) -> None:
+    import deinfer.decompose.recover as recovery
+
+    source = tiny_llama(tmp_path / "dense")
+    sequences = [[int(t) for t in np.random.default_rng(i).integers(3, 90, 60)] for i in range(24)]
+
+    def sampler(prompts: list[str]) -> list[list[int]]:
+        return (sequences * (1 + len(prompts) // len(sequences)))[: len(prompts)]
+
+    def distance(path: Path) -> float:
+        ids = torch.tensor(sequences[:8])
+        with torch.no_grad():
+            dense = load_reference(source)(ids).logits.log_softmax(-1)
+            low = load_reference(path)(ids).logits.log_softmax(-1)
+        return float((dense.exp() * (dense - low)).sum(-1).mean())
+
+    options: Any = {"keep": 0.5, "rank_multiple": 4, "sampler": sampler, "progress": False}
+    options["calibration_tokens"] = 600
+    decompose_model(source, tmp_path / "plain", **options)
+    decompose_model(source, tmp_path / "recovered", recovery_steps=12, **options)
+    assert distance(tmp_path / "recovered") < 0.98 * distance(tmp_path / "plain")
+    written = json.loads((tmp_path / "recovered" / "config.json").read_text())["low_rank"]
+    assert written["recovery_steps"] == 12
+    with pytest.raises(ValueError, match="recovery steps 0"):
+        recovery.recover(None, None, sequences, steps=0)
+    with pytest.raises(ValueError, match="recovery_steps -1"):
+        decompose_model(source, tmp_path / "bad", recovery_steps=-1, **options)
+
+
+def test_recovery_batches_cover_the_sequences_in_order_of_the_seed() -> None:
+    from deinfer.decompose.recover import STEP_TOKENS, batches
+
+    sequences = [[i] * (40 + i) for i in range(1, 30)]
+    groups = batches(sequences, 12, seed=3)
+    assert len(groups) == 12
+    for ids, valid in groups:
+        assert int(valid.sum()) <= STEP_TOKENS
+        for row, mask in zip(ids.tolist(), valid.tolist(), strict=True):
+            tokens = [t for t, m in zip(row, mask, strict=True) if m]
+            assert tokens == sequences[tokens[0] - 1]
+    again = batches(sequences, 12, seed=3)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(groups, again, strict=True))

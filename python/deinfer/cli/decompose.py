@@ -10,12 +10,13 @@ from deinfer.cli.options import Commands, UsageError, add_model, print_json, req
 
 _EPILOG = """\
 The decoder's linear layers are replaced by factors of low rank where that costs least; the model
-calibrates on text that it samples from itself unless --calibration-text names a file. Nothing is
-trained. The result is a directory like the source, for every other command of deinfer.
+calibrates on text that it samples from itself unless --calibration names a file. Nothing is
+trained unless --recovery-steps asks for it. The result is a directory like the source, for every other command of deinfer.
 
 examples:
   deinfer decompose llama llama-keep0.8
-  deinfer decompose llama llama-keep0.9 --keep 0.9 --calibration-text corpus.txt
+  deinfer decompose llama llama-keep0.9 --keep 0.9 --calibration corpus.txt
+  deinfer decompose llama llama-keep0.7 --keep 0.7 --recovery-steps 100
 """
 
 
@@ -28,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "decompose",
         help="make a low-rank copy of a checkpoint",
-        description="Decompose a dense checkpoint without training.",
+        description="Decompose a dense checkpoint.",
         epilog=_EPILOG,
     )
     add_model(parser)
@@ -48,10 +49,17 @@ def add_parser(commands: Commands) -> None:
         "--rank-multiple", type=int, default=16, help="granularity of the ranks (default: 16)"
     )
     parser.add_argument(
-        "--calibration-text", type=Path, metavar="FILE", help="UTF-8 text to calibrate on"
+        "--calibration", type=Path, metavar="FILE", help="UTF-8 text to calibrate on"
     )
     parser.add_argument(
-        "--calibration-tokens", type=int, default=16384, help="tokens (default: 16384)"
+        "--calibration-tokens", type=int, default=12288, help="tokens (default: 12288)"
+    )
+    parser.add_argument(
+        "--recovery-steps",
+        type=int,
+        default=0,
+        help="train the factors on the dense model's outputs for so many steps of about 512 "
+        "tokens (default: 0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace DESTINATION")
@@ -88,8 +96,9 @@ def run(options: argparse.Namespace) -> None:
         keep=options.keep,
         method=options.method,
         rank_multiple=options.rank_multiple,
-        calibration_text=options.calibration_text,
+        calibration_text=options.calibration,
         calibration_tokens=options.calibration_tokens,
+        recovery_steps=options.recovery_steps,
         seed=options.seed,
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),

@@ -31,6 +31,8 @@ from deinfer.decompose.checkpoint import Factors, linear_names, read_config, wri
 from deinfer.decompose.compensate import compensate
 from deinfer.decompose.directory import require_free
 from deinfer.decompose.factorize import Moments, Spectrum, compact_moments, factorize, shrink
+from deinfer.decompose.recover import STEP_TOKENS, recover
+from deinfer.decompose.reference import replace_linears
 from deinfer.decompose.statistics import collect_moments
 
 METHODS = ("two_sided", "whitening", "svd")
@@ -93,12 +95,13 @@ def decompose_model(
     rank_multiple: int = 16,
     calibration_text: Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
+    recovery_steps: int = 0,
     seed: int = 0,
     sampler: Sampler | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> DecompositionReport:
-    """Replace the linear layers of a checkpoint by low-rank factors, without training.
+    """Replace the linear layers of a checkpoint by low-rank factors.
 
     Deterministic for a seed, a sampler and a thread count.
 
@@ -111,6 +114,8 @@ def decompose_model(
         rank_multiple: Ranks are multiples of this. A matrix stays dense where r(n + k) >= n k.
         calibration_text: Text to calibrate on; without it the model samples its own.
         calibration_tokens: Tokens to calibrate on.
+        recovery_steps: Steps of distillation on the dense model's outputs afterwards, each about
+            512 tokens of the same source; 0 leaves the decomposition free of training.
         seed: Seed of the sampling.
         sampler: Source of self-sampled sequences; the native runtime by default.
         overwrite: Replace an existing destination.
@@ -131,6 +136,8 @@ def decompose_model(
         raise ValueError(f"method {method!r} is not one of {METHODS}")
     if rank_multiple < 1:
         raise ValueError(f"rank_multiple {rank_multiple} is not positive")
+    if recovery_steps < 0 or (recovery_steps > 0 and method == "svd"):
+        raise ValueError(f"recovery_steps {recovery_steps} is not possible with method {method!r}")
     require_free(destination, overwrite=overwrite)
     config = read_config(source)
     seconds: dict[str, float] = {}
@@ -172,6 +179,23 @@ def decompose_model(
         with _timed(seconds, "compensation"):
             some = _spread(calibration.sequences, _COMPENSATION_TOKENS)
             factors = compensate(model, factors, some, progress=progress)
+    del model, linears
+    if recovery_steps > 0:
+        with _timed(seconds, "recovery"):
+            sequences = calibration.sequences
+            if calibration_text is None:  # text that the factors have not been fitted to
+                fresh = sampler or RuntimeSampler(source, seed=seed + 10**6, progress=progress)
+                sequences = sample_calibration(
+                    fresh, recovery_steps * STEP_TOKENS, seed + 1
+                ).sequences
+            factors = recover(
+                _load(source),
+                _with_factors(source, factors),
+                sequences,
+                steps=recovery_steps,
+                seed=seed,
+                progress=progress,
+            )
     dense = sum(parameters(c, None) for c in candidates.values())
     kept = sum(parameters(c, ranks[name]) for name, c in candidates.items())
     with _timed(seconds, "writing"):
@@ -185,6 +209,7 @@ def decompose_model(
                 "tokens": calibration.tokens,
                 "seed": seed,
             },
+            "recovery_steps": recovery_steps,
         }
         write_checkpoint(source, destination, factors, low_rank, overwrite=overwrite)
     return DecompositionReport(
@@ -202,6 +227,20 @@ def _load(source: Path) -> Any:
     if stored != "bfloat16":  # a float32 or float16 weight would be rounded
         dtype = torch.float32
     return AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype).eval()
+
+
+def _with_factors(source: Path, factors: dict[str, Factors]) -> Any:
+    """The model in float32 with factors in place of its linears."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.float32)
+    replace_linears(model, {n: f.u.shape[1] for n, f in factors.items()}, torch.float32)
+    with torch.no_grad():
+        for name, pair in factors.items():
+            layer: Any = model.get_submodule(name)
+            layer.u.weight.copy_(pair.u)
+            layer.v.weight.copy_(pair.v)
+    return model
 
 
 def _moments(
