@@ -87,6 +87,7 @@ class EngineConfig:
     scheduling_policy: str
     enable_prefix_caching: bool
     seed: int
+    def validate(self) -> None: ...
 
 class TokenLogprob:
     token: int

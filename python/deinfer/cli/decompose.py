@@ -11,7 +11,8 @@ from deinfer.cli.options import Commands, UsageError, add_model, print_json, req
 _EPILOG = """\
 The decoder's linear layers are replaced by factors of low rank where that costs least; the model
 calibrates on text that it samples from itself unless --calibration names a file. Nothing is
-trained unless --recovery-steps asks for it. The result is a directory like the source, for every other command of deinfer.
+trained unless --recovery-steps asks for it. The result is a directory like the source, for every
+other command of deinfer.
 
 examples:
   deinfer decompose llama llama-keep0.8
