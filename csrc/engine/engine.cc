@@ -11,7 +11,6 @@
 #include "base/check.h"
 #include "engine/request.h"
 #include "engine/worker.h"
-#include "kernels/cuda/devices.h"
 #include "scheduler/scheduler.h"
 
 namespace deinfer {
@@ -49,16 +48,6 @@ std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_by
   return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
 }
 
-void check_device(const std::string& device) {
-  if (device == "cpu") return;
-  check_argument(device == "cuda" || device.starts_with("cuda:"), "device=\"", device,
-                 "\" is unknown; use \"cpu\"");
-  fail(ErrorCode::kUnsupported, "device=\"", device,
-       "\": this version runs on the CPU only (CUDA sources ",
-       cuda::is_compiled() ? "compiled in, " : "not compiled in, ", cuda::devices().size(),
-       " CUDA devices visible)");
-}
-
 /// What a logits row is for.
 struct RowTarget {
   Request* request = nullptr;
@@ -69,25 +58,6 @@ struct RowTarget {
 };
 
 }  // namespace
-
-void EngineConfig::validate() const {
-  check_argument(!model.empty(), "model is empty: it names a checkpoint directory");
-  check_device(device);
-  check_argument(dtype == "auto" || dtype == "float32" || dtype == "bfloat16", "dtype=\"", dtype,
-                 "\" is unknown; use \"auto\", \"float32\" or \"bfloat16\"");
-  check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
-                 tensor_parallel_size);
-  check_argument(num_threads >= 0 && num_threads <= 1024, "num_threads must be in [0, 1024], got ",
-                 num_threads);
-  check_argument(max_model_len >= 0, "max_model_len must be at least 0, got ", max_model_len);
-  check_argument(max_num_seqs >= 1, "max_num_seqs must be at least 1, got ", max_num_seqs);
-  check_argument(max_num_batched_tokens >= 1 && max_num_batched_tokens <= 1 << 20,
-                 "max_num_batched_tokens must be in [1, 1048576], got ", max_num_batched_tokens);
-  check_argument(block_size >= 16 && block_size % 16 == 0 && block_size <= 4096,
-                 "block_size must be a multiple of 16 in [16, 4096], got ", block_size);
-  check_argument(num_kv_blocks >= 0 && num_kv_blocks <= 1 << 30,
-                 "num_kv_blocks must be in [0, 2^30], got ", num_kv_blocks);
-}
 
 struct Engine::Impl {
   Impl(EngineConfig engine_config, const LoadProgress& progress);
