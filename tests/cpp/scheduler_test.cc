@@ -217,7 +217,8 @@ TEST(Scheduler, RejectsABadConfiguration) {
   rejected([](SchedulerConfig& c) { c.num_blocks = -1; }, "num_blocks");
   rejected([](SchedulerConfig& c) { c.max_prefill_chunk = -1; }, "max_prefill_chunk");
   rejected([](SchedulerConfig& c) { c.watermark = 1.0; }, "watermark");
-  EXPECT_NE(error_of([] { make_policy("lifo"); }).find("'lifo'; known: fcfs"), std::string::npos);
+  EXPECT_NE(error_of([] { make_policy("lifo"); }).find("\"lifo\" is unknown; known: fcfs"),
+            std::string::npos);
 }
 
 TEST(Scheduler, AbortsWaitingAndRunningSequences) {
