@@ -591,3 +591,32 @@ def test_recovery_batches_cover_the_sequences_in_order_of_the_seed() -> None:
             assert tokens == sequences[tokens[0] - 1]
     again = batches(sequences, 12, seed=3)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(groups, again, strict=True))
+
+
+def test_calibration_prompts_do_not_rehearse_the_demo() -> None:
+    from deinfer.demo import QUESTIONS
+
+    def content(text: str) -> set[str]:
+        common = {
+            "what",
+            "which",
+            "with",
+            "that",
+            "this",
+            "from",
+            "three",
+            "explain",
+            "give",
+            "about",
+        }
+        words = {word.strip(".,?!'\"").lower() for word in text.split()}
+        return (
+            {word for word in words if len(word) > 2} - common - {"the", "and", "for", "why", "how"}
+        )
+
+    for line in [
+        *packaged_lines("calibration_prompts.txt"),
+        *packaged_lines("calibration_openers.txt"),
+    ]:
+        for question in QUESTIONS:
+            assert len(content(line) & content(question)) < 2, (line, question)
