@@ -1,4 +1,4 @@
-"""What every benchmark needs: where it ran, medians with spread, result files."""
+"""What every benchmark needs: where it ran, medians with spread, checks, result files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,44 @@ def summary(samples: list[float]) -> dict[str, Any]:
         "max": max(samples),
         "samples": samples,
     }
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measured value against its target: `at_least` it, or else at most."""
+
+    name: str
+    value: float
+    target: float
+    at_least: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether the value meets its target (NaN does not)."""
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def row(self) -> dict[str, Any]:
+        """The check as it stands in a results file."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def finish(
+    name: str, results: dict[str, Any], checks: list[Check], path: Path | None, strict: bool
+) -> None:
+    """Print the table of checks and write the results file.
+
+    With `strict` (a script's --check), exits with status 1 when a check falls short.
+    """
+    width = max([len(check.name) for check in checks] + [5])
+    print(f"\n{'check':{width}} | {'value':>9} | {'target':>10} | ok")
+    for check in checks:
+        target = f"{'>=' if check.at_least else '<='} {check.target:.4g}"
+        ok = "yes" if check.ok else "NO"
+        print(f"{check.name:{width}} | {check.value:9.4g} | {target:>10} | {ok}")
+    results["checks"] = [check.row() for check in checks]
+    print(f"wrote {write_results(name, results, path)}")
+    if strict and not all(check.ok for check in checks):
+        sys.exit(1)
 
 
 def write_results(name: str, results: dict[str, Any], path: Path | None = None) -> Path:
