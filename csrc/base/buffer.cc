@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "base/check.h"
@@ -25,14 +26,24 @@ Buffer::Buffer(std::size_t bytes) {
     // Advice only: without transparent huge pages the memory works all the same.
     madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
   }
+  mapping_ = {mapping, [mapping_size](void* start) { munmap(start, mapping_size); }};
   data_ = reinterpret_cast<void*>(address);
   size_ = bytes;
-  mapping_ = mapping;
-  mapping_size_ = mapping_size;
 }
 
-Buffer::~Buffer() {
-  if (mapping_ != nullptr) munmap(mapping_, mapping_size_);
+Buffer BufferArena::allocate(std::size_t bytes) {
+  constexpr std::size_t kAlignment = 64;
+  std::size_t first = (used_ + kAlignment - 1) / kAlignment * kAlignment;
+  if (first > chunk_.size() || bytes > chunk_.size() - first) {
+    chunk_ = Buffer(std::max(bytes, chunk_bytes_));
+    first = 0;
+  }
+  Buffer part;
+  part.data_ = chunk_.as<std::byte>() + first;
+  part.size_ = bytes;
+  part.mapping_ = chunk_.mapping_;
+  used_ = first + bytes;
+  return part;
 }
 
 }  // namespace deinfer

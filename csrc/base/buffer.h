@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstddef>
-#include <span>
+#include <memory>
 #include <utility>
 
 namespace deinfer {
@@ -14,7 +14,6 @@ class Buffer {
   Buffer() = default;
   /// Throws kOutOfMemory naming the size when the OS refuses.
   explicit Buffer(std::size_t bytes);
-  ~Buffer();
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     swap(other);
@@ -34,17 +33,33 @@ class Buffer {
   }
 
  private:
+  friend class BufferArena;
+
   void swap(Buffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
-    std::swap(mapping_, other.mapping_);
-    std::swap(mapping_size_, other.mapping_size_);
+    mapping_.swap(other.mapping_);
   }
 
   void* data_ = nullptr;
   std::size_t size_ = 0;
-  void* mapping_ = nullptr;
-  std::size_t mapping_size_ = 0;
+  std::shared_ptr<void> mapping_;  // shared by the buffers of an arena
+};
+
+/// Hands out buffers that lie one after another in large mappings, so that small matrices have
+/// huge pages too and weights stream in the order in which they were loaded. A mapping is freed
+/// with the last of its buffers. Not thread-safe.
+class BufferArena {
+ public:
+  explicit BufferArena(std::size_t chunk_bytes = std::size_t{64} << 20)
+      : chunk_bytes_(chunk_bytes) {}
+  /// Zero-filled and 64-byte aligned; throws kOutOfMemory naming the size.
+  Buffer allocate(std::size_t bytes);
+
+ private:
+  std::size_t chunk_bytes_;
+  std::size_t used_ = 0;
+  Buffer chunk_;
 };
 
 }  // namespace deinfer

@@ -99,6 +99,7 @@ struct Engine::Impl {
   Batch batch;
   std::vector<RowTarget> targets;     // per logit row
   std::vector<SampleResult> results;  // per sampled row
+  std::vector<int> argmax_results;    // per argmax row, index of its SampleResult
   std::vector<SampledToken> sampled;
   std::map<RequestId, RequestOutput> outputs;
 };
@@ -231,6 +232,7 @@ void Engine::Impl::take_inbox() {
 void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
   batch.clear();
   targets.clear();
+  argmax_results.clear();
   int num_results = 0;
   for (const ScheduledSequence& item : scheduled.items) {
     const Sequence& sequence = *item.sequence;
@@ -251,8 +253,13 @@ void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
         targets.push_back({request, &sequence, index, position, -1});
       }
     }
-    if (item.samples) {
-      batch.logit_rows.push_back(first_row + item.num_tokens - 1);
+    if (!item.samples) continue;
+    int last_row = first_row + item.num_tokens - 1;
+    if (request->takes_most_likely(sequence)) {
+      batch.argmax_rows.push_back(last_row);
+      argmax_results.push_back(num_results++);
+    } else {
+      batch.logit_rows.push_back(last_row);
       targets.push_back({request, &sequence, index, -1, num_results++});
     }
   }
@@ -322,9 +329,13 @@ std::vector<RequestOutput> Engine::Impl::step() {
     const ScheduledBatch& scheduled = scheduler->schedule(now_us());
     if (!scheduled.items.empty()) {
       build_batch(scheduled);
-      worker->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
-        take_logits(member, first, count, logits);
-      });
+      std::span<const TokenId> most_likely =
+          worker->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
+            take_logits(member, first, count, logits);
+          });
+      for (std::size_t i = 0; i < most_likely.size(); ++i) {
+        results[static_cast<std::size_t>(argmax_results[i])] = {most_likely[i], {}};
+      }
       finish_step(scheduled);
     }
   } catch (...) {

@@ -20,8 +20,9 @@ void check_device(const std::string& device) {
 void EngineConfig::validate() const {
   check_argument(!model.empty(), "model is empty: it names a checkpoint directory");
   check_device(device);
-  check_argument(dtype == "auto" || dtype == "float32" || dtype == "bfloat16", "dtype=\"", dtype,
-                 "\" is unknown; use \"auto\", \"float32\" or \"bfloat16\"");
+  check_argument(dtype == "auto" || dtype == "float32" || dtype == "bfloat16" || dtype == "int8",
+                 "dtype=\"", dtype,
+                 "\" is unknown; use \"auto\", \"float32\", \"bfloat16\" or \"int8\"");
   check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
                  tensor_parallel_size);
   check_argument(num_threads >= 0 && num_threads <= 1024, "num_threads must be in [0, 1024], got ",

@@ -75,6 +75,12 @@ void Request::prepare_prompt_rows(int vocab_size) {
   }
 }
 
+bool Request::takes_most_likely(const Sequence& sequence) const {
+  return params_.temperature == 0.0f && !params_.logprobs && params_.repetition_penalty == 1.0f &&
+         params_.presence_penalty == 0.0f && params_.frequency_penalty == 0.0f &&
+         sequence.num_generated() >= params_.min_tokens;
+}
+
 SampleInput Request::sample_input(const Sequence& sequence, int index) const {
   SampleInput input;
   input.params = &params_;

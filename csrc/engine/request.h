@@ -48,6 +48,9 @@ class Request {
   /// Takes logits[vocab] of a prompt position. Different positions may come from different threads.
   void take_prompt_row(int position, const float* logits, int vocab_size, Sampler& sampler);
 
+  /// Whether the sample's next token is the most likely one and nothing else is asked of the
+  /// logits.
+  bool takes_most_likely(const Sequence& sequence) const;
   SampleInput sample_input(const Sequence& sequence, int index) const;
 
   /// Why a sample that has just generated `token` as its `count`th token ends, if it does.

@@ -7,8 +7,12 @@
 namespace deinfer {
 namespace {
 
+constexpr int kNormedElements = 4096;
+constexpr int kMaxNormedRows = 8;
+
 DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
   if (name == "auto") return loader.checkpoint_dtype("model.embed_tokens.weight");
+  if (name == "int8") return DType::kInt8;
   return name == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
 }
 
@@ -30,6 +34,10 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const Tenso
   scratch_.resize(static_cast<std::size_t>(threads));
   for (ThreadScratch& scratch : scratch_) {
     scratch.attention = Buffer(decoder_->attention_scratch(kernels_));
+    // A barrier costs about as much as normalising some thousand elements.
+    scratch.normed_rows = std::clamp(kNormedElements / model.hidden_size, 1, kMaxNormedRows);
+    scratch.normed =
+        ActivationBuffer(decoder_->weights().activations, scratch.normed_rows, model.hidden_size);
   }
   logits_ = Buffer(std::size_t{Decoder::kLogitRows} * static_cast<std::size_t>(model.vocab_size) *
                    sizeof(float));
@@ -43,10 +51,12 @@ void Worker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
 }
 
-void Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
+std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
   decoder_->plan(batch);
+  most_likely_.resize(batch.argmax_rows.size());
   auto* logits = logits_.as<float>();
   int rows = static_cast<int>(batch.logit_rows.size());
+  int argmax_rows = static_cast<int>(batch.argmax_rows.size());
   team_.run([&](TeamMember& member) {
     ExecutionContext ctx{kernels_, member, scratch_[static_cast<std::size_t>(member.id())]};
     decoder_->forward(ctx, batch, *cache_);
@@ -56,7 +66,12 @@ void Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
       consume(member, first, count, logits);
       member.barrier();
     }
+    for (int first = 0; first < argmax_rows; first += Decoder::kLogitRows) {
+      int count = std::min(Decoder::kLogitRows, argmax_rows - first);
+      decoder_->most_likely(ctx, batch, first, count, most_likely_.data() + first);
+    }
   });
+  return most_likely_;
 }
 
 }  // namespace deinfer

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "base/thread_team.h"
@@ -28,8 +29,9 @@ class Worker {
   using LogitsConsumer =
       std::function<void(TeamMember& member, int first, int count, float* logits)>;
 
-  /// Runs one batch. Errors of any thread surface here.
-  void execute(const Batch& batch, const LogitsConsumer& consume);
+  /// Runs one batch and returns the most likely tokens of its argmax_rows, valid until the next
+  /// call. Errors of any thread surface here.
+  std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume);
 
   std::uint64_t kv_block_bytes() const;
   std::uint64_t parameters() const { return parameters_; }
@@ -46,6 +48,7 @@ class Worker {
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<KvCache> cache_;
   std::vector<ThreadScratch> scratch_;
+  std::vector<TokenId> most_likely_;
   Buffer logits_;  // [Decoder::kLogitRows, vocab]
 };
 

@@ -75,9 +75,11 @@ std::size_t DecoderWeights::bytes() const {
 DecoderWeights load_decoder(const ModelConfig& config, DType dtype, WeightLoader& loader) {
   DecoderWeights weights;
   weights.dtype = dtype;
+  weights.activations = dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
   loader.set_dtype(dtype);
   cpu::PackedMatrix embedding =
-      loader.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+      loader.matrix(config.tie_word_embeddings ? dtype : weights.activations,
+                    "model.embed_tokens.weight", config.vocab_size, config.hidden_size);
   for (int i = 0; i < config.num_layers; ++i) {
     weights.layers.push_back(load_layer(config, "model.layers." + std::to_string(i) + ".", loader));
   }
@@ -105,14 +107,20 @@ Decoder::Decoder(const ModelConfig& config, DecoderWeights weights, const BatchL
       sin_(float_bytes(limits.max_tokens, angle_cols_)),
       residual_(float_bytes(limits.max_tokens, config.hidden_size)),
       query_(float_bytes(limits.max_tokens, config.num_heads * config.head_dim)),
-      normed_(weights_.dtype, std::max(limits.max_tokens, kLogitRows), config.hidden_size),
-      attended_(weights_.dtype, limits.max_tokens, config.num_heads * config.head_dim),
-      gated_(weights_.dtype, limits.max_tokens, config.intermediate_size),
-      z_(weights_.dtype, std::max(limits.max_tokens, kLogitRows), max_z_cols(weights_)) {}
+      normed_(weights_.activations, std::max(limits.max_tokens, kLogitRows), config.hidden_size),
+      attended_(weights_.activations, limits.max_tokens, config.num_heads * config.head_dim),
+      gated_(weights_.activations, limits.max_tokens, config.intermediate_size),
+      z_(weights_.activations, std::max(limits.max_tokens, kLogitRows), max_z_cols(weights_)),
+      maxima_(static_cast<std::size_t>(num_threads)) {
+  for (RowMaximum& maximum : maxima_) {
+    maximum.value.resize(kLogitRows);
+    maximum.index.resize(kLogitRows);
+  }
+}
 
 KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
   return {config_.num_layers, config_.num_kv_heads, config_.head_dim,
-          block_size,         num_blocks,           weights_.dtype};
+          block_size,         num_blocks,           weights_.activations};
 }
 
 std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
@@ -135,35 +143,43 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
   }
 }
 
+Activations Decoder::normed(ExecutionContext& ctx, int m, const std::vector<float>& gain,
+                            const int* rows) {
+  return rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size, gain.data(),
+                  config_.rms_norm_eps, normed_.view(), rows);
+}
+
 void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                               const KvLayer& kv) {
   int m = batch.num_tokens();
-  rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size,
-           layer.attention_norm.data(), config_.rms_norm_eps, normed_.view());
+  Activations x = normed(ctx, m, layer.attention_norm);
   QkvOutput qkv;
   qkv.q = query_.as<float>();
   qkv.ldq = std::ptrdiff_t{config_.num_heads} * config_.head_dim;
   qkv.kv = kv;
   qkv.slots = batch.slots;
   qkv.angles = {cos_.as<float>(), sin_.as<float>(), angle_cols_};
-  lowrank_qkv(ctx, m, normed_.view(), layer.query, layer.key, layer.value, z_.view(), qkv);
+  lowrank_qkv(ctx, m, x, layer.query, layer.key, layer.value, z_.view(), qkv);
   attention_.run(ctx, batch, qkv.q, qkv.ldq, kv, attended_.view());
   lowrank_linear_add(ctx, m, attended_.view(), layer.output, z_.view(), residual(),
                      config_.hidden_size);
 }
 
 void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
-  rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size, layer.mlp_norm.data(),
-           config_.rms_norm_eps, normed_.view());
-  lowrank_gated_mlp(ctx, m, normed_.view(), layer.gate, layer.up, z_.view(), gated_.view());
+  Activations x = normed(ctx, m, layer.mlp_norm);
+  lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, z_.view(), gated_.view());
   lowrank_linear_add(ctx, m, gated_.view(), layer.down, z_.view(), residual(), config_.hidden_size);
 }
 
 void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out) {
-  rms_norm(ctx, count, config_.hidden_size, residual(), config_.hidden_size,
-           weights_.final_norm.data(), config_.rms_norm_eps, normed_.view(),
-           batch.logit_rows.data() + first);
-  lowrank_linear(ctx, count, normed_.view(), weights_.head, z_.view(), out, config_.vocab_size);
+  Activations x = normed(ctx, count, weights_.final_norm, batch.logit_rows.data() + first);
+  lowrank_linear(ctx, count, x, weights_.head, z_.view(), out, config_.vocab_size);
+}
+
+void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
+                          TokenId* tokens) {
+  Activations x = normed(ctx, count, weights_.final_norm, batch.argmax_rows.data() + first);
+  lowrank_argmax(ctx, count, x, weights_.head, z_.view(), maxima_, tokens);
 }
 
 }  // namespace deinfer

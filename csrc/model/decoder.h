@@ -20,7 +20,8 @@ struct DecoderLayer {
 };
 
 struct DecoderWeights {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;        // of the matrices; int8 stands for weights only
+  DType activations = DType::kFloat32;  // fp32 for fp32 weights, else bf16
   cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
   std::vector<DecoderLayer> layers;
   std::vector<float> final_norm;  // [hidden]
@@ -41,10 +42,10 @@ struct BatchLimits {
   int max_model_len = 0;
 };
 
-/// Runs batches. forward() and logits() are collective over the team; plan() is not.
+/// Runs batches. Everything but plan() is collective over the team.
 class Decoder {
  public:
-  /// Logit rows that one logits() call computes at most.
+  /// Rows that one call of logits() or most_likely() computes at most.
   static constexpr int kLogitRows = 128;
 
   Decoder(const ModelConfig& config, DecoderWeights weights, const BatchLimits& limits,
@@ -59,6 +60,11 @@ class Decoder {
   /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward().
   void logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out);
 
+  /// tokens[i] = the most likely token of batch.argmax_rows[first + i] for i in [0, count), the
+  /// lowest of equally likely ones, after forward().
+  void most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
+                   TokenId* tokens);
+
   KvCacheConfig kv_cache_config(int block_size, std::int64_t num_blocks) const;
   std::size_t attention_scratch(const cpu::KernelTable& kernels) const;
   const ModelConfig& config() const { return config_; }
@@ -68,6 +74,8 @@ class Decoder {
   void attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                        const KvLayer& kv);
   void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
+  Activations normed(ExecutionContext& ctx, int m, const std::vector<float>& gain,
+                     const int* rows = nullptr);
   float* residual() { return residual_.as<float>(); }
 
   ModelConfig config_;
@@ -79,6 +87,7 @@ class Decoder {
   Buffer residual_;   // [max_tokens, hidden] fp32
   Buffer query_;      // [max_tokens, heads, head_dim] fp32
   ActivationBuffer normed_, attended_, gated_, z_;
+  std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows
 };
 
 }  // namespace deinfer

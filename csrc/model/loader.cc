@@ -55,13 +55,16 @@ void WeightLoader::used(const std::string& tensor, std::uint64_t elements) {
   if (progress_) progress_(bytes_done_, source_.total_bytes());
 }
 
-cpu::PackedMatrix WeightLoader::pack(const std::string& tensor, int n, int k, Range rows,
-                                     Range cols, const std::vector<std::int32_t>& row_map) {
+cpu::PackedMatrix WeightLoader::pack(DType dtype, const std::string& tensor, int n, int k,
+                                     Range rows, Range cols,
+                                     const std::vector<std::int32_t>& row_map) {
   TensorView whole = source_.matrix(tensor, n, k);
   TensorView part = part_of(whole, rows, cols);
   int packed_rows = row_map.empty() ? rows.size() : static_cast<int>(row_map.size());
-  int panel_rows = row_map.empty() ? choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
-  cpu::PackedMatrix packed = cpu::allocate_packed(dtype_, packed_rows, cols.size(), panel_rows);
+  bool free_choice = row_map.empty() && dtype != DType::kInt8;
+  int panel_rows = free_choice ? choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
+  cpu::PackedMatrix packed =
+      cpu::allocate_packed(dtype, packed_rows, cols.size(), panel_rows, &arena_);
   team_.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
     cpu::pack_rows(part, row_map, first, last, packed);
@@ -102,10 +105,10 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
          ", which the decoder does not do yet");
   }
   if (is_low_rank) {
-    linear.v = pack(v, rank, k, place.v_rows, place.v_cols, {});
-    linear.u = pack(u, n, rank, place.u_rows, place.u_cols, row_map);
+    linear.v = pack(dtype_, v, rank, k, place.v_rows, place.v_cols, {});
+    linear.u = pack(dtype_, u, n, rank, place.u_rows, place.u_cols, row_map);
   } else {
-    linear.w = pack(dense, n, k, place.u_rows, place.u_cols, row_map);
+    linear.w = pack(dtype_, dense, n, k, place.u_rows, place.u_cols, row_map);
   }
   for (const std::string& bias : {name + ".bias", name + ".u.bias"}) {
     if (!source_.contains(bias)) continue;
@@ -124,8 +127,8 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   return linear;
 }
 
-cpu::PackedMatrix WeightLoader::matrix(const std::string& name, int n, int k) {
-  return pack(name, n, k, {0, n}, {0, k}, {});
+cpu::PackedMatrix WeightLoader::matrix(DType dtype, const std::string& name, int n, int k) {
+  return pack(dtype, name, n, k, {0, n}, {0, k}, {});
 }
 
 std::vector<float> WeightLoader::vector(const std::string& name, int n) {

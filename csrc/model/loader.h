@@ -28,6 +28,7 @@ class WeightLoader {
 
   /// The type that dtype="auto" stands for: bf16 when the embedding is bf16, else fp32.
   DType checkpoint_dtype(const std::string& embedding_name) const;
+  /// The type of packed matrices: fp32, bf16 or int8 (weights only).
   void set_dtype(DType dtype) { dtype_ = dtype; }
 
   /// The linear called `name`[n, k]: `name`.weight, or `name`.v.weight [r, k] and `name`.u.weight
@@ -37,8 +38,9 @@ class WeightLoader {
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
                        const std::vector<std::int32_t>& row_map = {});
 
-  /// A matrix without plan: embedding tables.
-  cpu::PackedMatrix matrix(const std::string& name, int n, int k);
+  /// A matrix without plan: embedding tables. Rows are looked up, not multiplied, so int8 would
+  /// lose bits and gain no time: it is packed in `dtype`.
+  cpu::PackedMatrix matrix(DType dtype, const std::string& name, int n, int k);
   std::vector<float> vector(const std::string& name, int n);
   bool contains(const std::string& name) const { return source_.contains(name); }
 
@@ -49,8 +51,8 @@ class WeightLoader {
   std::uint64_t parameters() const { return parameters_; }
 
  private:
-  cpu::PackedMatrix pack(const std::string& tensor, int n, int k, Range rows, Range cols,
-                         const std::vector<std::int32_t>& row_map);
+  cpu::PackedMatrix pack(DType dtype, const std::string& tensor, int n, int k, Range rows,
+                         Range cols, const std::vector<std::int32_t>& row_map);
   void used(const std::string& tensor, std::uint64_t elements);
 
   io::WeightSource source_;
@@ -61,6 +63,7 @@ class WeightLoader {
   ThreadTeam& team_;
   Progress progress_;
   DType dtype_ = DType::kFloat32;
+  BufferArena arena_;
   std::set<std::string> used_;
   std::uint64_t parameters_ = 0;
   std::uint64_t bytes_done_ = 0;

@@ -27,7 +27,8 @@ struct Batch {
   std::vector<int> positions;      // [m]
   std::vector<KvSlot> slots;       // [m]
   std::vector<BatchSequence> sequences;
-  std::vector<int> logit_rows;  // ascending rows whose logits are wanted
+  std::vector<int> logit_rows;   // ascending rows whose logits are wanted
+  std::vector<int> argmax_rows;  // ascending rows of which only the most likely token is wanted
 
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   void clear() {
@@ -36,6 +37,7 @@ struct Batch {
     slots.clear();
     sequences.clear();
     logit_rows.clear();
+    argmax_rows.clear();
   }
 };
 

@@ -57,6 +57,8 @@ struct ThreadScratch {
   Buffer tile_a;
   Buffer tile_b;
   Buffer attention;
+  ActivationBuffer normed;  // [normed_rows, hidden]
+  int normed_rows = 0;      // up to so many rows are normalised by every thread for itself
 };
 
 /// Operations are collective: every thread of the team calls them with its own context, and they

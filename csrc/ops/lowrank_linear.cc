@@ -1,6 +1,7 @@
 #include "ops/lowrank_linear.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace deinfer {
 namespace {
@@ -31,7 +32,11 @@ struct Job {
 void multiply(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix,
               const Activations& x, int row, int m, int panel, const void* next, float* tile) {
   Activations rows = x.rows_from(row);
-  if (matrix.dtype == DType::kFloat32) {
+  if (matrix.dtype == DType::kInt8) {
+    kernels.panel_gemm_int8(
+        rows.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)),
+        matrix.scales.data() + panel * matrix.panel_rows, matrix.k_pad, next, tile);
+  } else if (matrix.dtype == DType::kFloat32) {
     kernels.panel_gemm_f32(rows.f32(), x.ld, m, static_cast<const float*>(matrix.panel(panel)),
                            matrix.rows_of(panel), matrix.k_pad, next, tile);
   } else {
@@ -134,6 +139,22 @@ class StoreOutput final : public Epilogue {
   float* out_;
   std::ptrdiff_t ldo_;
   bool add_;
+};
+
+class TakeMaximum final : public Epilogue {
+ public:
+  TakeMaximum(const LowRankLinear& linear, RowMaximum& maximum)
+      : linear_(linear), maximum_(maximum) {}
+  void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
+             int cols) const override {
+    int valid = std::min(cols, linear_.output_factor().n - first);
+    kernels.argmax_tile(tile, m, valid, bias_at(linear_, first), first, maximum_.value.data() + row,
+                        maximum_.index.data() + row);
+  }
+
+ private:
+  const LowRankLinear& linear_;
+  RowMaximum& maximum_;
 };
 
 class StoreGated final : public Epilogue {
@@ -330,6 +351,28 @@ void lowrank_linear_add(ExecutionContext& ctx, int m, const Activations& x,
                         const LowRankLinear& linear, const Activations& z, float* residual,
                         std::ptrdiff_t ldr) {
   linear_to_f32(ctx, m, x, linear, z, residual, ldr, true);
+}
+
+void lowrank_argmax(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
+                    const Activations& z, std::span<RowMaximum> maxima, int* index) {
+  RowMaximum& mine = maxima[static_cast<std::size_t>(ctx.member.id())];
+  std::fill_n(mine.value.begin(), m, -std::numeric_limits<float>::infinity());
+  std::fill_n(mine.index.begin(), m, 0);
+  TakeMaximum epilogue(linear, mine);
+  JobList jobs(x, z);
+  jobs.add(linear, epilogue);
+  jobs.run(ctx, m);
+  auto [begin, end] = ctx.member.share(m);
+  for (int i = begin; i < end; ++i) {
+    auto row = static_cast<std::size_t>(i);
+    // Threads hold ascending columns, so the first of equal ones is the lowest.
+    const RowMaximum* best = &maxima[0];
+    for (const RowMaximum& other : maxima) {
+      if (other.value[row] > best->value[row]) best = &other;
+    }
+    index[i] = best->index[row];
+  }
+  ctx.member.barrier();
 }
 
 void lowrank_gated_mlp(ExecutionContext& ctx, int m, const Activations& x,

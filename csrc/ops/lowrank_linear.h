@@ -16,7 +16,8 @@
 
 namespace deinfer {
 
-/// A linear y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU.
+/// A linear y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU. fp32 weights take
+/// fp32 activations, bf16 and int8 weights bf16 ones.
 struct LowRankLinear {
   std::string name;
   cpu::PackedMatrix w;      // dense; empty when low-rank
@@ -39,6 +40,18 @@ void lowrank_linear(ExecutionContext& ctx, int m, const Activations& x, const Lo
 void lowrank_linear_add(ExecutionContext& ctx, int m, const Activations& x,
                         const LowRankLinear& linear, const Activations& z, float* residual,
                         std::ptrdiff_t ldr);
+
+/// The largest outputs of some rows so far.
+struct RowMaximum {
+  std::vector<float> value;
+  std::vector<int> index;
+};
+
+/// index[i] = the place of the largest element of linear(x_i), i in [0, m), the lowest of equal
+/// ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m rows each; m
+/// is at most kTileTokens.
+void lowrank_argmax(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
+                    const Activations& z, std::span<RowMaximum> maxima, int* index);
 
 /// out[m, n] = silu(gate(x)) * up(x) in the activation type.
 void lowrank_gated_mlp(ExecutionContext& ctx, int m, const Activations& x,

@@ -5,9 +5,12 @@
 
 namespace deinfer {
 
-/// out[i] = x_i / sqrt(mean(x_i^2) + eps) * gain in the activation type, where x_i is row i of
+/// y[i] = x_i / sqrt(mean(x_i^2) + eps) * gain in the activation type, where x_i is row i of
 /// x[m, n] (fp32, row stride ldx), or row rows[i] when `rows` is given.
-void rms_norm(ExecutionContext& ctx, int m, int n, const float* x, std::ptrdiff_t ldx,
-              const float* gain, float eps, const Activations& out, const int* rows = nullptr);
+/// Returns where this thread finds y[m, n]: `out`, shared by the team, or with few rows its own
+/// copy in the scratch memory, valid until its next rms_norm().
+Activations rms_norm(ExecutionContext& ctx, int m, int n, const float* x, std::ptrdiff_t ldx,
+                     const float* gain, float eps, const Activations& out,
+                     const int* rows = nullptr);
 
 }  // namespace deinfer

@@ -103,12 +103,12 @@ class EngineInvariance : public testing::TestWithParam<std::string> {
 };
 
 TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
-  for (bool bfloat16 : {false, true}) {
+  for (std::string dtype : {"float32", "bfloat16", "int8"}) {
     test::TinyConfig tiny;
-    tiny.bfloat16 = bfloat16;
+    tiny.bfloat16 = dtype != "float32";
     tiny.max_position = 600;  // beyond one KV split
     test::TinyModel model(tiny);
-    std::mt19937 random(bfloat16 ? 5 : 3);
+    std::mt19937 random(tiny.bfloat16 ? 5 : 3);
     std::vector<RequestSpec> requests = random_requests(random, 18);
     RequestSpec& longest = requests.emplace_back(requests.front());
     while (longest.prompt.size() < 540) longest.prompt.push_back(random() % 97);
@@ -116,6 +116,7 @@ TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
 
     EngineConfig alone;
     alone.model = model.path();
+    alone.dtype = dtype;
     alone.num_threads = 1;
     alone.max_num_seqs = 1;
     alone.max_num_batched_tokens = 600;
@@ -141,6 +142,7 @@ TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
           Trial{2, 64, 512, 64, 64, false, true}}) {
       EngineConfig config;
       config.model = model.path();
+      config.dtype = dtype;
       config.num_threads = trial.threads;
       config.max_num_seqs = trial.seats;
       config.max_num_batched_tokens = trial.budget;
@@ -149,12 +151,36 @@ TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
       config.enable_prefix_caching = trial.prefix_caching;
       Engine engine(config);
       EXPECT_EQ(run(engine, requests, trial.trickle), expected)
-          << "budget " << trial.budget << " bfloat16 " << bfloat16;
+          << "budget " << trial.budget << " " << dtype;
       preemptions += engine.stats().num_preemptions;
       prefix_hits += engine.stats().prefix_hit_tokens;
     }
     EXPECT_GT(preemptions, 0) << "the trials are meant to preempt";
     EXPECT_GT(prefix_hits, 0) << "the trials are meant to share prefixes";
+  }
+}
+
+TEST_P(EngineInvariance, GreedyTokensDoNotDependOnWhetherLogitsAreAskedFor) {
+  test::TinyModel model;
+  std::mt19937 random(7);
+  for (int threads : {1, 3}) {
+    EngineConfig config;
+    config.model = model.path();
+    config.num_threads = threads;
+    config.num_kv_blocks = 100;
+    Engine engine(config);
+    std::vector<RequestSpec> requests = random_requests(random, 12);
+    for (RequestSpec& request : requests) {
+      request.params = {};
+      request.params.max_tokens = 20;
+      request.params.temperature = 0.0f;
+    }
+    Answers plain = run(engine, requests, false);
+    for (RequestSpec& request : requests) request.params.logprobs = 2;
+    Answers reported = run(engine, requests, false);
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_EQ(plain[i].at(0).tokens, reported[i].at(0).tokens);
+    }
   }
 }
 

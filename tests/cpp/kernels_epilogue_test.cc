@@ -208,6 +208,29 @@ TEST_P(EpilogueTest, RoundsToBf16LikeTheLibrary) {
   for (std::size_t j = 0; j < 32; ++j) EXPECT_EQ(out[j].bits, to_bf16(c[j]).bits) << j;
 }
 
+TEST_P(EpilogueTest, ArgmaxTile) {
+  tile_[2 * 32 + 3] = kNan;
+  for (int j = 0; j < 32; ++j) tile_[static_cast<std::size_t>(3 * 32 + j)] = j % 5 == 4 ? 9 : 1;
+  for_each_shape([&](int cols, const float* bias, const float*) {
+    std::vector<float> best(kTokens, 0.25f);
+    std::vector<int> index(kTokens, 7);
+    kernels().argmax_tile(tile_.data(), kTokens, cols, bias, 640, best.data(), index.data());
+    for (int i = 0; i < kTokens; ++i) {
+      float want = 0.25f;
+      int want_index = 7;
+      for (int j = 0; j < cols; ++j) {
+        float v = tile_[static_cast<std::size_t>(i * 32 + j)] + (bias == nullptr ? 0 : bias[j]);
+        if (v > want) {
+          want = v;
+          want_index = 640 + j;
+        }
+      }
+      EXPECT_EQ(best[static_cast<std::size_t>(i)], want) << i;
+      EXPECT_EQ(index[static_cast<std::size_t>(i)], want_index) << i;
+    }
+  });
+}
+
 DEINFER_FOR_EACH_ISA(EpilogueTest);
 
 }  // namespace

@@ -6,18 +6,25 @@ namespace {
 
 class GemmTest : public IsaTest {};
 
-/// x[m, k] (rows padded to ldx, zeros beyond k) and packed weights of `rows` rows.
 template <typename T>
+constexpr DType kDTypeOf = sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16;
+
+/// x[m, k] (rows padded to ldx, zeros beyond k) and packed weights of `rows` rows.
+template <typename T, DType kPacked = kDTypeOf<T>>
 struct GemmCase {
   GemmCase(int m_, int k_, int rows_, unsigned seed, int extra_ldx = 0)
       : m(m_), k(k_), rows(rows_) {
     Random random(seed);
     float scale = 1.0f / std::sqrt(static_cast<float>(k));
     weights = random.vector<T>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(k), scale);
-    constexpr DType kDType = sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16;
-    packed = cpu::allocate_packed(kDType, rows, k, rows);
-    TensorView view{weights.data(), kDType, rows, k, k};
+    packed = cpu::allocate_packed(kPacked, rows, k, rows);
+    TensorView view{weights.data(), kDTypeOf<T>, rows, k, k};
     cpu::pack_rows(view, {}, 0, 1, packed);
+    std::vector<float> row(static_cast<std::size_t>(k));
+    for (int i = 0; i < rows; ++i) {  // as they are represented
+      packed.read_row(i, row.data());
+      dequantized.insert(dequantized.end(), row.begin(), row.end());
+    }
     ldx = packed.k_pad + extra_ldx;
     x.assign(static_cast<std::size_t>(m) * static_cast<std::size_t>(ldx),
              TypeTraits<T>::from(0.0f));
@@ -26,16 +33,17 @@ struct GemmCase {
     }
   }
   T& at(int i, int j) { return x[static_cast<std::size_t>(i * ldx + j)]; }
-  double weight(int row, int j) const {
-    return wide(weights[static_cast<std::size_t>(row * k + j)]);
-  }
+  double weight(int row, int j) const { return dequantized[static_cast<std::size_t>(row * k + j)]; }
 
   /// c of the tokens [first, first + count); c is filled with NaN before.
   std::vector<float> run(const cpu::KernelTable& kernels, int first, int count) {
     Aligned<float> c(static_cast<std::size_t>(count) * cpu::kPanelRows, kNan);
     const T* input = x.data() + static_cast<std::ptrdiff_t>(first) * ldx;
     const T* panel = static_cast<const T*>(packed.panel(0));
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kPacked == DType::kInt8) {
+      kernels.panel_gemm_int8(input, ldx, count, static_cast<const std::int8_t*>(packed.panel(0)),
+                              packed.scales.data(), packed.k_pad, packed.panel(0), c.data());
+    } else if constexpr (sizeof(T) == 4) {
       kernels.panel_gemm_f32(input, ldx, count, panel, rows, packed.k_pad, panel, c.data());
     } else {
       kernels.panel_gemm_bf16(input, ldx, count, panel, rows, packed.k_pad, panel, c.data());
@@ -46,14 +54,15 @@ struct GemmCase {
   int m, k, rows;
   std::ptrdiff_t ldx = 0;
   std::vector<T> weights;
+  std::vector<float> dequantized;
   std::vector<T> x;
   cpu::PackedMatrix packed;
 };
 
-template <typename T>
+template <typename T, DType kPacked = kDTypeOf<T>>
 void expect_matches_reference(const cpu::KernelTable& kernels, int m, int k, int rows) {
   SCOPED_TRACE(testing::Message() << "m=" << m << " k=" << k << " rows=" << rows);
-  GemmCase<T> test(m, k, rows, static_cast<unsigned>(m * 131 + k), m % 3 * 8);
+  GemmCase<T, kPacked> test(m, k, rows, static_cast<unsigned>(m * 131 + k), m % 3 * 8);
   std::vector<float> c = test.run(kernels, 0, m);
   double worst = 0;
   for (int i = 0; i < m; i += m > 64 ? 37 : 1) {
@@ -88,10 +97,10 @@ TEST_P(GemmTest, MatchesFp64) {
   }
 }
 
-template <typename T>
+template <typename T, DType kPacked = kDTypeOf<T>>
 void expect_batch_invariant(const cpu::KernelTable& kernels, int k, int rows) {
   constexpr int kTokens = 64;
-  GemmCase<T> test(kTokens, k, rows, 5);
+  GemmCase<T, kPacked> test(kTokens, k, rows, 5);
   std::vector<float> all = test.run(kernels, 0, kTokens);
   for (int m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 31, 37, 63}) {
     for (int first : {0, 1, 5, kTokens - m}) {
@@ -116,9 +125,9 @@ TEST_P(GemmTest, BitsDoNotDependOnTheBatch) {
   }
 }
 
-template <typename T>
+template <typename T, DType kPacked = kDTypeOf<T>>
 void expect_same_bits_as(const cpu::KernelTable& scalar, const cpu::KernelTable& kernels) {
-  GemmCase<T> test(11, 777, 32, 9);
+  GemmCase<T, kPacked> test(11, 777, 32, 9);
   std::vector<float> a = test.run(scalar, 0, 11);
   std::vector<float> b = test.run(kernels, 0, 11);
   EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
@@ -127,6 +136,16 @@ void expect_same_bits_as(const cpu::KernelTable& scalar, const cpu::KernelTable&
 TEST_P(GemmTest, BitsDoNotDependOnTheInstructionSet) {
   expect_same_bits_as<float>(scalar(), kernels());
   expect_same_bits_as<bf16>(scalar(), kernels());
+  expect_same_bits_as<bf16, DType::kInt8>(scalar(), kernels());
+}
+
+TEST_P(GemmTest, Int8MatchesFp64) {
+  for (int m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 37}) {
+    for (int k : {1, 7, 8, 114, 331, 2101}) {
+      expect_matches_reference<bf16, DType::kInt8>(kernels(), m, k, 32);
+    }
+  }
+  for (int k : {61, 1500}) expect_batch_invariant<bf16, DType::kInt8>(kernels(), k, 32);
 }
 
 TEST_P(GemmTest, NaNStaysInItsToken) {

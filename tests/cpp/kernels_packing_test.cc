@@ -62,6 +62,67 @@ float packed_element(const cpu::PackedMatrix& p, int row, int j) {
   return to_float(static_cast<const bf16*>(p.panel(panel))[(j / 2 * rows + r) * 2 + j % 2]);
 }
 
+TEST(Int8Packing, RoundsToTheNearestMultipleOfTheRowsScale) {
+  for (DType from : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    Source source(from, 40, 37, 41);
+    std::vector<std::int32_t> map;
+    for (int i = 0; i < 50; ++i) map.push_back(i % 7 == 3 ? -1 : (i * 13) % 40);
+    cpu::PackedMatrix packed = cpu::allocate_packed(DType::kInt8, 50, 37, 32);
+    ASSERT_EQ(packed.n_pad, 64);
+    cpu::pack_rows(source.view, map, 1, 2, packed);
+    cpu::pack_rows(source.view, map, 0, 1, packed);
+    std::vector<float> row(37);
+    for (int i = 0; i < 50; ++i) {
+      std::int32_t target = map[static_cast<std::size_t>(i)];
+      float largest = 0;
+      for (int j = 0; j < 37; ++j) {
+        if (target >= 0) largest = std::max(largest, std::abs(Source::value(target, j)));
+      }
+      float scale = packed.scales[static_cast<std::size_t>(i)];
+      EXPECT_FLOAT_EQ(scale, largest / 127.0f);
+      packed.read_row(i, row.data());
+      for (int j = 0; j < 37; ++j) {
+        float want = target < 0 ? 0.0f : Source::value(target, j);
+        float got = row[static_cast<std::size_t>(j)];
+        EXPECT_LE(std::abs(got - want), 0.501f * scale) << i << ", " << j;
+        EXPECT_EQ(got, scale == 0 ? 0 : std::nearbyint(want / scale) * scale) << i << ", " << j;
+      }
+    }
+  }
+}
+
+TEST(Int8Packing, RefusesWhatItCannotRepresent) {
+  std::vector<float> weights(64 * 8, 1.0f);
+  weights[5 * 8 + 3] = kNan;
+  cpu::PackedMatrix packed = cpu::allocate_packed(DType::kInt8, 64, 8, 32);
+  TensorView view{weights.data(), DType::kFloat32, 64, 8, 8};
+  try {
+    cpu::pack_rows(view, {}, 0, 2, packed);
+    FAIL() << "NaN was accepted";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("weights[5]"), std::string::npos) << error.what();
+  }
+  EXPECT_THROW(cpu::allocate_packed(DType::kInt8, 64, 8, 16), Error);
+}
+
+TEST(BufferArena, GivesZeroedDisjointBuffersThatOutliveIt) {
+  Buffer first;
+  Buffer last;
+  {
+    BufferArena arena(1 << 12);
+    first = arena.allocate(100);
+    EXPECT_EQ(arena.allocate(0).size(), 0u);
+    Buffer large = arena.allocate(1 << 20);
+    EXPECT_EQ(large.as<char>()[(1 << 20) - 1], 0);
+    last = arena.allocate(4096);
+  }
+  for (Buffer* buffer : {&first, &last}) {
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer->as<char>()) % 64, 0u);
+    for (std::size_t i = 0; i < buffer->size(); ++i) ASSERT_EQ(buffer->as<char>()[i], 0);
+    std::fill_n(buffer->as<char>(), buffer->size(), 1);
+  }
+}
+
 class PackingTest : public testing::TestWithParam<std::pair<DType, DType>> {};
 
 TEST_P(PackingTest, RoundTrip) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from deinfer import LLM, SamplingParams
 from deinfer._C import supported_isas
 from deinfer.decompose.reference import load_reference
 from oracle import greedy_tokens, reference_logits, relative_error
+from safetensors.torch import load_file, save_file
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA3 = {
@@ -108,8 +111,38 @@ def test_bfloat16_is_no_further_from_float64_than_torch(case: str, tmp_path: Pat
     assert relative_error(llm.prompt_logits(tokens), exact) <= theirs
 
 
+def round_to_int8(source: Path, target: Path, *, tied: bool) -> None:
+    """Write `source` with every matrix as int8 represents it, in fp32."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    for name, weight in tensors.items():
+        weight = weight.float()
+        if weight.ndim == 2 and (tied or "embed_tokens" not in name):
+            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            weight = torch.where(scale > 0, torch.round(weight / scale) * scale, weight)
+        tensors[name] = weight.contiguous()
+    save_file(tensors, target / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", ["dense", "mixed", "odd-sizes", "biases"])
+def test_int8_is_no_further_from_its_dequantized_weights_than_torch_bfloat16(
+    case: str, tmp_path: Path
+) -> None:
+    ranks, fields = CASES[case]
+    path = write_llama(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
+    tied = json.loads((path / "config.json").read_text())["tie_word_embeddings"]
+    round_to_int8(path, tmp_path / "rounded", tied=tied)
+    tokens = random_tokens(60, fields.get("vocab_size", 131))
+    exact = reference_logits(tmp_path / "rounded", tokens, torch.float64)
+    theirs = relative_error(reference_logits(tmp_path / "rounded", tokens, torch.bfloat16), exact)
+    llm = load(path, dtype="int8")
+    assert llm.model_info.dtype == "int8"
+    assert llm.model_info.weight_bytes < load(path, dtype="bfloat16").model_info.weight_bytes
+    assert relative_error(llm.prompt_logits(tokens), exact) <= theirs
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_every_isa_agrees_with_scalar(
     isa: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from deinfer.decompose.checkpoint import (
     read_tensors,
     write_checkpoint,
 )
+from deinfer.evaluate import perplexity
 from oracle import greedy_tokens, relative_error
 from transformers import AutoTokenizer
 
@@ -124,3 +126,12 @@ def test_decomposed_float32(prompts: list[list[int]], decomposed: Path) -> None:
 
 def test_decomposed_bfloat16(prompts: list[list[int]], decomposed: Path) -> None:
     check_bfloat16(decomposed, prompts)
+
+
+def test_int8_perplexity_is_within_a_percent_of_bfloat16() -> None:
+    text = (resources.files("deinfer") / "data" / "heldout.txt").read_text()
+    measured = {}
+    for dtype in ("bfloat16", "int8"):
+        llm = LLM(str(MODEL), dtype=dtype, num_kv_blocks=1024)
+        measured[dtype] = perplexity(llm, text).perplexity
+    assert measured["int8"] <= 1.01 * measured["bfloat16"]

@@ -20,8 +20,9 @@ using RequestId = std::uint64_t;
 struct EngineConfig {
   std::string model;             // directory: config.json and *.safetensors
   std::string device = "cpu";    // "cpu"; "cuda" once the CUDA engine lands
-  std::string dtype = "auto";    // "float32", "bfloat16"; auto: bfloat16 for bf16 checkpoints,
-                                 // else float32 (so that no weight loses bits)
+  std::string dtype = "auto";    // "float32", "bfloat16"; "int8": weights rounded to 8 bits with a
+                                 // scale per row, all else bfloat16; auto: bfloat16 for bf16
+                                 // checkpoints, else float32 (so that no weight loses bits)
   int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
   int num_threads = 0;               // CPU threads per rank; 0: the available cores / ranks

@@ -7,11 +7,18 @@
 
 namespace deinfer {
 
-enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt32 };
+enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt8 };
 
 /// Bytes per element.
 constexpr std::size_t dtype_size(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
+  switch (dtype) {
+    case DType::kInt8: return 1;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 2;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+  }
+  return 0;
 }
 
 constexpr const char* dtype_name(DType dtype) {
@@ -20,6 +27,7 @@ constexpr const char* dtype_name(DType dtype) {
     case DType::kBFloat16: return "bfloat16";
     case DType::kFloat16: return "float16";
     case DType::kInt32: return "int32";
+    case DType::kInt8: return "int8";
   }
   return "unknown";
 }

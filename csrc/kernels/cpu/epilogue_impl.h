@@ -79,6 +79,19 @@ void rope_tile(float* c, int m, const float* bias, const float* cos, const float
   }
 }
 
+void argmax_tile(const float* c, int m, int cols, const float* bias, int first, float* best,
+                 int* index) {
+  TileBias tile_bias(bias, cols);
+  for_each_vector(m, cols, [&](int i, int j, int n) {
+    Vec v = tile_bias.apply(load(c + i * kPanelRows + j * kLanes), j);
+    v = keep_range(v, 0, n, -kInfinity);
+    if (greater_lanes(v, broadcast(best[i])) == 0) return;
+    float largest = reduce_max(max(v, broadcast(best[i])));  // max passes over NaN in v
+    best[i] = largest;
+    index[i] = first + j * kLanes + __builtin_ctz(equal_lanes(v, broadcast(largest)));
+  });
+}
+
 template <typename T>
 void write_k(const float* values, int cols, int d0, int head_dim, int offset, void* block) {
   T* out = static_cast<T*>(block) + std::ptrdiff_t{offset / kLanes} * kLanes * head_dim +

@@ -1,6 +1,6 @@
 // Tokens times one panel of packed weights. Include a simd_*.h before.
 //
-// A step is one vector of weights per 16 rows, 64 bytes: one k of fp32 or a pair of k of bf16.
+// A step is one vector of weights per 16 rows: one k of fp32, or a pair of k of bf16 or int8.
 // Every output is one accumulator that takes the steps in ascending order, whatever m, the pass or
 // the chunk, so its bits depend on its own inputs only.
 #pragma once
@@ -10,13 +10,15 @@ namespace {
 
 struct DotF32 {
   using Element = float;
+  using Weight = float;
   using Operand = Vec;
   static constexpr int kElements = 1;  // of k per step
   static constexpr int kMaxTokens = kGemmTokensF32;
   static constexpr int kPhases = 1;  // multiply-adds per step and 16 rows
-  template <int kPhase>
-  static Vec weights(const float* w) {
-    return load(w);
+  template <int kPhase, int kVecs>
+  static void weights(const float* w, Vec (&out)[kVecs]) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) out[j] = load(w + j * kLanes);
   }
   template <int kPhase>
   static Vec input(const float* x) {
@@ -27,19 +29,30 @@ struct DotF32 {
 
 struct DotBf16 {
   using Element = bf16;
+  using Weight = bf16;
   using Operand = Pairs;
   static constexpr int kElements = 2;
   static constexpr int kMaxTokens = kGemmTokensBf16;
   static constexpr int kPhases = kPairPhases;
-  template <int kPhase>
-  static Pairs weights(const bf16* w) {
-    return load_pairs<kPhase>(w);
+  template <int kPhase, int kVecs>
+  static void weights(const bf16* w, Pairs (&out)[kVecs]) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) out[j] = load_pairs<kPhase>(w + j * kLanes * kElements);
   }
   template <int kPhase>
   static Pairs input(const bf16* x) {
     return broadcast_pair<kPhase>(x);
   }
   static Vec dot(Vec acc, const Pairs& w, const Pairs& x) { return pair_dot(acc, w, x); }
+};
+
+/// Expands the weights in registers; the products are those of DotBf16, bit for bit.
+struct DotInt8 : DotBf16 {
+  using Weight = std::int8_t;
+  template <int kPhase, int kVecs>
+  static void weights(const std::int8_t* w, Pairs (&out)[kVecs]) {
+    load_int8_pairs<kPhase>(w, out);
+  }
 };
 
 inline constexpr int kStepUnroll = 4;    // steps are a multiple of it, since k_pad is one of 8
@@ -50,11 +63,16 @@ inline constexpr int kLineBytes = 64;
 inline constexpr int kPrefetchMinOps = 7;
 inline constexpr int kPrefetchAhead = 8192;
 
-template <typename Element>
+/// Cache lines of weights per step.
+template <typename Dot, int kVecs>
+inline constexpr int kStepLines =
+    kVecs * kLanes * Dot::kElements * static_cast<int>(sizeof(typename Dot::Weight)) / kLineBytes;
+
+template <typename Dot>
 struct MicroArgs {
-  const Element* x;
+  const typename Dot::Element* x;
   std::ptrdiff_t ldx;
-  const Element* w;
+  const typename Dot::Weight* w;
   int steps;
   bool first;            // start from zero, else from c
   const char* prefetch;  // kPrefetch lines from here per step
@@ -64,13 +82,10 @@ struct MicroArgs {
 /// One phase of one step; w is at its weights, x at its input of token 0.
 template <typename Dot, int kPhase, int kVecs, int kTokens>
 [[gnu::always_inline]] inline void add_phase(const typename Dot::Element* x, std::ptrdiff_t ldx,
-                                             const typename Dot::Element* w,
+                                             const typename Dot::Weight* w,
                                              Vec (&acc)[kTokens][kVecs]) {
   typename Dot::Operand weights[kVecs];
-#pragma GCC unroll 2
-  for (int j = 0; j < kVecs; ++j) {
-    weights[j] = Dot::template weights<kPhase>(w + j * kLanes * Dot::kElements);
-  }
+  Dot::template weights<kPhase>(w, weights);
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
     auto input = Dot::template input<kPhase>(x + i * ldx);
@@ -81,7 +96,7 @@ template <typename Dot, int kPhase, int kVecs, int kTokens>
 
 /// kTokens tokens times kVecs * 16 rows over some steps, in registers.
 template <typename Dot, int kVecs, int kTokens, int kPrefetch>
-[[gnu::noinline]] void micro_kernel(const MicroArgs<typename Dot::Element>& args) {
+[[gnu::noinline]] void micro_kernel(const MicroArgs<Dot>& args) {
   const auto* x = args.x;
   const auto* w = args.w;
   const char* prefetch = args.prefetch;
@@ -125,7 +140,7 @@ template <typename Dot, int kVecs, int kTokens, int kPrefetch>
 }
 
 template <typename Dot, int kVecs, int kTokens>
-void run_micro(int tokens, int prefetch, const MicroArgs<typename Dot::Element>& args) {
+void run_micro(int tokens, int prefetch, const MicroArgs<Dot>& args) {
   if constexpr (kTokens > 1) {
     if (tokens < kTokens) return run_micro<Dot, kVecs, kTokens - 1>(tokens, prefetch, args);
   }
@@ -136,49 +151,102 @@ void run_micro(int tokens, int prefetch, const MicroArgs<typename Dot::Element>&
   }
 }
 
+/// m tokens times `args.steps` steps of weights in balanced passes. `next` is what is read after
+/// these weights, next_lines its cache lines per step.
+template <typename Dot, int kVecs>
+void multiply_chunk(MicroArgs<Dot> args, int m, const char* next, int next_lines) {
+  const auto* x = args.x;
+  float* const c = args.c;
+  const int passes = (m + Dot::kMaxTokens - 1) / Dot::kMaxTokens;
+  for (int pass = 0; pass < passes; ++pass) {
+    int token = static_cast<int>(std::int64_t{m} * pass / passes);
+    int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
+    int lines = 0;
+    if (passes == 1) {
+      if (m * Dot::kPhases >= kPrefetchMinOps) lines = kStepLines<Dot, kVecs>;
+      args.prefetch = reinterpret_cast<const char*>(args.w) + kPrefetchAhead;
+    } else {  // each pass fetches its slice of what is read next
+      lines = (next_lines + passes - 1) / passes;
+      std::ptrdiff_t begin = std::ptrdiff_t{pass} * args.steps * lines * kLineBytes;
+      if (next == nullptr || begin >= kChunkSteps * next_lines * kLineBytes) lines = 0;
+      args.prefetch = next == nullptr ? nullptr : next + begin;
+    }
+    args.x = x + token * args.ldx;
+    args.c = c + std::ptrdiff_t{token} * kPanelRows;
+    run_micro<Dot, kVecs, Dot::kMaxTokens>(tokens, lines, args);
+  }
+}
+
 template <typename Dot, int kVecs>
 void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
-                    const typename Dot::Element* panel, int k_pad, const void* next, float* c) {
+                    const typename Dot::Weight* panel, int k_pad, const void* next, float* c) {
+  constexpr std::ptrdiff_t kStepWeights = kVecs * kLanes * Dot::kElements;
   const int steps = k_pad / Dot::kElements;
-  const int passes = (m + Dot::kMaxTokens - 1) / Dot::kMaxTokens;
-  const int chunk = passes == 1 ? steps : kChunkSteps;
+  const int chunk = m <= Dot::kMaxTokens ? steps : kChunkSteps;
   for (int step = 0; step < steps; step += chunk) {
-    MicroArgs<typename Dot::Element> args;
-    args.ldx = ldx;
-    args.w = panel + std::ptrdiff_t{step} * kVecs * kLanes * Dot::kElements;
-    args.steps = steps - step < chunk ? steps - step : chunk;
-    args.first = step == 0;
-    const auto* after = reinterpret_cast<const char*>(args.w + std::ptrdiff_t{args.steps} * kVecs *
-                                                                   kLanes * Dot::kElements);
-    if (step + args.steps == steps) after = static_cast<const char*>(next);
-    for (int pass = 0; pass < passes; ++pass) {
-      int token = static_cast<int>(std::int64_t{m} * pass / passes);
-      int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
-      int lines = 0;
-      if (passes == 1) {
-        if (m * Dot::kPhases >= kPrefetchMinOps) lines = kVecs;
-        args.prefetch = reinterpret_cast<const char*>(args.w) + kPrefetchAhead;
-      } else {  // each pass fetches its slice of what is read next
-        lines = (kVecs + passes - 1) / passes;
-        std::ptrdiff_t begin = std::ptrdiff_t{pass} * args.steps * lines * kLineBytes;
-        if (after == nullptr || begin >= kChunkSteps * kVecs * kLineBytes) lines = 0;
-        args.prefetch = after == nullptr ? nullptr : after + begin;
-      }
-      args.x = x + token * ldx + std::ptrdiff_t{step} * Dot::kElements;
-      args.c = c + std::ptrdiff_t{token} * kPanelRows;
-      run_micro<Dot, kVecs, Dot::kMaxTokens>(tokens, lines, args);
-    }
+    const int count = steps - step < chunk ? steps - step : chunk;
+    const auto* w = panel + step * kStepWeights;
+    const void* after = step + count == steps ? next : w + count * kStepWeights;
+    MicroArgs<Dot> args{.x = x + std::ptrdiff_t{step} * Dot::kElements,
+                        .ldx = ldx,
+                        .w = w,
+                        .steps = count,
+                        .first = step == 0,
+                        .prefetch = nullptr,
+                        .c = c};
+    multiply_chunk<Dot, kVecs>(args, m, static_cast<const char*>(after), kStepLines<Dot, kVecs>);
   }
 }
 
 template <typename Dot>
 void panel_gemm(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
-                const typename Dot::Element* panel, int rows, int k_pad, const void* next,
+                const typename Dot::Weight* panel, int rows, int k_pad, const void* next,
                 float* c) {
   if (rows == kPanelRows) {
     multiply_panel<Dot, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
   } else {
     multiply_panel<Dot, 1>(x, ldx, m, panel, k_pad, next, c);
+  }
+}
+
+/// Several passes read the weights several times, so they are expanded once, chunk by chunk, in
+/// memory that stays in L2.
+void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                       int k_pad, const void* next, float* c) {
+  constexpr int kVecs = kPanelRows / kLanes;
+  constexpr std::ptrdiff_t kStepWeights = kPanelRows * DotBf16::kElements;
+  alignas(64) bf16 expanded[kChunkSteps * kStepWeights];
+  const int steps = k_pad / DotBf16::kElements;
+  for (int step = 0; step < steps; step += kChunkSteps) {
+    const int count = steps - step < kChunkSteps ? steps - step : kChunkSteps;
+    const auto* w = panel + step * kStepWeights;
+    for (int i = 0; i < count; ++i) expand_int8(w + i * kStepWeights, expanded + i * kStepWeights);
+    const void* after = step + count == steps ? next : w + count * kStepWeights;
+    MicroArgs<DotBf16> args{.x = x + std::ptrdiff_t{step} * DotBf16::kElements,
+                            .ldx = ldx,
+                            .w = expanded,
+                            .steps = count,
+                            .first = step == 0,
+                            .prefetch = nullptr,
+                            .c = c};
+    multiply_chunk<DotBf16, kVecs>(args, m, static_cast<const char*>(after),
+                                   kStepLines<DotInt8, kVecs>);
+  }
+}
+
+void panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                     const float* scale, int k_pad, const void* next, float* c) {
+  if (m <= DotInt8::kMaxTokens) {
+    multiply_panel<DotInt8, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
+  } else {
+    multiply_expanded(x, ldx, m, panel, k_pad, next, c);
+  }
+  const Vec scales[] = {load(scale), load(scale + kLanes)};
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      float* out = c + i * kPanelRows + j * kLanes;
+      store(out, mul(load(out), scales[j]));
+    }
   }
 }
 

@@ -8,7 +8,10 @@
 // Packed weights. W[n, k] is stored as panels of 32 (or 16) consecutive rows, one contiguous
 // stream:
 //   bf16: [panel][k_pad/2][rows][2]     fp32: [panel][k_pad][rows]
-// n is padded to 16 and k to 8 with zeros (kernels/cpu/packing.h).
+//   int8: [panel][k_pad/2][4][2][4][2], byte (l, h, i, e) = row 16 h + 4 l + i, element e of a pair
+// n is padded to 16 (int8: 32) and k to 8 with zeros (kernels/cpu/packing.h). An int8 weight is
+// q * scale[row] with q in [-127, 127] stored as magnitude and sign (bit 7): both orders are what
+// one table look-up and an unpack turn into two vectors of bf16 pairs.
 //
 // KV cache of one layer. K: [block][kv_head][block_size/16][head_dim][16 tokens], so that a vector
 // holds the same element of 16 consecutive tokens; V: [block][kv_head][block_size][head_dim].
@@ -76,6 +79,11 @@ struct KernelTable {
   void (*panel_gemm_bf16)(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel, int rows,
                           int k_pad, const void* next, float* c);
 
+  /// The same for int8 weights in panels of 32 rows and bf16 x: the bf16 products of q, times
+  /// scale[32].
+  void (*panel_gemm_int8)(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                          const float* scale, int k_pad, const void* next, float* c);
+
   // --- epilogues: tiles c[m, kPanelRows] to rows of memory ---------------------------------------
   // cols in [1, 32] columns are written. bias[cols] may be null.
   void (*store_f32)(const float* c, int m, int cols, const float* bias, float* out,
@@ -95,6 +103,12 @@ struct KernelTable {
   /// added before (may be null).
   void (*rope_tile)(float* c, int m, const float* bias, const float* cos, const float* sin,
                     std::ptrdiff_t ld);
+
+  /// Takes the tile of columns [first, first + cols) into the running maximum of each of m rows:
+  /// best[i] and index[i] change when an element is larger (NaN never is; the first of equals
+  /// wins).
+  void (*argmax_tile)(const float* c, int m, int cols, const float* bias, int first, float* best,
+                      int* index);
 
   // --- KV cache ----------------------------------------------------------------------------------
   // Writes `cols` consecutive elements (head dimensions d0 .. d0 + cols) of one token's K or V.

@@ -1,7 +1,9 @@
 #include "kernels/cpu/packing.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "base/bf16.h"
 #include "base/check.h"
@@ -25,6 +27,47 @@ float as_float(std::uint16_t v) { return half_to_float(v); }
 void convert(float v, float* out) { *out = v; }
 void convert(float v, bf16* out) { *out = to_bf16(v); }
 
+/// The place of (row, element of the pair) in the 64 bytes of a pair of k (kernel_table.h).
+int int8_place(int row, int element) {
+  return row % 16 / 4 * 16 + row / 16 * 8 + row % 4 * 2 + element;
+}
+
+/// Writes source[k] / scale as row `row` of an int8 panel.
+template <typename Source>
+void quantize_row(const Source* source, int k, int row, float scale, std::int8_t* panel) {
+  if (scale == 0.0f) return;  // a row of zeros
+  for (int i = 0; i < k; ++i) {
+    // The row's largest magnitude divided by its scale may exceed 127 by a rounding.
+    float q = std::clamp(std::nearbyint(as_float(source[i]) / scale), -127.0f, 127.0f);
+    auto magnitude = static_cast<unsigned>(std::fabs(q));
+    auto byte = static_cast<std::uint8_t>(magnitude | (std::signbit(q) ? 0x80u : 0u));
+    panel[i / 2 * 64 + int8_place(row, i % 2)] = static_cast<std::int8_t>(byte);
+  }
+}
+
+template <typename Source>
+float row_scale(const Source* source, int k) {
+  float largest = 0;
+  for (int i = 0; i < k; ++i) {
+    float magnitude = std::fabs(as_float(source[i]));
+    // A comparison would lose NaN.
+    if (!std::isfinite(magnitude)) return std::numeric_limits<float>::quiet_NaN();
+    largest = std::max(largest, magnitude);
+  }
+  return largest / 127.0f;
+}
+
+/// f(typed pointer to the first element of a source row).
+template <typename F>
+auto visit_row(const TensorView& source, std::int64_t row, F f) {
+  const std::byte* data = source.row(row);
+  switch (source.dtype) {
+    case DType::kBFloat16: return f(reinterpret_cast<const bf16*>(data));
+    case DType::kFloat16: return f(reinterpret_cast<const std::uint16_t*>(data));
+    default: return f(reinterpret_cast<const float*>(data));
+  }
+}
+
 /// Writes source[k] as row `row` of a panel of `rows` rows.
 template <typename Source, typename Target>
 void pack_row(const Source* source, int k, int row, int rows, Target* panel) {
@@ -37,30 +80,18 @@ void pack_row(const Source* source, int k, int row, int rows, Target* panel) {
   for (int j = 0; i + j < k; ++j) convert(as_float(source[i + j]), out + j);
 }
 
-/// The part [first, first + count) of a source row; first is even.
-template <typename Target>
-void pack_row(const TensorView& source, std::int64_t source_row, int first, int count, int row,
-              int rows, Target* panel) {
-  const std::byte* data =
-      source.row(source_row) + static_cast<std::size_t>(first) * dtype_size(source.dtype);
-  panel += std::ptrdiff_t{first} * rows;
-  switch (source.dtype) {
-    case DType::kFloat32:
-      return pack_row(reinterpret_cast<const float*>(data), count, row, rows, panel);
-    case DType::kBFloat16:
-      return pack_row(reinterpret_cast<const bf16*>(data), count, row, rows, panel);
-    case DType::kFloat16:
-      return pack_row(reinterpret_cast<const std::uint16_t*>(data), count, row, rows, panel);
-    case DType::kInt32: break;
-  }
-}
-
 template <typename Target>
 void read_packed_row(const Target* panel, int k, int row, int rows, float* out) {
   constexpr int step = kStep<Target>;
   for (int i = 0; i < k; ++i) {
     out[i] = as_float(panel[(std::ptrdiff_t{i / step} * rows + row) * step + i % step]);
   }
+}
+
+std::int64_t source_row(std::span<const std::int32_t> row_map, int row, std::int64_t rows) {
+  std::int64_t from = row_map.empty() ? row : row_map[static_cast<std::size_t>(row)];
+  check_argument(from < rows, "row map names row ", from, " of ", rows);
+  return from;
 }
 
 }  // namespace
@@ -77,7 +108,15 @@ const void* PackedMatrix::panel(int panel) const {
 
 void PackedMatrix::read_row(int row, float* out) const {
   const int index = row / panel_rows;
-  if (dtype == DType::kBFloat16) {
+  if (dtype == DType::kInt8) {
+    const auto* bytes = static_cast<const std::uint8_t*>(panel(index));
+    const float scale = scales[static_cast<std::size_t>(row)];
+    for (int i = 0; i < k; ++i) {
+      std::uint8_t byte = bytes[i / 2 * 64 + int8_place(row % panel_rows, i % 2)];
+      float magnitude = static_cast<float>(byte & 0x7f);
+      out[i] = ((byte & 0x80) != 0 ? -magnitude : magnitude) * scale;
+    }
+  } else if (dtype == DType::kBFloat16) {
     read_packed_row(static_cast<const bf16*>(panel(index)), k, row % panel_rows, rows_of(index),
                     out);
   } else {
@@ -86,27 +125,31 @@ void PackedMatrix::read_row(int row, float* out) const {
   }
 }
 
-PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows) {
-  check_argument(dtype == DType::kFloat32 || dtype == DType::kBFloat16,
-                 "packed weights must be float32 or bfloat16, not ", dtype_name(dtype));
+PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferArena* arena) {
+  bool int8 = dtype == DType::kInt8;
+  check_argument(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || int8,
+                 "packed weights must be float32, bfloat16 or int8, not ", dtype_name(dtype));
   check_argument(n > 0 && k > 0, "packed weights need n > 0 and k > 0, not n=", n, " k=", k);
-  check_argument(panel_rows == kPanelRows || panel_rows == kLanes,
-                 "panel_rows must be 32 or 16, not ", panel_rows);
+  check_argument(panel_rows == kPanelRows || (panel_rows == kLanes && !int8), "panel_rows must be ",
+                 int8 ? "32" : "32 or 16", ", not ", panel_rows);
   PackedMatrix packed;
   packed.dtype = dtype;
   packed.n = n;
   packed.k = k;
-  packed.n_pad = round_up(n, kLanes);
+  packed.n_pad = round_up(n, int8 ? kPanelRows : kLanes);
   packed.k_pad = round_up(k, kKMultiple);
   packed.panel_rows = panel_rows;
-  packed.data = Buffer(static_cast<std::size_t>(packed.n_pad) *
-                       static_cast<std::size_t>(packed.k_pad) * dtype_size(dtype));
+  std::size_t bytes = static_cast<std::size_t>(packed.n_pad) *
+                      static_cast<std::size_t>(packed.k_pad) * dtype_size(dtype);
+  packed.data = arena == nullptr ? Buffer(bytes) : arena->allocate(bytes);
+  if (int8) packed.scales.resize(static_cast<std::size_t>(packed.n_pad));
   return packed;
 }
 
 void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, int first_panel,
                int last_panel, PackedMatrix& packed) {
-  check_argument(source.dtype != DType::kInt32, "weights cannot be int32");
+  check_argument(source.dtype != DType::kInt32 && source.dtype != DType::kInt8,
+                 "weights cannot be ", dtype_name(source.dtype));
   check_argument(source.cols == packed.k, "weights have ", source.cols, " columns, not ", packed.k);
   check_argument(row_map.empty() ? source.rows >= packed.n
                                  : row_map.size() == static_cast<std::size_t>(packed.n),
@@ -118,23 +161,39 @@ void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, 
   for (int index = first_panel; index < last_panel; ++index) {
     const int rows = packed.rows_of(index);
     const int first_row = index * packed.panel_rows;
+    const int num_rows = std::min(rows, packed.n - first_row);
     auto* panel = const_cast<void*>(packed.panel(index));
     // Padding and rows without a source; also the first touch by this thread.
     std::memset(panel, 0,
                 static_cast<std::size_t>(rows) * static_cast<std::size_t>(packed.k_pad) *
                     dtype_size(packed.dtype));
+    for (int row = 0; row < num_rows && packed.dtype == DType::kInt8; ++row) {
+      std::int64_t from = source_row(row_map, first_row + row, source.rows);
+      if (from < 0) continue;
+      float& scale = packed.scales[static_cast<std::size_t>(first_row + row)];
+      scale = visit_row(source, from, [&](auto* data) { return row_scale(data, packed.k); });
+      check_argument(!std::isnan(scale), "weights[", from, "] hold NaN or infinity, which int8 ",
+                     "cannot represent");
+    }
     for (int first = 0; first < packed.k; first += kChunk) {
       const int count = std::min(kChunk, packed.k - first);
-      for (int row = 0; row < rows && first_row + row < packed.n; ++row) {
-        auto target = static_cast<std::size_t>(first_row + row);
-        std::int64_t from = row_map.empty() ? first_row + row : row_map[target];
+      for (int row = 0; row < num_rows; ++row) {
+        std::int64_t from = source_row(row_map, first_row + row, source.rows);
         if (from < 0) continue;
-        check_argument(from < source.rows, "row map names row ", from, " of ", source.rows);
-        if (packed.dtype == DType::kBFloat16) {
-          pack_row(source, from, first, count, row, rows, static_cast<bf16*>(panel));
-        } else {
-          pack_row(source, from, first, count, row, rows, static_cast<float*>(panel));
-        }
+        visit_row(source, from, [&](auto* data) {
+          data += first;
+          if (packed.dtype == DType::kInt8) {
+            float scale = packed.scales[static_cast<std::size_t>(first_row + row)];
+            quantize_row(data, count, row, scale,
+                         static_cast<std::int8_t*>(panel) + std::ptrdiff_t{first} * kPanelRows);
+          } else if (packed.dtype == DType::kBFloat16) {
+            pack_row(data, count, row, rows,
+                     static_cast<bf16*>(panel) + std::ptrdiff_t{first} * rows);
+          } else {
+            pack_row(data, count, row, rows,
+                     static_cast<float*>(panel) + std::ptrdiff_t{first} * rows);
+          }
+        });
       }
     }
   }

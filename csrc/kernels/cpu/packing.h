@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/buffer.h"
 #include "deinfer/tensor.h"
@@ -11,30 +12,34 @@ namespace deinfer::cpu {
 
 /// A weight matrix W[n, k] packed for panel_gemm. Movable, not copyable.
 struct PackedMatrix {
-  DType dtype = DType::kFloat32;  // kFloat32 or kBFloat16
+  DType dtype = DType::kFloat32;  // kFloat32, kBFloat16 or kInt8
   int n = 0;                      // rows in the packed order, before padding
   int k = 0;
-  int n_pad = 0;       // multiple of 16
+  int n_pad = 0;       // multiple of 16 (int8: 32)
   int k_pad = 0;       // multiple of 8
   int panel_rows = 0;  // 32 or 16; the last panel of 32 may have 16
   Buffer data;
+  std::vector<float> scales;  // [n_pad] of int8 rows, else empty
 
   bool empty() const { return n == 0; }
   int num_panels() const { return (n_pad + panel_rows - 1) / panel_rows; }
   int rows_of(int panel) const;        // 16 or 32
   const void* panel(int panel) const;  // its first byte
-  std::size_t bytes() const { return data.size(); }
+  std::size_t bytes() const { return data.size() + scales.size() * sizeof(float); }
   /// out[k] = row `row` (packed order) as fp32, for embedding look-ups.
   void read_row(int row, float* out) const;
 };
 
-/// Allocates the packed matrix (zeros) for W[n, k]; fill it with pack_rows.
-PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows);
+/// Allocates the packed matrix (zeros) for W[n, k], from `arena` if there is one; fill it with
+/// pack_rows. int8 panels have 32 rows.
+PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows,
+                             BufferArena* arena = nullptr);
 
 /// Writes the panels [first_panel, last_panel) of `packed` from `source` (fp32, bf16 or fp16, any
 /// row stride): packed row i comes from source row row_map[i], or is zero when row_map[i] < 0.
-/// An empty row_map means the identity. Conversion to bf16 rounds to nearest even. Disjoint panel
-/// ranges may be packed by different threads.
+/// An empty row_map means the identity. Conversion to bf16 rounds to nearest even; to int8, a row's
+/// scale is its largest magnitude / 127 and values round to the nearest multiple of it. Disjoint
+/// panel ranges may be packed by different threads.
 void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, int first_panel,
                int last_panel, PackedMatrix& packed);
 

@@ -110,6 +110,11 @@ inline std::uint32_t equal_lanes(Vec a, Vec b) {
   int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ));
   return static_cast<std::uint32_t>(lo | hi << 8);
 }
+inline std::uint32_t greater_lanes(Vec a, Vec b) {
+  int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ));
+  int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
+  return static_cast<std::uint32_t>(lo | hi << 8);
+}
 
 inline float reduce_add(Vec v) {
   __m256 a = _mm256_add_ps(v.lo, v.hi);
@@ -146,6 +151,38 @@ inline Pairs broadcast_pair(const bf16* p) {
   return {element, element};
 }
 inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
+
+// A byte's sign goes to bit 31 and its magnitude m to the top mantissa bits of 128 + m, so that
+// subtracting 128 leaves m exactly.
+template <int kPhase>
+inline __m256 int8_elements(__m256i bytes, int half) {
+  __m256i pick = _mm256_setr_epi8(-1, -1, 0, 0, -1, -1, 2, 2, -1, -1, 4, 4, -1, -1, 6, 6, -1, -1, 0,
+                                  0, -1, -1, 2, 2, -1, -1, 4, 4, -1, -1, 6, 6);
+  pick = _mm256_add_epi8(pick, _mm256_set1_epi32(((8 * half + 1 - kPhase) * 0x0101) << 16));
+  __m256i value = _mm256_shuffle_epi8(bytes, pick);
+  __m256i magnitude = _mm256_and_si256(value, _mm256_set1_epi32(0x007f0000));
+  __m256 shifted = _mm256_castsi256_ps(_mm256_or_si256(magnitude, _mm256_set1_epi32(0x43000000)));
+  __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(value), _mm256_set1_ps(-0.0f));
+  return _mm256_or_ps(_mm256_sub_ps(shifted, _mm256_set1_ps(128.0f)), sign);
+}
+template <int kPhase>
+inline void load_int8_pairs(const std::int8_t* p, Pairs (&out)[2]) {
+  auto* bytes = reinterpret_cast<const __m256i*>(p);
+  __m256i low = _mm256_loadu_si256(bytes);
+  __m256i high = _mm256_loadu_si256(bytes + 1);
+  out[0] = {int8_elements<kPhase>(low, 0), int8_elements<kPhase>(high, 0)};
+  out[1] = {int8_elements<kPhase>(low, 1), int8_elements<kPhase>(high, 1)};
+}
+inline void expand_int8(const std::int8_t* p, bf16* out) {
+  auto* bytes = reinterpret_cast<const __m256i*>(p);
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    __m256i source = _mm256_loadu_si256(bytes + quarter % 2);
+    __m256i odd = _mm256_castps_si256(int8_elements<0>(source, quarter / 2));
+    __m256i even = _mm256_castps_si256(int8_elements<1>(source, quarter / 2));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + quarter,
+                        _mm256_or_si256(odd, _mm256_srli_epi32(even, 16)));
+  }
+}
 
 }  // namespace
 }  // namespace deinfer::cpu

@@ -64,6 +64,7 @@ inline Vec keep_range(Vec v, int begin, int end, float other) {
   return _mm512_mask_blend_ps(inside, _mm512_set1_ps(other), v);
 }
 inline std::uint32_t equal_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline std::uint32_t greater_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 
 inline float reduce_add(Vec v) {
   __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

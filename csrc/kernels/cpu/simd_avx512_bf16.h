@@ -28,5 +28,40 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, Pairs w, Pairs x) { return _mm512_dpbf16_ps(acc, w, x); }
 
+/// The two bytes of the bf16 numbers 0 .. 127.
+struct Bf16Bytes {
+  constexpr Bf16Bytes() : low(), high() {
+    for (int m = 1; m < 128; ++m) {
+      int exponent = 31 - __builtin_clz(static_cast<unsigned>(m));
+      int bits = ((127 + exponent) << 7) | ((m << (7 - exponent)) & 0x7f);
+      low[m] = static_cast<unsigned char>(bits & 0xff);
+      high[m] = static_cast<unsigned char>(bits >> 8);
+    }
+  }
+  alignas(64) unsigned char low[128];
+  alignas(64) unsigned char high[128];
+};
+inline constexpr Bf16Bytes kBf16Bytes;
+
+template <int kPhase>
+inline void load_int8_pairs(const std::int8_t* p, Pairs (&out)[2]) {
+  __m512i bytes = _mm512_loadu_si512(p);
+  auto look_up = [&](const unsigned char* table) {  // by the low 7 bits
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), bytes, _mm512_load_si512(table + 64));
+  };
+  __m512i low = look_up(kBf16Bytes.low);
+  __m512i high = look_up(kBf16Bytes.high);
+  constexpr int kAOrBAndC = 0xf8;
+  high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(-128), kAOrBAndC);
+  out[0] = reinterpret_cast<Pairs>(_mm512_unpacklo_epi8(low, high));
+  out[1] = reinterpret_cast<Pairs>(_mm512_unpackhi_epi8(low, high));
+}
+inline void expand_int8(const std::int8_t* p, bf16* out) {
+  Pairs pairs[2];
+  load_int8_pairs<0>(p, pairs);
+  _mm512_storeu_si512(out, reinterpret_cast<__m512i>(pairs[0]));
+  _mm512_storeu_si512(out + kPanelRows, reinterpret_cast<__m512i>(pairs[1]));
+}
+
 }  // namespace
 }  // namespace deinfer::cpu

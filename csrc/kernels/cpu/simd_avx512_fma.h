@@ -41,5 +41,34 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, Pairs w, Pairs x) { return fma(w, x, acc); }
 
+// A byte's sign goes to bit 31 and its magnitude m to the top mantissa bits of 128 + m, so that
+// subtracting 128 leaves m exactly.
+template <int kPhase>
+inline Vec int8_elements(__m512i bytes, int half) {
+  __m512i pick =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(-1, -1, 0, 0, -1, -1, 2, 2, -1, -1, 4, 4, -1, -1, 6, 6));
+  pick = _mm512_add_epi8(pick, _mm512_set1_epi32(((8 * half + 1 - kPhase) * 0x0101) << 16));
+  __m512i value = _mm512_shuffle_epi8(bytes, pick);
+  __m512i magnitude = _mm512_and_si512(value, _mm512_set1_epi32(0x007f0000));
+  __m512 shifted = _mm512_castsi512_ps(_mm512_or_si512(magnitude, _mm512_set1_epi32(0x43000000)));
+  __m512i sign = _mm512_and_si512(value, _mm512_set1_epi32(static_cast<int>(0x80000000u)));
+  __m512i unsigned_bits = _mm512_castps_si512(_mm512_sub_ps(shifted, _mm512_set1_ps(128.0f)));
+  return _mm512_castsi512_ps(_mm512_or_si512(unsigned_bits, sign));
+}
+template <int kPhase>
+inline void load_int8_pairs(const std::int8_t* p, Pairs (&out)[2]) {
+  __m512i bytes = _mm512_loadu_si512(p);
+  out[0] = int8_elements<kPhase>(bytes, 0);
+  out[1] = int8_elements<kPhase>(bytes, 1);
+}
+inline void expand_int8(const std::int8_t* p, bf16* out) {
+  __m512i bytes = _mm512_loadu_si512(p);
+  for (int half = 0; half < 2; ++half) {
+    __m512i odd = _mm512_castps_si512(int8_elements<0>(bytes, half));
+    __m512i even = _mm512_castps_si512(int8_elements<1>(bytes, half));
+    _mm512_storeu_si512(out + half * kPanelRows, _mm512_or_si512(odd, _mm512_srli_epi32(even, 16)));
+  }
+}
+
 }  // namespace
 }  // namespace deinfer::cpu

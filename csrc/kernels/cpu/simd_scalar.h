@@ -109,6 +109,13 @@ inline std::uint32_t equal_lanes(Vec a, Vec b) {
   return mask;
 }
 
+/// Bit i is set when a > b in lane i.
+inline std::uint32_t greater_lanes(Vec a, Vec b) {
+  std::uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= std::uint32_t{a.lane[i] > b.lane[i]} << i;
+  return mask;
+}
+
 /// Lanes are combined with those 8, 4, 2 and 1 further, in every instruction set.
 inline float reduce_add(Vec v) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -140,6 +147,29 @@ inline Pairs broadcast_pair(const bf16* p) {
   return broadcast(widen(p[1 - kPhase]));
 }
 inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
+
+/// The 64 bytes of an int8 panel at p (kernel_table.h) as pairs of the rows 0..15 and 16..31.
+template <int kPhase>
+inline void load_int8_pairs(const std::int8_t* p, Pairs (&out)[2]) {
+  for (int half = 0; half < 2; ++half) {
+    out[half] = make_vec([=](int i) {
+      auto byte = static_cast<std::uint8_t>(p[i / 4 * 16 + half * 8 + i % 4 * 2 + 1 - kPhase]);
+      auto magnitude = static_cast<float>(byte & 0x7f);
+      return (byte & 0x80) != 0 ? -magnitude : magnitude;
+    });
+  }
+}
+/// The same 64 weights in the order of a bf16 panel, [32 rows][2].
+inline void expand_int8(const std::int8_t* p, bf16* out) {
+  Pairs odd[2];
+  Pairs even[2];
+  load_int8_pairs<0>(p, odd);
+  load_int8_pairs<1>(p, even);
+  for (int i = 0; i < kPanelRows; ++i) {
+    out[2 * i] = to_bf16(even[i / kLanes].lane[i % kLanes]);
+    out[2 * i + 1] = to_bf16(odd[i / kLanes].lane[i % kLanes]);
+  }
+}
 
 }  // namespace
 }  // namespace deinfer::cpu
