@@ -2,8 +2,6 @@
 
 #include <sched.h>
 
-#include <algorithm>
-
 #include "base/check.h"
 
 namespace deinfer {
@@ -111,12 +109,6 @@ void ThreadTeam::run(const std::function<void(TeamMember&)>& fn) {
     barrier_.reset();
     std::rethrow_exception(first);
   }
-}
-
-int available_cpus() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? std::max(1, CPU_COUNT(&set)) : 1;
 }
 
 }  // namespace deinfer

@@ -82,7 +82,4 @@ class ThreadTeam {
   std::vector<std::thread> threads_;
 };
 
-/// How many CPUs this process may use (its affinity mask); at least 1.
-int available_cpus();
-
 }  // namespace deinfer

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "base/check.h"
+#include "base/cpu_topology.h"
 #include "engine/request.h"
 #include "engine/worker.h"
 #include "scheduler/scheduler.h"
@@ -117,7 +118,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   plan = make_plan(config.tensor_parallel_plan, config.tensor_parallel_size);
   int threads = config.num_threads > 0
                     ? config.num_threads
-                    : std::max(1, available_cpus() / config.tensor_parallel_size);
+                    : std::max(1, available_cores() / config.tensor_parallel_size);
   worker = std::make_unique<Worker>(config, model, *plan, make_single_communicator(), threads,
                                     max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, worker->kv_block_bytes(), max_model_len);

@@ -25,7 +25,8 @@ struct EngineConfig {
                                  // checkpoints, else float32 (so that no weight loses bits)
   int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
-  int num_threads = 0;               // CPU threads per rank; 0: the available cores / ranks
+  int num_threads = 0;               // CPU threads per rank; 0: the cores of the affinity mask, or
+                                     // the CPU quota if less, / ranks
   int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
   int max_num_seqs = 256;            // samples in one batch
   int max_num_batched_tokens = 512;  // tokens in one step

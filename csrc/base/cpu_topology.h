@@ -1,0 +1,23 @@
+// How many threads are worth running: cores of the affinity mask and CPU quotas of containers.
+#pragma once
+
+#include <filesystem>
+#include <vector>
+
+namespace deinfer {
+
+/// The threads that this process can run at full speed, at least 1: the physical cores among the
+/// CPUs of its affinity mask (a second thread on a core adds no bandwidth and no arithmetic), but
+/// no more than the whole CPUs of its cgroup's quota (threads beyond it are stopped in turns, and
+/// every barrier waits for them).
+int available_cores();
+
+/// The physical cores among `cpus`, from sysfs' topology below `root`; a CPU that sysfs does not
+/// describe counts as a core of its own.
+int count_cores(const std::vector<int>& cpus, const std::filesystem::path& root);
+
+/// The whole CPUs that the cgroups (version 1 and 2) of this process allow, at least 1, or 0 when
+/// there is no quota. `root` holds proc/self/cgroup and sys/fs/cgroup.
+int quota_cpus(const std::filesystem::path& root);
+
+}  // namespace deinfer
