@@ -1,78 +1,82 @@
-"""Speed of whole models: deinfer against transformers, dense and decomposed, in one run.
+"""Speed of whole models: dense, decomposed and int8, by deinfer and by transformers.
 
-Each contestant is verified first (its prompt logits against transformers in fp32), then all are
-timed in interleaved rounds. Prefill: tokens/s of one random prompt. Decode at batch B:
-B (T - 1) / (t(T) - t(1)), with random prompts and end-of-sequence ignored.
+Two sets of models. `smollm2`: the real SmolLM2-135M-Instruct and its decomposed copy, deinfer
+against transformers. `1b`: random weights in the shape of TinyLlama-1.1B, dense, at keep 0.5 and
+int8, deinfer against itself and against the memory bandwidth. Every contestant on real weights is
+verified first; then all are timed in interleaved rounds with random prompts, end-of-sequence
+ignored. Prefill: tokens/s of the prompts. Decode at batch B: B (T - 1) / (t(T) - t(1)).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from common import ROOT, environment, summary, write_results
+from common import ROOT, Check, environment, finish, summary
 from deinfer import LLM, SamplingParams
 from deinfer.decompose.reference import load_reference
+from deinfer.evaluate import perplexity
+from native_cpu import Stream, Team
+from synthetic import LLAMA_1B, write_synthetic
 
-# (batch, prompt tokens, generated tokens) -> seconds
-Generate = Callable[[int, int, int], float]
 MAX_ERROR = 0.05  # bf16 logits against fp32, relative
+STREAM_BYTES = 2 << 30
+KEEP = 0.5  # of the synthetic decomposed model
 
 
-class Contestant:
-    """One program with one model."""
+class Runner(Protocol):
+    """A program with a model."""
 
-    def __init__(self, path: Path, seed: int) -> None:
-        self.numbers = random.Random(seed)
-        self.path = path
+    def logits(self, tokens: list[int]) -> np.ndarray:
+        """Logits of a prompt, [tokens, vocabulary]."""
 
-    def prompts(self, batch: int, length: int) -> list[list[int]]:
-        """Random, so that no cache of prefixes can help."""
-        return [[self.numbers.randrange(10, 40000) for _ in range(length)] for _ in range(batch)]
+    def generate(self, prompts: list[list[int]], new: int) -> float:
+        """Seconds to continue all prompts by `new` tokens."""
 
 
-class Deinfer(Contestant):
-    """This runtime, bf16."""
+class Deinfer:
+    """This runtime."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, 1)
-        self.llm = LLM(str(path), dtype="bfloat16", use_tqdm_on_load=False)
+    def __init__(self, path: Path, dtype: str = "bfloat16") -> None:
+        self.llm = LLM(str(path), dtype=dtype, use_tqdm_on_load=False, max_model_len=2048)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         return self.llm.prompt_logits(tokens)
 
-    def generate(self, batch: int, length: int, new: int) -> float:
-        prompts = self.prompts(batch, length)
+    def generate(self, prompts: list[list[int]], new: int) -> float:
         params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
         self.llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
 
-class Transformers(Contestant):
+class Transformers:
     """Hugging Face transformers, bf16, its own generate()."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, 1)
         self.model = load_reference(path, torch.bfloat16)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         with torch.no_grad():
             return self.model(torch.tensor([tokens])).logits[0].float().numpy()
 
-    def generate(self, batch: int, length: int, new: int) -> float:
-        prompts = torch.tensor(self.prompts(batch, length))
+    def generate(self, prompts: list[list[int]], new: int) -> float:
+        ids = torch.tensor(prompts)
         start = time.perf_counter()
         with torch.no_grad():
             self.model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
+                ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=new,
                 min_new_tokens=new,
                 do_sample=False,
@@ -82,69 +86,213 @@ class Transformers(Contestant):
         return time.perf_counter() - start
 
 
-def verify(contestants: dict[str, Any]) -> dict[str, float]:
-    """Relative error of each contestant's logits against transformers in fp32."""
+@dataclass(frozen=True)
+class Workload:
+    """`batch` prompts of `prompt` tokens, continued by `new` tokens."""
+
+    batch: int
+    prompt: int
+    new: int
+
+
+@dataclass
+class ModelSet:
+    """Contestants on models of one size, and the workloads that they share."""
+
+    name: str
+    contestants: dict[str, Runner]
+    workloads: list[Workload]
+    vocabulary: int
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    stream: list[float] = field(default_factory=list)  # bytes/s read, measured in between
+
+    def median(self, contestant: str, key: str) -> float:
+        """Median tokens/s, or NaN when it was not measured."""
+        samples = self.rates.get(contestant, {}).get(key)
+        return float(np.median(samples)) if samples else float("nan")
+
+    def run(self, rounds: int, memory: tuple[Team, Stream]) -> None:
+        """Time all contestants, one after the other in each of `rounds` rounds and a warm-up."""
+        numbers = random.Random(1)
+
+        def prompts(load: Workload) -> list[list[int]]:  # random: no cache of prefixes can help
+            return [
+                [numbers.randrange(10, self.vocabulary) for _ in range(load.prompt)]
+                for _ in range(load.batch)
+            ]
+
+        for turn in range(-1, rounds):
+            for load in self.workloads:
+                for name, runner in self.contestants.items():
+                    one = runner.generate(prompts(load), 1)
+                    many = runner.generate(prompts(load), load.new)
+                    if turn < 0:
+                        continue
+                    rates = self.rates.setdefault(name, {})
+                    prefill = load.batch * load.prompt / one
+                    decode = load.batch * (load.new - 1) / (many - one)
+                    rates.setdefault(f"prefill_b{load.batch}", []).append(prefill)
+                    rates.setdefault(f"decode_b{load.batch}", []).append(decode)
+                team, stream = memory
+                times = stream.run(team, 32)[8:]
+                if turn >= 0:
+                    self.stream.append(Stream.slice_bytes(team) / float(np.median(times)))
+
+
+def verify(name: str, runner: Runner, path: Path) -> float:
+    """Relative error of the logits against transformers in fp32."""
     tokens = [random.Random(3).randrange(10, 40000) for _ in range(64)]
+    with torch.no_grad():
+        exact = load_reference(path, torch.float32)(torch.tensor([tokens])).logits[0].numpy()
+    error = float(np.linalg.norm(runner.logits(tokens) - exact) / np.linalg.norm(exact))
+    if error > MAX_ERROR:
+        raise SystemExit(f"{name}: logits are wrong, relative error {error:.3g}")
+    return error
+
+
+def load_memory(path: Path) -> dict[str, float]:
+    """Peak resident bytes while a fresh process loads a model, over its weights' bytes."""
+    program = (
+        "import json, sys; from deinfer import LLM\n"
+        "def status(key):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(l.split()[1]) for l in lines if l.startswith(key)) * 1024\n"
+        "before = status('VmRSS')\n"
+        "llm = LLM(sys.argv[1], dtype='bfloat16', use_tqdm_on_load=False, max_model_len=2048)\n"
+        "print(json.dumps([status('VmHWM') - before, llm.model_info.weight_bytes]))\n"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak, weights = json.loads(output)
+    return {"peak_bytes": peak, "weight_bytes": weights, "ratio": peak / weights}
+
+
+def engine_overhead(runner: Deinfer, batch: int, vocabulary: int) -> float:
+    """Share of generate()'s wall time outside the workers, decode at a batch size."""
+    numbers = random.Random(2)
+    prompts = [[numbers.randrange(10, vocabulary) for _ in range(16)] for _ in range(batch)]
+    before = runner.llm.stats.execute_us
+    wall = runner.generate(prompts, 64)
+    return 1 - (runner.llm.stats.execute_us - before) * 1e-6 / wall
+
+
+def smollm2(model: Path, decomposed: Path, quick: bool) -> tuple[ModelSet, dict[str, float]]:
+    """The real model, each contestant verified; and their errors."""
+    contestants: dict[str, Runner] = {}
     errors = {}
-    for name, contestant in contestants.items():
-        with torch.no_grad():
-            exact = load_reference(contestant.path, torch.float32)(torch.tensor([tokens]))
-        expected = exact.logits[0].numpy()
-        error = np.linalg.norm(contestant.logits(tokens) - expected) / np.linalg.norm(expected)
-        errors[name] = float(error)
-        if error > MAX_ERROR:
-            raise SystemExit(f"{name}: logits are wrong, relative error {error:.3g}")
-    return errors
+    for label, path in (("dense", model), ("decomposed", decomposed)):
+        if not (path / "config.json").is_file():
+            continue
+        contestants[f"deinfer {label}"] = Deinfer(path)
+        contestants[f"transformers {label}"] = Transformers(path)
+        for name in (f"deinfer {label}", f"transformers {label}"):
+            errors[name] = verify(name, contestants[name], path)
+    contestants["deinfer int8"] = Deinfer(model, "int8")
+    batches = (1, 8) if quick else (1, 8, 32, 64)
+    return ModelSet("smollm2", contestants, [Workload(b, 128, 64) for b in batches], 40000), errors
+
+
+def one_billion(build: Path, quick: bool) -> ModelSet:
+    """The synthetic models: their weights are random, so nothing is verified here."""
+    dense = write_synthetic(build / "llama-1.1b", LLAMA_1B)
+    low_rank = write_synthetic(build / f"llama-1.1b-keep{KEEP:g}", LLAMA_1B, KEEP)
+    contestants: dict[str, Runner] = {
+        "dense": Deinfer(dense),
+        "decomposed": Deinfer(low_rank),
+        "int8": Deinfer(dense, "int8"),
+        "decomposed int8": Deinfer(low_rank, "int8"),
+    }
+    loads = [Workload(1, 128, 33), Workload(16, 32, 17)]
+    return ModelSet("1b", contestants, loads[:1] if quick else loads, LLAMA_1B["vocab_size"])
+
+
+def check_smollm2(models: ModelSet, model: Path, results: dict[str, Any]) -> list[Check]:
+    """Peers are compared in bench/peers.py; here decomposed, int8, memory and overhead."""
+    runner = models.contestants["deinfer dense"]
+    int8 = models.contestants["deinfer int8"]
+    assert isinstance(runner, Deinfer) and isinstance(int8, Deinfer)
+    text = (resources.files("deinfer") / "data" / "heldout.txt").read_text()
+    losses = [perplexity(r.llm, text).perplexity for r in (runner, int8)]
+    results["perplexity"] = {"bfloat16": losses[0], "int8": losses[1]}
+    memory = results["load_memory"] = load_memory(model)
+    overheads = [engine_overhead(runner, 64, models.vocabulary) for _ in range(5)]
+    results["engine_overhead_b64"] = summary(overheads)
+    checks = [
+        Check("smollm2 int8 / bf16 perplexity", losses[1] / losses[0], 1.01, at_least=False),
+        Check("smollm2 peak memory while loading / weights", memory["ratio"], 1.15, False),
+        Check("engine outside the workers, batch 64", float(np.median(overheads)), 0.03, False),
+    ]
+    for key in models.rates["deinfer dense"]:
+        ratio = models.median("deinfer dense", key) / models.median("transformers dense", key)
+        checks.append(Check(f"smollm2 {key}: deinfer / transformers", ratio, 1.0))
+    return checks
+
+
+def check_one_billion(models: ModelSet, results: dict[str, Any]) -> list[Check]:
+    """The targets of the 1.1B shape."""
+    dense = models.contestants["dense"]
+    assert isinstance(dense, Deinfer)
+    info = dense.llm.model_info
+    table = 2 * LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"]  # rows of it are looked up
+    bound = float(np.median(models.stream)) / (info.weight_bytes - table)
+    results["1b_bandwidth_bound_tok_s"] = bound
+
+    def over(a: str, b: str, key: str) -> float:
+        return models.median(a, key) / models.median(b, key)
+
+    return [
+        Check(
+            "1.1B dense decode b1 / bandwidth bound",
+            models.median("dense", "decode_b1") / bound,
+            0.8,
+        ),
+        Check("1.1B keep 0.5 / dense, decode b1", over("decomposed", "dense", "decode_b1"), 1.7),
+        Check("1.1B keep 0.5 / dense, decode b16", over("decomposed", "dense", "decode_b16"), 1.6),
+        Check("1.1B keep 0.5 / dense, prefill", over("decomposed", "dense", "prefill_b1"), 1.65),
+        Check("1.1B int8 / bf16, decode b1", over("int8", "dense", "decode_b1"), 1.7),
+    ]
 
 
 def main() -> None:
     """Run the comparison and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = ROOT / "build" / "smollm2-135m-instruct"
-    parser.add_argument("--model", type=Path, default=default)
+    build = ROOT / "build"
+    parser.add_argument("--models", nargs="+", choices=["smollm2", "1b"], default=["smollm2", "1b"])
+    parser.add_argument("--model", type=Path, default=build / "smollm2-135m-instruct")
     parser.add_argument("--decomposed", type=Path, help="default: MODEL-keep0.8 if it exists")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="few batch sizes: a smoke test")
+    parser.add_argument("--check", action="store_true", help="fail when a target is missed")
+    parser.add_argument("--out", type=Path, help="default: bench/results/generate.json")
     options = parser.parse_args()
     decomposed = options.decomposed or options.model.with_name(options.model.name + "-keep0.8")
 
-    contestants: dict[str, Any] = {}
-    for label, path in (("dense", options.model), ("decomposed", decomposed)):
-        if (path / "config.json").is_file():
-            contestants[f"deinfer {label}"] = Deinfer(path)
-            contestants[f"transformers {label}"] = Transformers(path)
-    results: dict[str, Any] = {"name": "generate", **environment(), "dtype": "bfloat16"}
-    results["prompt_tokens"] = options.prompt_tokens
-    results["new_tokens"] = options.new_tokens
-    results["relative_error"] = verify(contestants)
-
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
-    for round_number in range(-1, options.rounds):  # one warm-up
-        for batch in options.batches:
-            for name, contestant in contestants.items():
-                one = contestant.generate(batch, options.prompt_tokens, 1)
-                many = contestant.generate(batch, options.prompt_tokens, options.new_tokens)
-                if round_number < 0:
-                    continue
-                rates = samples[name]
-                rates.setdefault(f"prefill_b{batch}", []).append(
-                    batch * options.prompt_tokens / one
-                )
-                rates.setdefault(f"decode_b{batch}", []).append(
-                    batch * (options.new_tokens - 1) / (many - one)
-                )
-    results["tok_s"] = {
-        name: {key: summary(values) for key, values in rates.items()}
-        for name, rates in samples.items()
-    }
-    keys = list(next(iter(samples.values())))
-    print(f"{'tok/s (median)':26}" + "".join(f"{key:>14}" for key in keys))
-    for name, rates in results["tok_s"].items():
-        print(f"{name:26}" + "".join(f"{rates[key]['median']:14.1f}" for key in keys))
-    print(f"wrote {write_results('generate', results, options.out)}")
+    results: dict[str, Any] = {"name": "generate", **environment(), "tok_s": {}}
+    team = Team(torch.get_num_threads())
+    memory = (team, Stream(team, STREAM_BYTES))
+    checks: list[Check] = []
+    for name in options.models:
+        if name == "smollm2":
+            models, results["relative_error"] = smollm2(options.model, decomposed, options.quick)
+        else:
+            models = one_billion(build, options.quick)
+        models.run(options.rounds, memory)
+        results["tok_s"][name] = {
+            contestant: {key: summary(values) for key, values in rates.items()}
+            for contestant, rates in models.rates.items()
+        }
+        results[f"{name}_stream_bytes_s"] = summary(models.stream)
+        keys = list(next(iter(models.rates.values())))
+        print(f"\n{name + ', tok/s (median)':26}" + "".join(f"{key:>13}" for key in keys))
+        for contestant in models.rates:
+            row = "".join(f"{models.median(contestant, key):13.1f}" for key in keys)
+            print(f"{contestant:26}" + row, flush=True)
+        if name == "smollm2":
+            checks += check_smollm2(models, options.model, results)
+        else:
+            checks += check_one_billion(models, results)
+        del models
+    finish("generate", results, checks, options.out, options.check)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ struct Engine::Impl {
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests;
   std::unordered_map<SequenceId, std::pair<Request*, int>> owners;
   SequenceId next_sequence = 0;
+  std::int64_t execute_us = 0;
   Batch batch;
   std::vector<RowTarget> targets;     // per logit row
   std::vector<SampleResult> results;  // per sampled row
@@ -320,6 +321,7 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
   ++counters.num_steps;
   counters.prompt_tokens += prompt_tokens;
   counters.generated_tokens += generated;
+  counters.execute_us = execute_us;
 }
 
 std::vector<RequestOutput> Engine::Impl::step() {
@@ -330,10 +332,12 @@ std::vector<RequestOutput> Engine::Impl::step() {
     const ScheduledBatch& scheduled = scheduler->schedule(now_us());
     if (!scheduled.items.empty()) {
       build_batch(scheduled);
+      std::int64_t start = now_us();
       std::span<const TokenId> most_likely =
           worker->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
             take_logits(member, first, count, logits);
           });
+      execute_us += now_us() - start;
       for (std::size_t i = 0; i < most_likely.size(); ++i) {
         results[static_cast<std::size_t>(argmax_results[i])] = {most_likely[i], {}};
       }

@@ -171,7 +171,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("recomputed_tokens", &EngineStats::recomputed_tokens)
       .def_readonly("prefix_hit_tokens", &EngineStats::prefix_hit_tokens)
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)
-      .def_readonly("generated_tokens", &EngineStats::generated_tokens);
+      .def_readonly("generated_tokens", &EngineStats::generated_tokens)
+      .def_readonly("execute_us", &EngineStats::execute_us);
 }
 
 void bind_engine(py::module_& m) {

@@ -134,6 +134,7 @@ class EngineStats:
     prefix_hit_tokens: int
     prompt_tokens: int
     generated_tokens: int
+    execute_us: int
 
 class Engine:
     """Loads a checkpoint and runs requests; see csrc/include/deinfer/engine.h.

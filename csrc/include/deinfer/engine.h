@@ -92,6 +92,8 @@ struct EngineStats {
   std::int64_t prefix_hit_tokens = 0;
   std::int64_t prompt_tokens = 0;  // computed
   std::int64_t generated_tokens = 0;
+  std::int64_t execute_us = 0;  // of step() within the workers: the model's forward passes, and
+                                // sampling; the rest is scheduling and bookkeeping
 };
 
 /// Called while weights load with (bytes done, bytes in all), from the constructing thread.
