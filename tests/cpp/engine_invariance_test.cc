@@ -159,7 +159,7 @@ TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Isas, EngineInvariance,
-                         testing::Values("scalar", "avx2", "avx512", "avx512_bf16"));
+                         testing::Values("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"));
 
 }  // namespace
 }  // namespace deinfer
