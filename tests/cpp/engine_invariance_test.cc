@@ -185,7 +185,7 @@ TEST_P(EngineInvariance, GreedyTokensDoNotDependOnWhetherLogitsAreAskedFor) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Isas, EngineInvariance,
-                         testing::Values("scalar", "avx2", "avx512", "avx512_bf16"));
+                         testing::Values("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"));
 
 }  // namespace
 }  // namespace deinfer

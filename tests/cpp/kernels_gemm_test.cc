@@ -135,7 +135,8 @@ void expect_same_bits_as(const cpu::KernelTable& scalar, const cpu::KernelTable&
 
 TEST_P(GemmTest, BitsDoNotDependOnTheInstructionSet) {
   expect_same_bits_as<float>(scalar(), kernels());
-  expect_same_bits_as<bf16>(scalar(), kernels());
+  // TDPBF16PS sums in another order (amx_gemm_impl.h); MatchesFp64 bounds what that does.
+  if (GetParam() != Isa::kAmxBf16) expect_same_bits_as<bf16>(scalar(), kernels());
   expect_same_bits_as<bf16, DType::kInt8>(scalar(), kernels());
 }
 

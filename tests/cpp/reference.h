@@ -105,9 +105,10 @@ inline std::string isa_test_name(const testing::TestParamInfo<Isa>& info) {
   return std::string(isa_name(info.param));
 }
 
-#define DEINFER_FOR_EACH_ISA(Fixture)                                                              \
-  INSTANTIATE_TEST_SUITE_P(                                                                        \
-      AllIsas, Fixture, testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16), \
+#define DEINFER_FOR_EACH_ISA(Fixture)                                                           \
+  INSTANTIATE_TEST_SUITE_P(                                                                     \
+      AllIsas, Fixture,                                                                         \
+      testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16), \
       isa_test_name)
 
 }  // namespace deinfer::test

@@ -141,7 +141,7 @@ def test_int8_is_no_further_from_its_dequantized_weights_than_torch_bfloat16(
     assert relative_error(llm.prompt_logits(tokens), exact) <= theirs
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_every_isa_agrees_with_scalar(
     isa: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,8 +156,11 @@ def test_every_isa_agrees_with_scalar(
         llm = load(path, dtype=dtype)
         assert llm.model_info.isa == name
         logits[name] = llm.prompt_logits(tokens)
-    # The kernels do the same operations in the same order; what may differ is libm's last bit.
-    assert relative_error(logits[isa], logits["scalar"]) < 1e-6
+    # The kernels do the same operations in the same order; what may differ is libm's last bit. Only
+    # AMX sums bf16 products in another order, which now and then rounds z or an activation the
+    # other way: far less than bf16 itself costs (1e-2 here).
+    tolerance = 2e-3 if (isa, dtype) == ("amx_bf16", "bfloat16") else 1e-6
+    assert relative_error(logits[isa], logits["scalar"]) < tolerance
 
 
 def test_unknown_isa_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

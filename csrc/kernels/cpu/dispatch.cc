@@ -9,6 +9,7 @@ const KernelTable& kernels_for(Isa isa) {
     case Isa::kAvx2: return kAvx2Kernels;
     case Isa::kAvx512: return kAvx512Kernels;
     case Isa::kAvx512Bf16: return kAvx512Bf16Kernels;
+    case Isa::kAmxBf16: return kAmxBf16Kernels;
   }
   fail(ErrorCode::kInvalidArgument, "no kernels for instruction set ", static_cast<int>(isa));
 }

@@ -75,7 +75,8 @@ struct KernelTable {
   void (*panel_gemm_f32)(const float* x, std::ptrdiff_t ldx, int m, const float* panel, int rows,
                          int k_pad, const void* next, float* c);
   /// The same for bf16 x and weights with fp32 accumulation: for each pair of k the odd element is
-  /// added first, then the even one (the order of vdpbf16ps).
+  /// added first, then the even one (the order of vdpbf16ps); AMX has an order of its own, see
+  /// amx_gemm_impl.h.
   void (*panel_gemm_bf16)(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel, int rows,
                           int k_pad, const void* next, float* c);
 

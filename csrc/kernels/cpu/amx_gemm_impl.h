@@ -1,0 +1,265 @@
+// Tokens times one panel of packed bf16 weights by AMX tiles: panel_gemm_bf16 of kernel_table.h.
+//
+// No machine with AMX was at hand. The instructions (isa_amx_bf16.cc) were run under an emulation
+// of their documented semantics only (tests/cpp/amx_model.h); prefetching and blocking follow
+// published throughputs and are not measured.
+//
+// A panel is stored as TDPBF16PS wants its second operand: a row of a tile of weights is one pair
+// of k of 16 outputs. A step is 32 of k:
+//   A: up to 16 tokens [tokens][16 pairs]    B: weights [16 pairs][16 outputs][2]
+//   C: sums [tokens][16 outputs], two A times two B in a block
+// Each output is one fp32 element of C that takes the steps in ascending order. A step adds to it,
+// rounding each time, (sum over even k) + (sum over odd k), both chains of fused multiply-adds in
+// ascending order from zero; denormals count as zero. Hence the bits differ from those of other
+// instruction sets, but depend neither on m nor on the row of the tile: every m takes this path.
+//
+// - k_pad is a multiple of 8 only. What is left after whole steps is copied to tiles padded with
+//   zeros, whose products add exactly nothing. A tile of another shape would need another tile
+//   configuration, and loading one clears C.
+// - m below 16 has tiles of m rows. From 16 on all tiles have 16 rows and the last begins at
+//   m - 16: the tokens it shares with the one before get the same bits again. So one configuration
+//   serves a call, where another would cost some 200 cycles and a fresh start of the pipeline;
+//   repeated rows cost nothing while weights come from memory, and at most a tile's time else.
+// - Tiles are configured and released in each call: some 200 cycles for a panel that takes
+//   thousands. A thread may belong to the host program, whose other libraries configure tiles as
+//   they like, so a configuration kept from the last call could be anybody's; and tiles in use are
+//   8 KiB more to save in every context switch and keep an idle core from its deepest sleep.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace deinfer::cpu {
+
+/// The operand of LDTILECFG, palette 1.
+struct alignas(64) TileConfig {
+  std::uint8_t palette;
+  std::uint8_t start_row;
+  std::uint8_t reserved[14];
+  std::uint16_t row_bytes[16];  // of the tiles 0..7, then reserved
+  std::uint8_t rows[16];
+};
+static_assert(sizeof(TileConfig) == 64);
+
+namespace {
+
+// Tile registers. C of token tile i and output tile j is kTileC + 2 i + j.
+inline constexpr int kTileC = 0;
+inline constexpr int kTileA = 4;
+inline constexpr int kTileB = 6;
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kTileBytes = 64;  // of a row
+inline constexpr int kTileK = 32;      // of k per step
+inline constexpr int kBlockTokens = 2 * kTileRows;
+inline constexpr int kCacheLine = 64;
+// Unmeasured: far enough to cover the latency of memory, near enough to stay in L2.
+inline constexpr int kAmxPrefetchAhead = 8192;
+// Of the next panel, fetched while this one is computed from L2; L2 holds both, and x.
+inline constexpr int kAmxNextBytes = 256 << 10;
+
+constexpr TileConfig tile_config(int token_rows) {
+  TileConfig config{};
+  config.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = kTileBytes;
+    config.rows[tile] = static_cast<std::uint8_t>(tile < kTileB ? token_rows : kTileRows);
+  }
+  return config;
+}
+
+struct TileConfigs {
+  TileConfig of_rows[kTileRows + 1];
+};
+
+constexpr TileConfigs make_tile_configs() {
+  TileConfigs configs{};
+  for (int rows = 1; rows <= kTileRows; ++rows) configs.of_rows[rows] = tile_config(rows);
+  return configs;
+}
+
+inline constexpr TileConfigs kTileConfigs = make_tile_configs();
+
+/// The tokens [first, first + rows of a tile) and [second, ...) times a panel.
+struct AmxBlock {
+  const bf16* x;
+  std::ptrdiff_t ldx;
+  int first;
+  int second;
+  const bf16* panel;
+  int k_pad;
+  float* c;
+  // Prefetching: step s fetches `lines` lines from base + s * lines; beyond `end` they continue
+  // at `after`, or end when that is null.
+  const char* fetch;
+  const char* end;
+  const char* after;
+  int lines;
+};
+
+template <typename Tiles>
+void prefetch_step(Tiles& tiles, const AmxBlock& block, std::ptrdiff_t step) {
+  const char* at = block.fetch + step * block.lines * kCacheLine;
+  if (at >= block.end) {
+    if (block.after == nullptr) return;
+    at = block.after + (at - block.end);
+  }
+  for (int i = 0; i < block.lines; ++i) tiles.prefetch(at + i * kCacheLine);
+}
+
+/// C += A B for one step. a0 and a1 point at the tokens' pairs, lda bytes apart; b at the weights,
+/// the pairs ldb bytes apart.
+template <int kVecs, int kTokenTiles, typename Tiles>
+void multiply_step(Tiles& tiles, const void* a0, const void* a1, std::ptrdiff_t lda, const bf16* b,
+                   std::ptrdiff_t ldb) {
+  tiles.template load<kTileB>(b, ldb);
+  tiles.template load<kTileA>(a0, lda);
+  tiles.template multiply<kTileC, kTileA, kTileB>();
+  if constexpr (kVecs == 2) {
+    tiles.template load<kTileB + 1>(b + 2 * kLanes, ldb);
+    tiles.template multiply<kTileC + 1, kTileA, kTileB + 1>();
+  }
+  if constexpr (kTokenTiles == 2) {
+    tiles.template load<kTileA + 1>(a1, lda);
+    tiles.template multiply<kTileC + 2, kTileA + 1, kTileB>();
+    if constexpr (kVecs == 2) tiles.template multiply<kTileC + 3, kTileA + 1, kTileB + 1>();
+  }
+}
+
+/// The last k_pad % kTileK of k, padded with zeros.
+template <int kVecs>
+struct AmxTail {
+  alignas(64) bf16 x[kBlockTokens][kTileK];
+  alignas(64) bf16 w[kTileK * kVecs * kLanes];
+};
+
+/// Copies what tiles of `tokens` rows read of x.
+template <int kVecs>
+void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count, int row,
+                      AmxTail<kVecs>& tail) {
+  for (int i = 0; i < tokens; ++i) {
+    for (int j = 0; j < count; j += 8) __builtin_memcpy(&tail.x[row + i][j], x + i * ldx + j, 16);
+  }
+}
+
+template <int kVecs, int kTokenTiles, typename Tiles>
+void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVecs>& tail) {
+  constexpr std::ptrdiff_t kPairBytes = kVecs * kLanes * 2 * sizeof(bf16);
+  const int steps = block.k_pad / kTileK;
+  const int left = block.k_pad % kTileK;
+  const bf16* x0 = block.x + block.first * block.ldx;
+  const bf16* x1 = block.x + block.second * block.ldx;
+  const bf16* w = block.panel;
+  const auto ldx = static_cast<std::ptrdiff_t>(block.ldx * static_cast<int>(sizeof(bf16)));
+  tiles.template zero<kTileC>();
+  if constexpr (kVecs == 2) tiles.template zero<kTileC + 1>();
+  if constexpr (kTokenTiles == 2) {
+    tiles.template zero<kTileC + 2>();
+    if constexpr (kVecs == 2) tiles.template zero<kTileC + 3>();
+  }
+  for (int step = 0; step < steps; ++step) {
+    prefetch_step(tiles, block, step);
+    multiply_step<kVecs, kTokenTiles>(tiles, x0, x1, ldx, w, kPairBytes);
+    x0 += kTileK;
+    x1 += kTileK;
+    w += kTileK * kVecs * kLanes;
+  }
+  if (left > 0) {
+    prefetch_step(tiles, block, steps);
+    load_tail_tokens(x0, block.ldx, tokens, left, 0, tail);
+    if constexpr (kTokenTiles == 2) load_tail_tokens(x1, block.ldx, tokens, left, kTileRows, tail);
+    multiply_step<kVecs, kTokenTiles>(tiles, tail.x[0], tail.x[kTileRows], kTileBytes, tail.w,
+                                      kPairBytes);
+  }
+  constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
+  float* c0 = block.c + std::ptrdiff_t{block.first} * kPanelRows;
+  tiles.template store<kTileC>(c0, kTokenBytes);
+  if constexpr (kVecs == 2) tiles.template store<kTileC + 1>(c0 + kLanes, kTokenBytes);
+  if constexpr (kTokenTiles == 2) {
+    float* c1 = block.c + std::ptrdiff_t{block.second} * kPanelRows;
+    tiles.template store<kTileC + 2>(c1, kTokenBytes);
+    if constexpr (kVecs == 2) tiles.template store<kTileC + 3>(c1 + kLanes, kTokenBytes);
+  }
+}
+
+/// The block that reads the panel first fetches ahead in it. The others, which find it in L2, each
+/// fetch a slice of `next`; when there are none, the first goes on to the beginning of `next`.
+template <int kVecs>
+void plan_prefetch(int index, int blocks, const void* next, AmxBlock& block) {
+  constexpr int kStepLines = kTileK * kVecs * kLanes * static_cast<int>(sizeof(bf16)) / kCacheLine;
+  const auto* panel = reinterpret_cast<const char*>(block.panel);
+  const auto panel_bytes = std::ptrdiff_t{block.k_pad} * kVecs * kLanes * 2;
+  const auto* after = static_cast<const char*>(next);
+  if (index == 0) {
+    block.fetch = panel + kAmxPrefetchAhead;
+    block.end = panel + panel_bytes;
+    block.after = blocks == 1 ? after : nullptr;
+    block.lines = kStepLines;
+    return;
+  }
+  const int steps = (block.k_pad + kTileK - 1) / kTileK;
+  const int lines = (kStepLines + blocks - 2) / (blocks - 1);
+  const auto slice = std::ptrdiff_t{steps} * lines * kCacheLine;
+  const auto begin = slice * (index - 1);
+  const bool wanted = after != nullptr && begin < panel_bytes && begin < kAmxNextBytes;
+  const auto rest = wanted ? kAmxNextBytes - begin : 0;
+  block.fetch = after + (wanted ? begin : 0);
+  block.end = block.fetch + (slice < rest ? slice : rest);
+  block.after = nullptr;
+  block.lines = wanted ? lines : 0;
+}
+
+template <int kVecs, typename Tiles>
+void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
+                        int k_pad, const void* next, float* c) {
+  const int tokens = m < kTileRows ? m : kTileRows;  // of a tile
+  const int blocks = (m + kBlockTokens - 1) / kBlockTokens;
+  AmxTail<kVecs> tail;
+  const int left = k_pad % kTileK;
+  if (left > 0) {
+    __builtin_memset(&tail, 0, sizeof tail);
+    __builtin_memcpy(tail.w, panel + std::ptrdiff_t{k_pad - left} * kVecs * kLanes,
+                     static_cast<std::size_t>(left) * kVecs * kLanes * sizeof(bf16));
+  }
+  tiles.configure(kTileConfigs.of_rows[tokens]);
+  for (int index = 0; index < blocks; ++index) {
+    const int last = m - tokens;
+    const int first = index * kBlockTokens;
+    const int second = first + kTileRows;
+    AmxBlock block{};
+    block.x = x;
+    block.ldx = ldx;
+    block.first = first < last ? first : last;
+    block.second = second < last ? second : last;
+    block.panel = panel;
+    block.k_pad = k_pad;
+    block.c = c;
+    plan_prefetch<kVecs>(index, blocks, next, block);
+    if (second < m) {
+      multiply_block<kVecs, 2>(tiles, block, tokens, tail);
+    } else {
+      multiply_block<kVecs, 1>(tiles, block, tokens, tail);
+    }
+  }
+  tiles.release();
+}
+
+/// panel_gemm_bf16 on `tiles`, which has
+///   configure(const TileConfig&), release(), prefetch(const void*) to L2,
+///   zero<tile>(), load<tile>(memory, row stride in bytes), store<tile>(memory, row stride),
+///   multiply<c, a, b>(): TDPBF16PS.
+template <typename Tiles>
+void amx_panel_gemm(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
+                    int rows, int k_pad, const void* next, float* c) {
+  if (m <= 0) return;
+  if (rows == kPanelRows) {
+    amx_multiply_panel<kPanelRows / kLanes>(tiles, x, ldx, m, panel, k_pad, next, c);
+  } else {
+    amx_multiply_panel<1>(tiles, x, ldx, m, panel, k_pad, next, c);
+  }
+}
+
+}  // namespace
+}  // namespace deinfer::cpu
