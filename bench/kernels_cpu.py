@@ -88,6 +88,30 @@ def torch_run(x: torch.Tensor, sets: list[Weights]) -> Run:
     return run
 
 
+class Limits:
+    """The machine's limits as contestants, beside linears that read and compute so much a call."""
+
+    def __init__(
+        self, team: native.Team, stream: native.Stream, weight_bytes: float, flops: float
+    ) -> None:
+        self.weight_bytes = weight_bytes
+        self.flops = flops
+        self.slice_bytes = stream.slice_bytes(team)
+        self.peak = native.Peak(team, flops)
+        self.runs: dict[str, Run] = {
+            "stream": lambda calls: stream.run(team, calls),
+            "peak": self.peak.run,
+        }
+
+    def ratios(self, samples: Samples, name: str) -> dict[str, Any]:
+        """Of each limit, which share the contestant `name` reached."""
+        streams, peaks = self.weight_bytes / self.slice_bytes, self.flops / self.peak.flops
+        return {
+            "stream": round_ratios([streams * t for t in samples["stream"]], samples[name]),
+            "peak": round_ratios([peaks * t for t in samples["peak"]], samples[name]),
+        }
+
+
 class Bench:
     """The sections of the benchmark, and what they have found."""
 
@@ -116,27 +140,9 @@ class Bench:
         copies = max(2, round(self.rotated_bytes / first.bytes))
         return [first, *(native.Linear(self.packers, dtype, weights) for _ in range(copies - 1))]
 
-    def limit_runs(self, team: native.Team) -> dict[str, Run]:
-        """The machine's limits as contestants."""
-        return {
-            "stream": lambda calls: self.stream.run(team, calls),
-            "peak": lambda calls: native.run_peak(team, calls),
-        }
-
     def interleave(self, runs: dict[str, Run]) -> Samples:
         """The contestants in this run's rounds."""
         return interleave(runs, self.rounds, self.seconds)
-
-    def limit_ratios(
-        self, team: native.Team, samples: Samples, name: str, weight_bytes: float, flops: float
-    ) -> dict[str, Any]:
-        """Of each limit, which share the contestant `name` reached."""
-        streams = weight_bytes / self.stream.slice_bytes(team)
-        peaks = flops / native.peak_flops(team)
-        return {
-            "stream": round_ratios([streams * t for t in samples["stream"]], samples[name]),
-            "peak": round_ratios([peaks * t for t in samples["peak"]], samples[name]),
-        }
 
     def keep(self, section: str, case: dict[str, Any], checks: list[Check]) -> None:
         """Prints a case and keeps it."""
@@ -154,17 +160,18 @@ class Bench:
         """The limits by themselves; cases are compared with those of their own rounds."""
 
         def measure(team: native.Team) -> None:
-            samples = self.interleave(self.limit_runs(team))
-            size, flops = self.stream.slice_bytes(team), native.peak_flops(team)
-            limits: dict[str, Any] = {
+            limits = Limits(team, self.stream, 0, 0)
+            samples = self.interleave(limits.runs)
+            size, flops = limits.slice_bytes, limits.peak.flops
+            found: dict[str, Any] = {
                 "threads": team.threads,
                 "stream_gb_s": summary([size / t * 1e-9 for t in samples["stream"]]),
                 "peak_gflop_s": summary([flops / t * 1e-9 for t in samples["peak"]]),
             }
-            self.results.setdefault("limits", []).append(limits)
+            self.results.setdefault("limits", []).append(found)
             print(
-                f"{team.threads} threads: stream read {limits['stream_gb_s']['median']:.1f} GB/s, "
-                f"{native.instruction()} {limits['peak_gflop_s']['median']:.0f} GFLOP/s"
+                f"{team.threads} threads: stream read {found['stream_gb_s']['median']:.1f} GB/s, "
+                f"{native.instruction()} {found['peak_gflop_s']['median']:.0f} GFLOP/s"
             )
 
         self.on_each_team(measure)
@@ -196,11 +203,11 @@ class Bench:
         def measure(team: native.Team) -> None:
             for m in tokens:
                 x = random_inputs(m, shape.k)
-                runs = self.limit_runs(team)
-                runs["ours"] = native.Rotation(team, linears, x).run
-                runs["torch"] = torch_run(x, sets)
+                limits = Limits(team, self.stream, linears[0].bytes, shape.flops(m))
+                ours = native.Rotation(team, linears, x)
+                runs = {**limits.runs, "ours": ours.run, "torch": torch_run(x, sets)}
                 samples = self.interleave(runs)
-                ratios = self.limit_ratios(team, samples, "ours", linears[0].bytes, shape.flops(m))
+                ratios = limits.ratios(samples, "ours")
                 ratios["torch"] = round_ratios(samples["ours"], samples["torch"])
                 case = {
                     "shape": [shape.n, shape.k, shape.r],
@@ -268,13 +275,10 @@ class Bench:
         self.checks.append(Check(f"int8 error / torch's: {shape}", ratio, 1.0, at_least=False))
 
         def measure(team: native.Team) -> None:
-            runs = self.limit_runs(team)
-            for name, each in linears.items():
-                runs[name] = native.Rotation(team, each, x).run
-            samples = self.interleave(runs)
-            ratios = self.limit_ratios(
-                team, samples, "int8", linears["int8"][0].bytes, shape.flops(1)
-            )
+            limits = Limits(team, self.stream, linears["int8"][0].bytes, shape.flops(1))
+            ours = {name: native.Rotation(team, each, x).run for name, each in linears.items()}
+            samples = self.interleave({**limits.runs, **ours})
+            ratios = limits.ratios(samples, "int8")
             ratios["bf16"] = round_ratios(samples["bfloat16"], samples["int8"])
             case = {
                 "shape": [shape.n, shape.k, shape.r],

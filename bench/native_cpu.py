@@ -21,7 +21,7 @@ from common import ROOT
 
 BUILD = ROOT / "build" / "cpu"
 LIBRARY = BUILD / "bench" / "native" / "libdeinfer_bench.so"
-PEAK_ITERATIONS = 200_000  # about a millisecond
+MIN_PEAK_ITERATIONS = 100_000
 SLICE_BYTES = 16 << 20  # about as long a call as a linear at m = 1
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -131,16 +131,23 @@ class Stream(_Handle):
         return [time * 1e-9 for time in times]
 
 
-def peak_flops(team: Team) -> float:
-    """Floating point operations of one call of run_peak."""
-    return float(_call("peak_flops")) * PEAK_ITERATIONS * team.threads
+class Peak:
+    """The dot instruction on registers only, on every thread.
 
+    A call has about as many floating point operations as are asked for (and takes at least a
+    fraction of a millisecond), so that a disturbance meets it as it would meet a linear.
+    """
 
-def run_peak(team: Team, calls: int) -> list[float]:
-    """The dot instruction on registers only, on every thread."""
-    times = (c_double * calls)()
-    _call("peak", team.handle, PEAK_ITERATIONS, calls, times)
-    return [time * 1e-9 for time in times]
+    def __init__(self, team: Team, flops: float) -> None:
+        per_iteration = float(_call("peak_flops")) * team.threads
+        self.team = team
+        self.iterations = max(MIN_PEAK_ITERATIONS, round(flops / per_iteration))
+        self.flops = self.iterations * per_iteration
+
+    def run(self, calls: int) -> list[float]:
+        times = (c_double * calls)()
+        _call("peak", self.team.handle, self.iterations, calls, times)
+        return [time * 1e-9 for time in times]
 
 
 class Linear(_Handle):
