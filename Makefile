@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 MODEL := build/smollm2-135m-instruct
-CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'bench/*.cc' 'bench/*.h')
 PY_FILES := python tests bench setup.py
 
 .PHONY: demo test test-cpp test-python build lint format bench cuda-compile asan ubsan tsan clean
@@ -50,6 +50,7 @@ test-python: build $(MODEL)
 	$(PY) -m pytest tests/python
 
 bench: build $(MODEL)
+	$(PY) bench/kernels_cpu.py
 	$(PY) bench/generate.py --model $(MODEL)
 
 # --- checks -----------------------------------------------------------------------------------------

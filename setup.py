@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
             build, output, options = ROOT / "build" / "cpu", ROOT / "python" / "deinfer", []
         else:
             build, output = Path(self.build_temp).resolve(), target.parent
-            options = ["-DDEINFER_TESTS=OFF", "-DDEINFER_WERROR=OFF"]
+            options = ["-DDEINFER_TESTS=OFF", "-DDEINFER_BENCH=OFF", "-DDEINFER_WERROR=OFF"]
         options += [
             f"-DDEINFER_PYTHON_OUTPUT_DIR={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
