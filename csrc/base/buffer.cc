@@ -13,7 +13,9 @@ Buffer::Buffer(std::size_t bytes) {
   if (bytes == 0) return;
   constexpr std::size_t kHuge = std::size_t{2} << 20;
   bool huge = bytes >= kHuge;
-  std::size_t mapping_size = huge ? bytes + kHuge : bytes;
+  // The tail is advised too, or up to 2 MiB of a matrix would stay on small pages.
+  std::size_t advised = huge ? (bytes + kHuge - 1) / kHuge * kHuge : 0;
+  std::size_t mapping_size = huge ? advised + kHuge : bytes;
   void* mapping = mapping_size < bytes ? MAP_FAILED
                                        : mmap(nullptr, mapping_size, PROT_READ | PROT_WRITE,
                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -24,7 +26,7 @@ Buffer::Buffer(std::size_t bytes) {
   if (huge) {
     address = (address + kHuge - 1) / kHuge * kHuge;
     // Advice only: without transparent huge pages the memory works all the same.
-    madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(address), advised, MADV_HUGEPAGE);
   }
   mapping_ = {mapping, [mapping_size](void* start) { munmap(start, mapping_size); }};
   data_ = reinterpret_cast<void*>(address);
