@@ -12,7 +12,7 @@ MODEL := build/smollm2-135m-instruct
 CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'bench/*.cc' 'bench/*.h')
 PY_FILES := python tests bench setup.py
 
-.PHONY: demo test test-cpp test-python build lint format bench cuda-compile asan ubsan tsan clean
+.PHONY: demo test test-cpp test-python build lint format bench bench-peers cuda-compile asan ubsan tsan clean
 .DEFAULT_GOAL := build
 
 # --- set-up -----------------------------------------------------------------------------------------
@@ -52,6 +52,12 @@ test-python: build $(MODEL)
 bench: build $(MODEL)
 	$(PY) bench/kernels_cpu.py
 	$(PY) bench/generate.py --model $(MODEL)
+
+# Against llama.cpp, vLLM and CTranslate2, each installed under build/peers (gigabytes, minutes).
+# Options: make bench-peers PEERS_ARGS="--rounds 3 --int8"
+bench-peers: build $(MODEL)
+	bash bench/peers/setup.sh $(PY) $(MODEL)
+	$(PY) bench/peers.py --model $(MODEL) $(PEERS_ARGS)
 
 # --- checks -----------------------------------------------------------------------------------------
 lint: $(VENV)/.ready
