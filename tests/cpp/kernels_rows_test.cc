@@ -110,6 +110,125 @@ TEST_P(RowsTest, ExpIsAccurate) {
   EXPECT_TRUE(std::isnan(kernels().exp_sum(&nan, 1, 0.0f, 1.0f)));
 }
 
+/// Row shapes of the kernels that skip NaN: noise, ties, and a mixture of special values.
+std::vector<float> special_row(Random& random, std::size_t size, int shape) {
+  std::vector<float> x = random.vector(size, 4.0f);
+  constexpr float kSpecial[] = {kNan, kInf, -kInf, 0.0f, -0.0f, 1e-42f, 3e38f, -3e38f};
+  for (float& v : x) {
+    if (shape == 1) v = static_cast<float>(random.below(3));
+    if (shape == 2 && random.below(2) == 0) v = kSpecial[random.below(8)];
+  }
+  return x;
+}
+
+TEST_P(RowsTest, GroupMaxima) {
+  Random random(4);
+  for (int n : {1, 2, 15, 16, 17, 1000, 1023, 1024, 1025, 5000}) {
+    for (int shape = 0; shape < 3; ++shape) {
+      SCOPED_TRACE(testing::Message() << n << " shape " << shape);
+      auto x = special_row(random, static_cast<std::size_t>(n), shape);
+      auto groups = static_cast<std::size_t>((n + cpu::kMaximaSpan - 1) / cpu::kMaximaSpan) *
+                    static_cast<std::size_t>(cpu::kLanes);
+      std::vector<float> got(groups, kNan), same(groups), want(groups, -kInf);
+      for (int j = 0; j < n; ++j) {
+        float& group =
+            want[static_cast<std::size_t>(j / cpu::kMaximaSpan * cpu::kLanes + j % cpu::kLanes)];
+        if (x[static_cast<std::size_t>(j)] > group) group = x[static_cast<std::size_t>(j)];
+      }
+      kernels().group_maxima(x.data(), n, got.data());
+      EXPECT_EQ(got, want);
+      scalar().group_maxima(x.data(), n, same.data());
+      EXPECT_TRUE(same_bits(got.data(), same.data(), groups * sizeof(float)));
+    }
+  }
+}
+
+TEST_P(RowsTest, Select) {
+  Random random(5);
+  for (int n : kSizes) {
+    auto size = static_cast<std::size_t>(n);
+    for (int shape = 0; shape < 3; ++shape) {
+      auto x = special_row(random, size, shape);
+      std::vector<std::int32_t> ids(size);
+      for (std::size_t j = 0; j < size; ++j) ids[j] = static_cast<std::int32_t>(3 * j + 1);
+      for (auto compare : {cpu::Compare::kAbove, cpu::Compare::kAtLeast, cpu::Compare::kBelow}) {
+        for (float bound : {0.0f, 1.0f, -2.5f, kInf, -kInf, x[size / 2], kNan}) {
+          SCOPED_TRACE(testing::Message() << n << " shape " << shape << " compare "
+                                          << static_cast<int>(compare) << " bound " << bound);
+          std::vector<float> want;
+          std::vector<std::int32_t> want_places, want_ids;
+          for (std::size_t j = 0; j < size; ++j) {
+            bool takes = compare == cpu::Compare::kAbove     ? x[j] > bound
+                         : compare == cpu::Compare::kAtLeast ? x[j] >= bound
+                                                             : x[j] < bound;
+            if (!takes) continue;
+            want.push_back(x[j]);
+            want_places.push_back(static_cast<std::int32_t>(j));
+            want_ids.push_back(ids[j]);
+          }
+          // Exactly as long as promised: the sanitizers see a write after the end.
+          std::vector<float> values(want.size());
+          std::vector<std::int32_t> places(want.size());
+          auto count = static_cast<int>(want.size());
+          ASSERT_EQ(
+              kernels().select(x.data(), nullptr, n, compare, bound, values.data(), places.data()),
+              count);
+          EXPECT_TRUE(same_bits(values.data(), want.data(), want.size() * sizeof(float)));
+          EXPECT_EQ(places, want_places);
+          // In place, behind an offset, and nothing touched behind the selected ones.
+          std::vector<float> row(3, 7.0f);
+          std::vector<std::int32_t> row_ids(3, 7);
+          row.insert(row.end(), x.begin(), x.end());
+          row_ids.insert(row_ids.end(), ids.begin(), ids.end());
+          std::vector<std::int32_t> after(row_ids.begin() + 2 + count, row_ids.end());
+          ASSERT_EQ(kernels().select(row.data() + 3, row_ids.data() + 3, n, compare, bound,
+                                     row.data() + 2, row_ids.data() + 2),
+                    count);
+          EXPECT_TRUE(same_bits(row.data() + 2, want.data(), want.size() * sizeof(float)));
+          row_ids.erase(row_ids.begin(), row_ids.begin() + 2);
+          want_ids.insert(want_ids.end(), after.begin(), after.end());
+          EXPECT_EQ(row_ids, want_ids);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(RowsTest, ExpBlocks) {
+  Random random(6);
+  for (int n : {1, 2, 15, 16, 17, 255, 256, 257, 1000, 4096}) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    auto blocks = static_cast<std::size_t>((n + cpu::kSumBlock - 1) / cpu::kSumBlock);
+    auto x = random.vector(size, 8.0f);
+    for (float& v : x) v = std::min(v, 30.0f);
+    x[size / 2] = -kInf;
+    if (n > 2) x[size - 1] = kNan;
+    x[0] = 30.0f;
+    for (float scale : {1.0f, 0.03f, 3e38f}) {
+      std::vector<float> sums(blocks), weights(size), same_sums(blocks), same_weights(size);
+      kernels().exp_blocks(x.data(), n, 30.0f, scale, sums.data(), weights.data());
+      for (std::size_t b = 0; b < blocks; ++b) {
+        double sum = 0;
+        for (std::size_t j = b * cpu::kSumBlock; j < std::min(size, (b + 1) * cpu::kSumBlock);
+             ++j) {
+          double want =
+              std::isnan(x[j]) ? 0 : std::exp((x[j] - 30.0f) * static_cast<double>(scale));
+          // The exponent is rounded, to 2^-24 of at most 90.
+          EXPECT_NEAR(weights[j], want, 6e-6 * want + 3e-38);
+          sum += want;
+        }
+        EXPECT_NEAR(sums[b], sum, 6e-6 * sum + 3e-38);
+      }
+      scalar().exp_blocks(x.data(), n, 30.0f, scale, same_sums.data(), same_weights.data());
+      EXPECT_TRUE(same_bits(sums.data(), same_sums.data(), blocks * sizeof(float)));
+      EXPECT_TRUE(same_bits(weights.data(), same_weights.data(), size * sizeof(float)));
+      kernels().exp_blocks(x.data(), n, 30.0f, scale, same_sums.data(), nullptr);
+      EXPECT_TRUE(same_bits(sums.data(), same_sums.data(), blocks * sizeof(float)));
+    }
+  }
+}
+
 DEINFER_FOR_EACH_ISA(RowsTest);
 
 }  // namespace

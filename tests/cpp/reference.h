@@ -83,7 +83,7 @@ class Aligned {
 };
 
 inline bool same_bits(const void* a, const void* b, std::size_t bytes) {
-  return std::memcmp(a, b, bytes) == 0;
+  return bytes == 0 || std::memcmp(a, b, bytes) == 0;
 }
 
 inline double silu(double x) { return x / (1.0 + std::exp(-x)); }

@@ -32,6 +32,10 @@ inline constexpr int kKvTile = 64;
 /// KV positions after which the softmax state starts afresh; partial states merge in ascending
 /// order, so that splits may be computed by different threads with the same bits.
 inline constexpr int kKvSplit = 256;
+/// Elements of a row whose largest ones group_maxima writes as kLanes numbers.
+inline constexpr int kMaximaSpan = 1024;
+/// Elements of a row that share one sum in exp_blocks.
+inline constexpr int kSumBlock = 256;
 /// Rows (query tokens x heads of a group) that one attention call may hold.
 inline constexpr int kMaxAttentionRows = 64;
 
@@ -64,6 +68,9 @@ struct AttentionState {
   float* sum = nullptr;      // [rows]
   float* output = nullptr;   // [rows, head_dim]
 };
+
+/// What the elements that `select` takes are to its bound; NaN is nothing to any bound.
+enum class Compare { kAbove, kAtLeast, kBelow };
 
 struct KernelTable {
   Isa isa;
@@ -151,6 +158,18 @@ struct KernelTable {
   void (*argmax)(const float* x, int n, float* value, int* index);
   /// sum of exp((x[j] - shift) * scale) over x[n].
   float (*exp_sum)(const float* x, int n, float shift, float scale);
+  /// Divides x[n] into disjoint groups and writes the largest element of each to
+  /// maxima[ceil(n / kMaximaSpan) * kLanes]; NaN counts as -inf, an empty group has -inf.
+  void (*group_maxima)(const float* x, int n, float* maxima);
+  /// Moves the elements of x[n] that compare so to the bound, and their ids, to the front of out_x
+  /// and out_ids, in the same order, and returns their number. ids may be null, for 0 .. n - 1. The
+  /// outputs may be x and ids, or lie before them in the same arrays; nothing is written after the
+  /// last one moved.
+  int (*select)(const float* x, const std::int32_t* ids, int n, Compare compare, float bound,
+                float* out_x, std::int32_t* out_ids);
+  /// sums[b] = sum of w[j] = exp((x[j] - shift) * scale) over the b-th kSumBlock elements of x[n];
+  /// w is 0 where x is NaN. Each w[j] is written to weights[n] unless that is null.
+  void (*exp_blocks)(const float* x, int n, float shift, float scale, float* sums, float* weights);
 };
 
 /// The kernels of an instruction set that this CPU supports (see base/cpu_features.h).

@@ -1,4 +1,4 @@
-// Kernels over one row: normalisation, argmax, sums. Include epilogue_impl.h before.
+// Kernels over one row: normalisation, argmax, sums, selection. Include epilogue_impl.h before.
 #pragma once
 
 namespace deinfer::cpu {
@@ -54,6 +54,65 @@ float exp_sum(const float* x, int n, float shift, float scale) {
     sum = add(sum, exp(keep_range(v, 0, count, -kInfinity)));
   });
   return reduce_add(sum);
+}
+
+void group_maxima(const float* x, int n, float* maxima) {
+  for (int begin = 0; begin < n; begin += kMaximaSpan, maxima += kLanes) {
+    // A group is a lane of a span, which needs no reduction across lanes.
+    Vec best = broadcast(-kInfinity);
+    for_each_chunk(n - begin < kMaximaSpan ? n - begin : kMaximaSpan, [&](int j, int count) {
+      Vec v = keep_range(load_some(x + begin + j, count), 0, count, -kInfinity);
+      best = max(v, best);  // best when v is NaN
+    });
+    store(maxima, best);
+  }
+}
+
+template <Compare kCompare>
+int select_all(const float* x, const std::int32_t* ids, int n, float bound, float* out_x,
+               std::int32_t* out_ids) {
+  Vec limit = broadcast(bound);
+  int taken = 0;
+  for_each_chunk(n, [&](int j, int count) {
+    Vec v = load_some(x + j, count);
+    std::uint32_t hits = kCompare == Compare::kAbove     ? greater_lanes(v, limit)
+                         : kCompare == Compare::kAtLeast ? at_least_lanes(v, limit)
+                                                         : greater_lanes(limit, v);
+    hits &= (1u << count) - 1u;
+    if (hits == 0) return;
+    compress(x + j, hits, out_x + taken);
+    if (ids != nullptr) {
+      compress(ids + j, hits, out_ids + taken);
+    } else {
+      compress_index(j, hits, out_ids + taken);
+    }
+    taken += __builtin_popcount(hits);
+  });
+  return taken;
+}
+
+int select(const float* x, const std::int32_t* ids, int n, Compare compare, float bound,
+           float* out_x, std::int32_t* out_ids) {
+  switch (compare) {
+    case Compare::kAbove: return select_all<Compare::kAbove>(x, ids, n, bound, out_x, out_ids);
+    case Compare::kAtLeast: return select_all<Compare::kAtLeast>(x, ids, n, bound, out_x, out_ids);
+    case Compare::kBelow: return select_all<Compare::kBelow>(x, ids, n, bound, out_x, out_ids);
+  }
+  __builtin_unreachable();
+}
+
+void exp_blocks(const float* x, int n, float shift, float scale, float* sums, float* weights) {
+  for (int begin = 0; begin < n; begin += kSumBlock) {
+    Vec sum = zero();
+    for_each_chunk(n - begin < kSumBlock ? n - begin : kSumBlock, [&](int j, int count) {
+      Vec v = mul(sub(load_some(x + begin + j, count), broadcast(shift)), broadcast(scale));
+      // max(v, -inf) is -inf when v is NaN.
+      v = exp(max(keep_range(v, 0, count, -kInfinity), broadcast(-kInfinity)));
+      sum = add(sum, v);
+      if (weights != nullptr) store_some(weights + begin + j, v, count);
+    });
+    *sums++ = reduce_add(sum);
+  }
 }
 
 }  // namespace

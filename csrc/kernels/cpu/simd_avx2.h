@@ -105,15 +105,57 @@ inline __m256 keep_range(__m256 v, int first, int begin, int end, float other) {
 inline Vec keep_range(Vec v, int begin, int end, float other) {
   return {keep_range(v.lo, 0, begin, end, other), keep_range(v.hi, 8, begin, end, other)};
 }
-inline std::uint32_t equal_lanes(Vec a, Vec b) {
-  int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ));
-  int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ));
+
+template <int kPredicate>
+inline std::uint32_t compare_lanes(Vec a, Vec b) {
+  int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, kPredicate));
+  int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, kPredicate));
   return static_cast<std::uint32_t>(lo | hi << 8);
 }
-inline std::uint32_t greater_lanes(Vec a, Vec b) {
-  int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ));
-  int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
-  return static_cast<std::uint32_t>(lo | hi << 8);
+inline std::uint32_t equal_lanes(Vec a, Vec b) { return compare_lanes<_CMP_EQ_OQ>(a, b); }
+inline std::uint32_t greater_lanes(Vec a, Vec b) { return compare_lanes<_CMP_GT_OQ>(a, b); }
+inline std::uint32_t at_least_lanes(Vec a, Vec b) { return compare_lanes<_CMP_GE_OQ>(a, b); }
+
+/// For each mask of 8 lanes, the lanes that are set in ascending order, a byte each.
+struct PackedLanes {
+  constexpr PackedLanes() {
+    for (unsigned bits = 0; bits < 256; ++bits) {
+      int place = 0;
+      for (unsigned i = 0; i < 8; ++i) {
+        if (bits >> i & 1) of[bits] |= std::uint64_t{i} << (8 * place++);
+      }
+    }
+  }
+  std::uint64_t of[256] = {};
+};
+inline constexpr PackedLanes kPackedLanes;
+
+/// Stores the lanes of v whose bit is set side by side.
+inline void store_packed(__m256i v, std::uint32_t bits, std::int32_t* to) {
+  __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(kPackedLanes.of[bits]));
+  __m256i packed = _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(bytes));
+  _mm256_maskstore_epi32(to, lanes_below(0, __builtin_popcount(bits)), packed);
+}
+inline void store_packed(__m256 v, std::uint32_t bits, float* to) {
+  __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(kPackedLanes.of[bits]));
+  __m256 packed = _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(bytes));
+  _mm256_maskstore_ps(to, lanes_below(0, __builtin_popcount(bits)), packed);
+}
+inline void compress(const float* from, std::uint32_t bits, float* to) {
+  Vec v = load_n(from, 32 - __builtin_clz(bits));
+  store_packed(v.lo, bits & 0xff, to);
+  store_packed(v.hi, bits >> 8, to + __builtin_popcount(bits & 0xff));
+}
+inline void compress(const std::int32_t* from, std::uint32_t bits, std::int32_t* to) {
+  int n = 32 - __builtin_clz(bits);
+  __m256i lo = _mm256_maskload_epi32(from, lanes_below(0, n));
+  __m256i hi = _mm256_maskload_epi32(from + 8, lanes_below(8, n));
+  store_packed(lo, bits & 0xff, to);
+  store_packed(hi, bits >> 8, to + __builtin_popcount(bits & 0xff));
+}
+inline void compress_index(int first, std::uint32_t bits, std::int32_t* to) {
+  store_packed(lane_index(first), bits & 0xff, to);
+  store_packed(lane_index(first + 8), bits >> 8, to + __builtin_popcount(bits & 0xff));
 }
 
 inline float reduce_add(Vec v) {

@@ -65,6 +65,26 @@ inline Vec keep_range(Vec v, int begin, int end, float other) {
 }
 inline std::uint32_t equal_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline std::uint32_t greater_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline std::uint32_t at_least_lanes(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+
+// Compressed in registers: vpcompress to memory is an order of magnitude slower on Zen 4.
+inline void compress(const float* from, std::uint32_t bits, float* to) {
+  auto mask = static_cast<__mmask16>(bits);
+  Vec packed = _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, from));
+  store_n(to, packed, __builtin_popcount(bits));
+}
+inline void compress(const std::int32_t* from, std::uint32_t bits, std::int32_t* to) {
+  auto mask = static_cast<__mmask16>(bits);
+  __m512i packed = _mm512_maskz_compress_epi32(mask, _mm512_maskz_loadu_epi32(mask, from));
+  _mm512_mask_storeu_epi32(to, lanes_below(__builtin_popcount(bits)), packed);
+}
+inline void compress_index(int first, std::uint32_t bits, std::int32_t* to) {
+  __m512i index =
+      _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                       _mm512_set1_epi32(first));
+  __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), index);
+  _mm512_mask_storeu_epi32(to, lanes_below(__builtin_popcount(bits)), packed);
+}
 
 inline float reduce_add(Vec v) {
   __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

@@ -108,12 +108,27 @@ inline std::uint32_t equal_lanes(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) mask |= std::uint32_t{a.lane[i] == b.lane[i]} << i;
   return mask;
 }
-
-/// Bit i is set when a > b in lane i.
+/// Bit i is set when a > b, a >= b in lane i; never for NaN.
 inline std::uint32_t greater_lanes(Vec a, Vec b) {
   std::uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= std::uint32_t{a.lane[i] > b.lane[i]} << i;
   return mask;
+}
+inline std::uint32_t at_least_lanes(Vec a, Vec b) {
+  std::uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= std::uint32_t{a.lane[i] >= b.lane[i]} << i;
+  return mask;
+}
+
+/// Copies the elements of from[16] whose bit is set to the front of `to`, which may be `from` or
+/// lie before it. There is a bit; nothing after the last one is read, nor more written.
+template <typename T>
+inline void compress(const T* from, std::uint32_t bits, T* to) {
+  for (; bits != 0; bits &= bits - 1) *to++ = from[__builtin_ctz(bits)];
+}
+/// The same for the numbers first .. first + 15.
+inline void compress_index(int first, std::uint32_t bits, std::int32_t* to) {
+  for (; bits != 0; bits &= bits - 1) *to++ = first + __builtin_ctz(bits);
 }
 
 /// Lanes are combined with those 8, 4, 2 and 1 further, in every instruction set.

@@ -39,6 +39,9 @@ constexpr KernelTable make_table(Isa isa) {
       .rms_norm_bf16 = rms_norm<bf16>,
       .argmax = argmax,
       .exp_sum = exp_sum,
+      .group_maxima = group_maxima,
+      .select = select,
+      .exp_blocks = exp_blocks,
   };
 }
 
