@@ -15,9 +15,10 @@ std::uint64_t mix(std::uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Descending logits; ties by ascending token, so that every order is total.
-bool ranks_before(float logit_a, TokenId a, float logit_b, TokenId b) {
-  return logit_a != logit_b ? logit_a > logit_b : a < b;
+bool changes_logits(const SampleInput& input) {
+  const SamplingParams& params = *input.params;
+  return !input.banned.empty() || params.repetition_penalty != 1.0f ||
+         params.presence_penalty != 0.0f || params.frequency_penalty != 0.0f;
 }
 
 }  // namespace
@@ -29,15 +30,21 @@ double uniform_at(std::uint64_t seed, int index, int step) {
 }
 
 Sampler::Sampler(const cpu::KernelTable& kernels, int vocab_size)
-    : kernels_(kernels), vocab_size_(vocab_size) {
-  candidates_.reserve(static_cast<std::size_t>(vocab_size));
-  counts_.resize(static_cast<std::size_t>(vocab_size));
+    : kernels_(kernels),
+      vocab_size_(vocab_size),
+      candidates_(kernels, vocab_size),
+      counts_(static_cast<std::size_t>(vocab_size)) {
+  raw_.reserve(static_cast<std::size_t>(vocab_size));
 }
 
 void Sampler::sample(const SampleInput& input, float* logits, SampleResult& result) {
   const SamplingParams& params = *input.params;
   // Log-probabilities describe the model, not the penalties, so the raw logits are needed after.
-  if (params.logprobs) raw_.assign(logits, logits + vocab_size_);
+  const float* raw = logits;
+  if (params.logprobs && changes_logits(input)) {
+    raw_.assign(logits, logits + vocab_size_);
+    raw = raw_.data();
+  }
   for (TokenId token : input.banned) logits[token] = -std::numeric_limits<float>::infinity();
   apply_penalties(input, logits);
   result.logprobs.clear();
@@ -47,7 +54,7 @@ void Sampler::sample(const SampleInput& input, float* logits, SampleResult& resu
   } else {
     result.token = draw(input, logits);
   }
-  if (params.logprobs) result.logprobs = report(raw_.data(), result.token, *params.logprobs);
+  if (params.logprobs) result.logprobs = report(raw, result.token, *params.logprobs);
 }
 
 void Sampler::apply_penalties(const SampleInput& input, float* logits) {
@@ -75,76 +82,38 @@ void Sampler::apply_penalties(const SampleInput& input, float* logits) {
 
 TokenId Sampler::draw(const SampleInput& input, const float* logits) {
   const SamplingParams& params = *input.params;
-  float maximum = 0;
-  int best = 0;
-  kernels_.argmax(logits, vocab_size_, &maximum, &best);
-  if (!std::isfinite(maximum)) return best;  // no distribution to draw from
-  float lowest = params.min_p > 0 ? maximum + std::log(params.min_p) * params.temperature
-                                  : -std::numeric_limits<float>::infinity();
-  candidates_.clear();
-  for (TokenId token = 0; token < vocab_size_; ++token) {
-    float logit = logits[token];
-    if (logit >= lowest && logit > -std::numeric_limits<float>::infinity()) {
-      candidates_.push_back({logit, token});
-    }
+  float maximum = candidates_.reset(logits);
+  if (!std::isfinite(maximum)) {  // no distribution to draw from
+    int best = 0;
+    kernels_.argmax(logits, vocab_size_, &maximum, &best);
+    return best;
   }
-  if (params.top_k > 0) keep_top_k(params.top_k);
-  if (params.top_p < 1.0f) keep_top_p(params.top_p, maximum, params.temperature);
-  double total = 0;
-  for (Candidate& candidate : candidates_) {
-    candidate.logit = std::exp((candidate.logit - maximum) / params.temperature);
-    total += candidate.logit;
-  }
+  Softmax softmax = truncate(params, maximum, candidates_);
   int step = static_cast<int>(input.tokens.size()) - input.prompt_length;
-  double target = uniform_at(input.seed, input.index, step) * total;
-  double sum = 0;
-  TokenId last = best;
-  for (const Candidate& candidate : candidates_) {
-    if (candidate.logit <= 0) continue;
-    last = candidate.token;
-    sum += candidate.logit;
-    if (sum > target) break;
-  }
-  return last;
+  double u = uniform_at(input.seed, input.index, step);
+  return params.top_p < 1.0f ? candidates_.draw_by_rank(softmax, u)
+                             : candidates_.draw_by_token(softmax, u);
 }
 
-void Sampler::keep_top_k(int k) {
-  if (static_cast<std::size_t>(k) >= candidates_.size()) return;
-  auto before = [](const Candidate& a, const Candidate& b) {
-    return ranks_before(a.logit, a.token, b.logit, b.token);
-  };
-  auto end = candidates_.begin() + k;
-  std::nth_element(candidates_.begin(), end - 1, candidates_.end(), before);
-  candidates_.erase(end, candidates_.end());
-  // The order in which probabilities are summed must not depend on nth_element's internals.
-  std::sort(candidates_.begin(), candidates_.end(),
-            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
-}
-
-void Sampler::keep_top_p(float top_p, float maximum, float temperature) {
-  double total = 0;
-  for (const Candidate& candidate : candidates_) {
-    total += std::exp((candidate.logit - maximum) / temperature);
+Softmax truncate(const SamplingParams& params, float maximum, Candidates& candidates) {
+  // A tiny temperature must not make 0 x infinity of the largest logit.
+  float largest = std::numeric_limits<float>::max();
+  Softmax softmax = {maximum, std::min(1.0f / params.temperature, largest)};
+  float lowest = -largest;  // all but NaN and -inf
+  if (params.min_p > 0.0f) {
+    lowest = std::max(lowest, maximum + std::log(params.min_p) * params.temperature);
   }
-  // A heap gives the most likely ones in order without sorting the vocabulary.
-  auto after = [](const Candidate& a, const Candidate& b) {
-    return ranks_before(b.logit, b.token, a.logit, a.token);
-  };
-  std::make_heap(candidates_.begin(), candidates_.end(), after);
-  double kept = 0;
-  auto heap_end = candidates_.end();
-  while (heap_end != candidates_.begin() && kept < top_p * total) {
-    std::pop_heap(candidates_.begin(), heap_end, after);
-    --heap_end;
-    kept += std::exp((heap_end->logit - maximum) / temperature);
+  if (params.top_k > 0 && params.top_k < candidates.kept().size) {
+    candidates.keep_top_k(params.top_k, lowest);
+  } else if (params.min_p > 0.0f) {
+    candidates.keep_at_least(lowest);
   }
-  candidates_.erase(candidates_.begin(), heap_end);
+  if (params.top_p < 1.0f) candidates.keep_top_p(params.top_p, softmax);
+  return softmax;
 }
 
 std::vector<TokenLogprob> Sampler::report(const float* logits, TokenId chosen, int top) {
-  float maximum = 0;
-  int best = 0;
-  kernels_.argmax(logits, vocab_size_, &maximum, &best);
+  float maximum = candidates_.reset(logits);
   float log_sum = std::log(kernels_.exp_sum(logits, vocab_size_, maximum, 1.0f));
   auto entry = [&](TokenId token, int rank) {
     return TokenLogprob{token, logits[token] - maximum - log_sum, rank};
@@ -154,17 +123,14 @@ std::vector<TokenLogprob> Sampler::report(const float* logits, TokenId chosen, i
   std::vector<TokenLogprob> entries = {entry(chosen, rank)};
   top = std::min(top, vocab_size_);
   if (top == 0) return entries;
-  candidates_.clear();
-  for (TokenId token = 0; token < vocab_size_; ++token) {
-    candidates_.push_back({logits[token], token});
-  }
-  std::partial_sort(candidates_.begin(), candidates_.begin() + top, candidates_.end(),
-                    [](const Candidate& a, const Candidate& b) {
-                      return ranks_before(a.logit, a.token, b.logit, b.token);
-                    });
-  for (int i = 0; i < top; ++i) {
-    TokenId token = candidates_[static_cast<std::size_t>(i)].token;
-    if (token != chosen) entries.push_back(entry(token, i + 1));
+  candidates_.keep_top_k(top, -std::numeric_limits<float>::infinity());
+  ranked_.clear();
+  for (int i = 0; i < candidates_.kept().size; ++i) ranked_.push_back(candidates_.kept()[i]);
+  std::sort(ranked_.begin(), ranked_.end(), ranks_before);
+  int place = 0;
+  for (const Candidate& candidate : ranked_) {
+    ++place;
+    if (candidate.token != chosen) entries.push_back(entry(candidate.token, place));
   }
   return entries;
 }

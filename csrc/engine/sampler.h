@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "deinfer/sampling_params.h"
+#include "engine/candidates.h"
 #include "kernels/cpu/kernel_table.h"
 
 namespace deinfer {
@@ -40,25 +41,25 @@ class Sampler {
   void sample(const SampleInput& input, float* logits, SampleResult& result);
 
   /// The report for `chosen` and the `top` most likely tokens of logits[vocab]: the chosen token
-  /// first, then the others in descending order.
+  /// first, then the others in descending order. Tokens whose logit is NaN are not among the most
+  /// likely.
   std::vector<TokenLogprob> report(const float* logits, TokenId chosen, int top);
 
  private:
-  struct Candidate {
-    float logit;
-    TokenId token;
-  };
-
   void apply_penalties(const SampleInput& input, float* logits);
   TokenId draw(const SampleInput& input, const float* logits);
-  void keep_top_k(int k);
-  void keep_top_p(float top_p, float maximum, float temperature);
 
   const cpu::KernelTable& kernels_;
   int vocab_size_;
-  std::vector<Candidate> candidates_;
-  std::vector<float> raw_;            // [vocab] logits before penalties
+  Candidates candidates_;
+  std::vector<float> raw_;            // [vocab] logits before penalties, when a report wants them
   std::vector<std::int32_t> counts_;  // [vocab] occurrences; zero between calls
+  std::vector<Candidate> ranked_;     // of a report
 };
+
+/// Drops from `candidates`, just reset, what top_k, top_p and min_p exclude for a row with this
+/// largest logit, which is finite. The temperature must not be 0. Exact but for rounding: top_p may
+/// keep a token more or less where the sum of probabilities comes within about 1e-6 of it.
+Softmax truncate(const SamplingParams& params, float maximum, Candidates& candidates);
 
 }  // namespace deinfer
