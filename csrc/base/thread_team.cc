@@ -2,6 +2,8 @@
 
 #include <sched.h>
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace deinfer {
@@ -38,7 +40,8 @@ void SpinBarrier::reset() {
   aborted_.store(false, std::memory_order_release);
 }
 
-ThreadTeam::ThreadTeam(int size) : size_(size), barrier_(size) {
+ThreadTeam::ThreadTeam(int size)
+    : size_(size), barrier_(size), queues_(static_cast<std::size_t>(std::max(size, 1))) {
   check_argument(size >= 1, "thread team: size must be at least 1, got ", size);
   errors_.resize(static_cast<std::size_t>(size));
   for (int id = 1; id < size; ++id) threads_.emplace_back([this, id] { work(id); });
@@ -52,7 +55,7 @@ ThreadTeam::~ThreadTeam() {
 }
 
 void ThreadTeam::execute(int id) {
-  TeamMember member(id, size_, barrier_);
+  TeamMember member(id, size_, barrier_, queues_.data());
   try {
     (*task_)(member);
   } catch (const TeamAborted&) {

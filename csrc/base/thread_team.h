@@ -31,10 +31,45 @@ class SpinBarrier {
   alignas(64) std::atomic<std::uint32_t> generation_{0};
 };
 
+/// A member's part [begin, end) of some work: it takes items from the front, others from the back.
+class WorkQueue {
+ public:
+  void fill(int begin, int end) { range_.store(pack(begin, end), std::memory_order_relaxed); }
+  /// The next item, or -1 when none is left.
+  int take_front() {
+    return take([](std::uint64_t& begin, std::uint64_t&) { return begin++; });
+  }
+  int take_back() {
+    return take([](std::uint64_t&, std::uint64_t& end) { return --end; });
+  }
+
+ private:
+  static std::uint64_t pack(std::int64_t begin, std::int64_t end) {
+    return static_cast<std::uint64_t>(begin) << 32 | static_cast<std::uint64_t>(end);
+  }
+  template <typename F>
+  int take(F f) {
+    // The items themselves are ordered by barriers; the queue only hands each out once.
+    std::uint64_t range = range_.load(std::memory_order_relaxed);
+    while (true) {
+      std::uint64_t begin = range >> 32;
+      std::uint64_t end = range & 0xffffffffu;
+      if (begin >= end) return -1;
+      auto item = static_cast<int>(f(begin, end));
+      if (range_.compare_exchange_weak(range, begin << 32 | end, std::memory_order_relaxed)) {
+        return item;
+      }
+    }
+  }
+
+  alignas(64) std::atomic<std::uint64_t> range_{0};
+};
+
 /// What a function running on a team knows about its place in it.
 class TeamMember {
  public:
-  TeamMember(int id, int size, SpinBarrier& barrier) : id_(id), size_(size), barrier_(barrier) {}
+  TeamMember(int id, int size, SpinBarrier& barrier, WorkQueue* queues)
+      : id_(id), size_(size), barrier_(barrier), queues_(queues) {}
   int id() const { return id_; }
   int size() const { return size_; }
   /// Every member must call it the same number of times. Memory written before is visible after.
@@ -46,11 +81,25 @@ class TeamMember {
     return {static_cast<int>(std::int64_t{n} * id_ / size_),
             static_cast<int>(std::int64_t{n} * (id_ + 1) / size_)};
   }
+  /// f(item) for the items of this member's share [begin, end), ascending, and then for items that
+  /// other members have not come to: a member that the OS or its memory slows down holds the team
+  /// up by one item at most. Items are not negative. A barrier must lie between two calls.
+  template <typename F>
+  void work(int begin, int end, F f) {
+    WorkQueue& own = queues_[id_];
+    own.fill(begin, end);
+    for (int item; (item = own.take_front()) >= 0;) f(item);
+    for (int i = 1; i < size_; ++i) {
+      WorkQueue& other = queues_[(id_ + i) % size_];
+      for (int item; (item = other.take_back()) >= 0;) f(item);
+    }
+  }
 
  private:
   int id_;
   int size_;
   SpinBarrier& barrier_;
+  WorkQueue* queues_;  // one per member
 };
 
 /// `size` threads: the caller of run() is member 0, the others wait (spinning, then asleep)
@@ -74,6 +123,7 @@ class ThreadTeam {
 
   const int size_;
   SpinBarrier barrier_;
+  std::vector<WorkQueue> queues_;
   const std::function<void(TeamMember&)>* task_ = nullptr;
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
   alignas(64) std::atomic<int> running_{0};

@@ -134,14 +134,15 @@ void AttentionSchedule::run_task(ExecutionContext& ctx, const Task& task, const 
 
 void AttentionSchedule::run(ExecutionContext& ctx, const Batch& batch, const float* q,
                             std::ptrdiff_t ldq, const KvLayer& kv, const Activations& out) {
-  std::int64_t begin = total_cost_ * ctx.member.id() / ctx.member.size();
-  std::int64_t end = total_cost_ * (ctx.member.id() + 1) / ctx.member.size();
-  auto first = std::lower_bound(
-      tasks_.begin(), tasks_.end(), begin,
-      [](const Task& task, std::int64_t share) { return task.cost_before < share; });
-  for (auto task = first; task != tasks_.end() && task->cost_before < end; ++task) {
-    run_task(ctx, *task, batch, q, ldq, kv, out);
-  }
+  auto first_of = [&](int member) {
+    auto first = std::lower_bound(
+        tasks_.begin(), tasks_.end(), total_cost_ * member / ctx.member.size(),
+        [](const Task& task, std::int64_t share) { return task.cost_before < share; });
+    return static_cast<int>(first - tasks_.begin());
+  };
+  ctx.member.work(first_of(ctx.member.id()), first_of(ctx.member.id() + 1), [&](int task) {
+    run_task(ctx, tasks_[static_cast<std::size_t>(task)], batch, q, ldq, kv, out);
+  });
   ctx.member.barrier();
   if (num_partials_ == 0) return;
   for (std::size_t u = static_cast<std::size_t>(ctx.member.id()); u < units_.size();

@@ -64,25 +64,35 @@ void run_panel(ExecutionContext& ctx, const Job& job, int row, int m, int panel)
                       job.matrix->rows_of(panel));
 }
 
-/// Runs this thread's share of the panels of all jobs, an equal share of the bytes.
-void run_jobs(ExecutionContext& ctx, std::span<const Job> jobs, int row, int m) {
-  std::int64_t total = 0;
-  for (const Job& job : jobs) total += job.panel_bytes() * job.matrix->num_panels();
-  std::int64_t begin = total * ctx.member.id() / ctx.member.size();
-  std::int64_t end = total * (ctx.member.id() + 1) / ctx.member.size();
+/// The panel, counted over all jobs, at which the share that begins at byte `share` begins: a panel
+/// belongs to the share in which its middle lies.
+int first_panel(std::span<const Job> jobs, std::int64_t share) {
   std::int64_t offset = 0;
+  int before = 0;
   for (const Job& job : jobs) {
     std::int64_t bytes = job.panel_bytes();
     int panels = job.matrix->num_panels();
-    // A panel belongs to the thread in whose share its middle lies.
-    auto first_from = [&](std::int64_t share) {
-      std::int64_t panel = (share - offset - bytes / 2 + bytes - 1) / bytes;
-      return share <= offset ? 0 : static_cast<int>(std::clamp<std::int64_t>(panel, 0, panels));
-    };
-    int last = first_from(end);
-    for (int panel = first_from(begin); panel < last; ++panel) run_panel(ctx, job, row, m, panel);
+    if (share < offset + bytes * panels) {
+      return before +
+             static_cast<int>(std::max<std::int64_t>(0, share - offset + bytes / 2) / bytes);
+    }
     offset += bytes * panels;
+    before += panels;
   }
+  return before;
+}
+
+/// Runs this thread's share of the panels of all jobs, an equal share of the bytes, and what slower
+/// threads leave.
+void run_jobs(ExecutionContext& ctx, std::span<const Job> jobs, int row, int m) {
+  std::int64_t total = 0;
+  for (const Job& job : jobs) total += job.panel_bytes() * job.matrix->num_panels();
+  auto first_of = [&](int member) { return first_panel(jobs, total * member / ctx.member.size()); };
+  ctx.member.work(first_of(ctx.member.id()), first_of(ctx.member.id() + 1), [&](int panel) {
+    const Job* job = jobs.data();
+    for (; panel >= job->matrix->num_panels(); ++job) panel -= job->matrix->num_panels();
+    run_panel(ctx, *job, row, m, panel);
+  });
 }
 
 /// First the jobs that read x, then those that read z, chunk by chunk of tokens.
@@ -365,10 +375,11 @@ void lowrank_argmax(ExecutionContext& ctx, int m, const Activations& x, const Lo
   auto [begin, end] = ctx.member.share(m);
   for (int i = begin; i < end; ++i) {
     auto row = static_cast<std::size_t>(i);
-    // Threads hold ascending columns, so the first of equal ones is the lowest.
     const RowMaximum* best = &maxima[0];
     for (const RowMaximum& other : maxima) {
-      if (other.value[row] > best->value[row]) best = &other;
+      bool equal = other.value[row] == best->value[row];
+      bool lower = other.index[row] < best->index[row];
+      if (other.value[row] > best->value[row] || (equal && lower)) best = &other;
     }
     index[i] = best->index[row];
   }

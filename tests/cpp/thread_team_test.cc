@@ -4,6 +4,7 @@
 
 #include <numeric>
 #include <stdexcept>
+#include <thread>
 
 #include "deinfer/error.h"
 
@@ -39,6 +40,46 @@ TEST(ThreadTeam, SharesCoverAllItemsOnce) {
     EXPECT_EQ(shares[1].second, shares[2].first);
     EXPECT_EQ(shares[2].second, n);
   }
+}
+
+TEST(ThreadTeam, WorkRunsEveryItemOnce) {
+  for (int size : {1, 2, 3, 7}) {
+    ThreadTeam team(size);
+    for (int items : {0, 1, 2, 5, 300}) {
+      std::vector<std::atomic<int>> runs(static_cast<std::size_t>(items));
+      team.run([&](TeamMember& member) {
+        for (int round = 0; round < 20; ++round) {
+          auto [begin, end] = member.share(items);
+          member.work(begin, end, [&](int item) { ++runs[static_cast<std::size_t>(item)]; });
+          member.barrier();
+        }
+      });
+      for (auto& run : runs) EXPECT_EQ(run, 20);
+    }
+  }
+}
+
+TEST(ThreadTeam, WorkThatASlowMemberHasNotBegunIsDoneByOthers) {
+  constexpr int kItems = 100;
+  ThreadTeam team(2);
+  std::atomic<bool> stuck{false};
+  std::atomic<int> done{0};
+  std::atomic<int> by_slow{0};
+  team.run([&](TeamMember& member) {
+    while (member.id() == 0 && !stuck) std::this_thread::yield();
+    auto [begin, end] = member.share(kItems);
+    member.work(begin, end, [&](int) {
+      if (member.id() == 1) {  // stuck in its first item until all others are done
+        ++by_slow;
+        stuck = true;
+        while (done != kItems - 1) std::this_thread::yield();
+      }
+      ++done;
+    });
+    member.barrier();
+  });
+  EXPECT_EQ(done, kItems);
+  EXPECT_EQ(by_slow, 1);
 }
 
 TEST(ThreadTeam, AnExceptionReleasesTheOthersAndLeavesTheTeamUsable) {

@@ -85,10 +85,12 @@ void argmax_tile(const float* c, int m, int cols, const float* bias, int first, 
   for_each_vector(m, cols, [&](int i, int j, int n) {
     Vec v = tile_bias.apply(load(c + i * kPanelRows + j * kLanes), j);
     v = keep_range(v, 0, n, -kInfinity);
-    if (greater_lanes(v, broadcast(best[i])) == 0) return;
+    if (at_least_lanes(v, broadcast(best[i])) == 0) return;
     float largest = reduce_max(max(v, broadcast(best[i])));  // max passes over NaN in v
+    int place = first + j * kLanes + __builtin_ctz(equal_lanes(v, broadcast(largest)));
+    if (largest == best[i] && place >= index[i]) return;
     best[i] = largest;
-    index[i] = first + j * kLanes + __builtin_ctz(equal_lanes(v, broadcast(largest)));
+    index[i] = place;
   });
 }
 

@@ -59,8 +59,11 @@ inline constexpr int kStepUnroll = 4;    // steps are a multiple of it, since k_
 inline constexpr int kChunkSteps = 512;  // 64 KiB of a panel, which the passes read from L2
 inline constexpr int kLineBytes = 64;
 // Measured on Zen 4: while one pass is bound by memory the hardware streamer alone is fastest; from
-// about 7 multiply-adds per vector on, fetching into L2 this far ahead hides the arithmetic.
-inline constexpr int kPrefetchMinOps = 7;
+// about 7 multiply-adds per vector on, and with the expansion of int8 from the first, fetching into
+// L2 this far ahead hides the arithmetic.
+template <typename Dot>
+inline constexpr int kPrefetchMinTokens =
+    sizeof(typename Dot::Weight) == 1 ? 1 : (6 + Dot::kPhases) / Dot::kPhases;
 inline constexpr int kPrefetchAhead = 8192;
 
 /// Cache lines of weights per step.
@@ -163,7 +166,7 @@ void multiply_chunk(MicroArgs<Dot> args, int m, const char* next, int next_lines
     int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
     int lines = 0;
     if (passes == 1) {
-      if (m * Dot::kPhases >= kPrefetchMinOps) lines = kStepLines<Dot, kVecs>;
+      if (m >= kPrefetchMinTokens<Dot>) lines = kStepLines<Dot, kVecs>;
       args.prefetch = reinterpret_cast<const char*>(args.w) + kPrefetchAhead;
     } else {  // each pass fetches its slice of what is read next
       lines = (next_lines + passes - 1) / passes;

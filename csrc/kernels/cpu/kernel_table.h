@@ -113,8 +113,8 @@ struct KernelTable {
                     std::ptrdiff_t ld);
 
   /// Takes the tile of columns [first, first + cols) into the running maximum of each of m rows:
-  /// best[i] and index[i] change when an element is larger (NaN never is; the first of equals
-  /// wins).
+  /// best[i] and index[i] change when an element is larger (NaN never is), or as large and its
+  /// column lower; tiles may come in any order.
   void (*argmax_tile)(const float* c, int m, int cols, const float* bias, int first, float* best,
                       int* index);
 
