@@ -39,12 +39,14 @@ struct KvTile {
 template <typename T>
 inline constexpr int kVecsPerLine = 64 / (kLanes * static_cast<int>(sizeof(T)));
 
-/// scores[kRows][kKvTile] = q . k of all groups; kVecs of them at a time.
+/// scores[kRows][kKvTile] = q . k of the groups that hold a position of `seen`, kVecs groups at a
+/// time; the others' are left alone.
 template <typename T, int kRows>
-[[gnu::noinline]] void tile_scores(const float* q, int head_dim, const KvTile<T>& tile,
+[[gnu::noinline]] void tile_scores(const float* q, int head_dim, const KvTile<T>& tile, Range seen,
                                    float* scores) {
   constexpr int kVecs = vectors_for(kRows, kTileGroups);
-  for (int group = 0; group < kTileGroups; group += kVecs) {
+  const int first = seen.begin / (kVecs * kLanes) * kVecs;
+  for (int group = first; group * kLanes < seen.end; group += kVecs) {
     const T* k[kVecs];
     Vec acc[kRows][kVecs];
 #pragma GCC unroll 4
@@ -209,10 +211,11 @@ struct Rows {
 /// One tile for the rows [row, row + kRows), which all see some of it.
 template <typename T, int kRows>
 void attend_block(const Rows& rows, int row, int base, const KvTile<T>& tile) {
-  alignas(64) float scores[kRows * kKvTile];
+  alignas(64) float scores[kRows * kKvTile];  // a row's softmax looks at what it sees only
   const int head_dim = rows.head_dim;
   float* output = rows.state.output + std::ptrdiff_t{row} * head_dim;
-  tile_scores<T, kRows>(rows.q + std::ptrdiff_t{row} * head_dim, head_dim, tile, scores);
+  tile_scores<T, kRows>(rows.q + std::ptrdiff_t{row} * head_dim, head_dim, tile,
+                        rows.seen(row, row + kRows, base), scores);
   for (int r = 0; r < kRows; ++r) {
     softmax_row(scores + r * kKvTile, rows.visible(row + r, base), head_dim,
                 rows.state.maximum + row + r, rows.state.sum + row + r, output + r * head_dim);
