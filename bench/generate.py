@@ -48,7 +48,14 @@ class Deinfer:
     """This runtime."""
 
     def __init__(self, path: Path, dtype: str = "bfloat16") -> None:
-        self.llm = LLM(str(path), dtype=dtype, use_tqdm_on_load=False, max_model_len=2048)
+        # A pool small enough that the warm-up has touched its pages.
+        self.llm = LLM(
+            str(path),
+            dtype=dtype,
+            use_tqdm_on_load=False,
+            max_model_len=2048,
+            kv_cache_bytes=1 << 30,
+        )
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         return self.llm.prompt_logits(tokens)
