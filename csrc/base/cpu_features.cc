@@ -67,7 +67,11 @@ std::vector<Isa> detect_isas() {
 
 Isa select_isa() {
   const char* wanted = std::getenv("DEINFER_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return detect_isas().back();
+  if (wanted == nullptr || *wanted == '\0') {
+    std::vector<Isa> found = detect_isas();
+    if (found.back() == Isa::kAmxBf16) found.pop_back();
+    return found.back();
+  }
   for (Isa isa : kAllIsas) {
     if (isa_name(isa) != wanted) continue;
     if (!cpu_supports(isa)) {

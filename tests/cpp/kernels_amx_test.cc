@@ -385,7 +385,7 @@ TEST(AmxIsa, SharesTheOtherKernelsWithAvx512Bf16) {
   EXPECT_EQ(amx.exp_sum, avx.exp_sum);
 }
 
-TEST(AmxIsa, IsTheDefaultWhereSupportedAndRefusedElsewhere) {
+TEST(AmxIsa, IsChosenByNameOnlyAndRefusedWhereTheCpuLacksIt) {
   const char* wanted = std::getenv("DEINFER_CPU_ISA");
   const std::string before = wanted == nullptr ? "" : wanted;
   setenv("DEINFER_CPU_ISA", "amx_bf16", 1);
@@ -401,6 +401,8 @@ TEST(AmxIsa, IsTheDefaultWhereSupportedAndRefusedElsewhere) {
       EXPECT_NE(std::string(error.what()).find("amx_bf16"), std::string::npos);
     }
   }
+  unsetenv("DEINFER_CPU_ISA");
+  EXPECT_NE(select_isa(), Isa::kAmxBf16);
   setenv("DEINFER_CPU_ISA", before.c_str(), 1);
 }
 
