@@ -81,7 +81,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for flag, kind, text in (
         ("--device", str, 'where to run, "cpu" or "cuda" (default: cpu)'),
-        ("--dtype", str, "auto, float32, bfloat16 or int8 weights (default: auto, what the checkpoint has)"),
+        (
+            "--dtype",
+            str,
+            "auto, float32, bfloat16 or int8 weights (default: auto, what the checkpoint has)",
+        ),
         ("--tensor-parallel-size", int, "rank threads (default: 1)"),
         ("--num-threads", int, "CPU threads of a rank (default: all cores)"),
         ("--max-model-len", int, "longest sequence in tokens (default: the model's limit)"),
