@@ -16,9 +16,9 @@ std::string_view isa_name(Isa isa);
 std::vector<Isa> detect_isas();
 
 /// The best supported one but kAmxBf16, which has run under emulation only, or the one named by the
-/// environment variable DEINFER_CPU_ISA
-/// ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"). Throws kInvalidArgument when that name
-/// is unknown and kUnsupported when this CPU lacks it or the kernel refuses it.
+/// environment variable DEINFER_CPU_ISA ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16").
+/// Throws kInvalidArgument when that name is unknown and kUnsupported when this CPU lacks it or the
+/// kernel refuses it.
 Isa select_isa();
 
 }  // namespace deinfer
