@@ -68,9 +68,12 @@ std::vector<Isa> detect_isas() {
 Isa select_isa() {
   const char* wanted = std::getenv("DEINFER_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    std::vector<Isa> found = detect_isas();
-    if (found.back() == Isa::kAmxBf16) found.pop_back();
-    return found.back();
+    // Not even asked for: the permission to use tiles enlarges a host program's signal frames.
+    Isa best = Isa::kScalar;
+    for (Isa isa : kAllIsas) {
+      if (isa != Isa::kAmxBf16 && cpu_supports(isa)) best = isa;
+    }
+    return best;
   }
   for (Isa isa : kAllIsas) {
     if (isa_name(isa) != wanted) continue;

@@ -7,7 +7,7 @@
 namespace deinfer {
 
 /// The threads that this process can run at full speed, at least 1: the physical cores among the
-/// CPUs of its affinity mask (a second thread on a core adds no bandwidth and no arithmetic), but
+/// CPUs of its affinity mask (threads on one core share its bandwidth and arithmetic units), but
 /// no more than the whole CPUs of its cgroup's quota (threads beyond it are stopped in turns, and
 /// every barrier waits for them).
 int available_cores();

@@ -34,7 +34,7 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const Tenso
   scratch_.resize(static_cast<std::size_t>(threads));
   for (ThreadScratch& scratch : scratch_) {
     scratch.attention = Buffer(decoder_->attention_scratch(kernels_));
-    // A barrier costs about as much as normalising some thousand elements.
+    // Every thread normalises so few elements faster than it waits for the others.
     scratch.normed_rows = std::clamp(kNormedElements / model.hidden_size, 1, kMaxNormedRows);
     scratch.normed =
         ActivationBuffer(decoder_->weights().activations, scratch.normed_rows, model.hidden_size);
