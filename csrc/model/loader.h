@@ -38,8 +38,8 @@ class WeightLoader {
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
                        const std::vector<std::int32_t>& row_map = {});
 
-  /// A matrix without plan: embedding tables. Rows are looked up, not multiplied, so int8 would
-  /// lose bits and gain no time: it is packed in `dtype`.
+  /// A matrix without plan: embedding tables. The caller chooses the type, as a table whose rows
+  /// are only looked up would lose bits in int8 and gain no time.
   cpu::PackedMatrix matrix(DType dtype, const std::string& name, int n, int k);
   std::vector<float> vector(const std::string& name, int n);
   bool contains(const std::string& name) const { return source_.contains(name); }
