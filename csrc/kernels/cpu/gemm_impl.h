@@ -71,17 +71,6 @@ template <typename Dot, int kVecs>
 inline constexpr int kStepLines =
     kVecs * kLanes * Dot::kElements * static_cast<int>(sizeof(typename Dot::Weight)) / kLineBytes;
 
-template <typename Dot>
-struct MicroArgs {
-  const typename Dot::Element* x;
-  std::ptrdiff_t ldx;
-  const typename Dot::Weight* w;
-  int steps;
-  bool first;            // start from zero, else from c
-  const char* prefetch;  // kPrefetch lines from here per step
-  float* c;
-};
-
 /// One phase of one step; w is at its weights, x at its input of token 0.
 template <typename Dot, int kPhase, int kVecs, int kTokens>
 [[gnu::always_inline]] inline void add_phase(const typename Dot::Element* x, std::ptrdiff_t ldx,
@@ -97,21 +86,20 @@ template <typename Dot, int kPhase, int kVecs, int kTokens>
   }
 }
 
-/// kTokens tokens times kVecs * 16 rows over some steps, in registers.
+/// kTokens tokens times kVecs * 16 rows over some steps, in registers; from zero if `first`, else
+/// on top of c. Fetches kPrefetch lines from `prefetch` on per step. The arguments are scalars
+/// because the copy of a struct reads 32 bytes that 8-byte stores have just written, which waits
+/// until all loads before it are done: 200 ns per panel without a request to memory.
 template <typename Dot, int kVecs, int kTokens, int kPrefetch>
-[[gnu::noinline]] void micro_kernel(const MicroArgs<Dot>& args) {
-  const auto* x = args.x;
-  const auto* w = args.w;
-  const char* prefetch = args.prefetch;
-  const std::ptrdiff_t ldx = args.ldx;
-  const int steps = args.steps;
-  float* const c = args.c;
+[[gnu::noinline]] void micro_kernel(const typename Dot::Element* x, std::ptrdiff_t ldx,
+                                    const typename Dot::Weight* w, int steps, bool first,
+                                    const char* prefetch, float* c) {
   Vec acc[kTokens][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) {
-      acc[i][j] = args.first ? zero() : load(c + i * kPanelRows + j * kLanes);
+      acc[i][j] = first ? zero() : load(c + i * kPanelRows + j * kLanes);
     }
   }
   for (int step = 0; step < steps; step += kStepUnroll) {
@@ -142,41 +130,42 @@ template <typename Dot, int kVecs, int kTokens, int kPrefetch>
   }
 }
 
-template <typename Dot, int kVecs, int kTokens>
-void run_micro(int tokens, int prefetch, const MicroArgs<Dot>& args) {
+/// The kernel for `tokens` tokens, of 1 to kTokens, and `lines` lines of prefetch, of 0 to 2.
+template <typename Dot, int kVecs, int kTokens = Dot::kMaxTokens>
+auto* micro_kernel_for(int tokens, int lines) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return run_micro<Dot, kVecs, kTokens - 1>(tokens, prefetch, args);
+    if (tokens < kTokens) return micro_kernel_for<Dot, kVecs, kTokens - 1>(tokens, lines);
   }
-  switch (prefetch) {
-    case 0: return micro_kernel<Dot, kVecs, kTokens, 0>(args);
-    case 1: return micro_kernel<Dot, kVecs, kTokens, 1>(args);
-    default: return micro_kernel<Dot, kVecs, kTokens, 2>(args);
+  switch (lines) {
+    case 0: return micro_kernel<Dot, kVecs, kTokens, 0>;
+    case 1: return micro_kernel<Dot, kVecs, kTokens, 1>;
+    default: return micro_kernel<Dot, kVecs, kTokens, 2>;
   }
 }
 
-/// m tokens times `args.steps` steps of weights in balanced passes. `next` is what is read after
-/// these weights, next_lines its cache lines per step.
+/// m tokens times some steps of weights in balanced passes. `next` is what is read after these
+/// weights, next_lines its cache lines per step.
 template <typename Dot, int kVecs>
-void multiply_chunk(MicroArgs<Dot> args, int m, const char* next, int next_lines) {
-  const auto* x = args.x;
-  float* const c = args.c;
+void multiply_chunk(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
+                    const typename Dot::Weight* w, int steps, bool first, const void* next,
+                    int next_lines, float* c) {
   const int passes = (m + Dot::kMaxTokens - 1) / Dot::kMaxTokens;
   for (int pass = 0; pass < passes; ++pass) {
     int token = static_cast<int>(std::int64_t{m} * pass / passes);
     int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
     int lines = 0;
+    const char* prefetch = nullptr;
     if (passes == 1) {
       if (m >= kPrefetchMinTokens<Dot>) lines = kStepLines<Dot, kVecs>;
-      args.prefetch = reinterpret_cast<const char*>(args.w) + kPrefetchAhead;
-    } else {  // each pass fetches its slice of what is read next
+      prefetch = reinterpret_cast<const char*>(w) + kPrefetchAhead;
+    } else if (next != nullptr) {  // each pass fetches its slice of what is read next
       lines = (next_lines + passes - 1) / passes;
-      std::ptrdiff_t begin = std::ptrdiff_t{pass} * args.steps * lines * kLineBytes;
-      if (next == nullptr || begin >= kChunkSteps * next_lines * kLineBytes) lines = 0;
-      args.prefetch = next == nullptr ? nullptr : next + begin;
+      std::ptrdiff_t begin = std::ptrdiff_t{pass} * steps * lines * kLineBytes;
+      if (begin >= kChunkSteps * next_lines * kLineBytes) lines = 0;
+      prefetch = static_cast<const char*>(next) + begin;
     }
-    args.x = x + token * args.ldx;
-    args.c = c + std::ptrdiff_t{token} * kPanelRows;
-    run_micro<Dot, kVecs, Dot::kMaxTokens>(tokens, lines, args);
+    auto* kernel = micro_kernel_for<Dot, kVecs>(tokens, lines);
+    kernel(x + token * ldx, ldx, w, steps, first, prefetch, c + std::ptrdiff_t{token} * kPanelRows);
   }
 }
 
@@ -190,14 +179,8 @@ void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
     const int count = steps - step < chunk ? steps - step : chunk;
     const auto* w = panel + step * kStepWeights;
     const void* after = step + count == steps ? next : w + count * kStepWeights;
-    MicroArgs<Dot> args{.x = x + std::ptrdiff_t{step} * Dot::kElements,
-                        .ldx = ldx,
-                        .w = w,
-                        .steps = count,
-                        .first = step == 0,
-                        .prefetch = nullptr,
-                        .c = c};
-    multiply_chunk<Dot, kVecs>(args, m, static_cast<const char*>(after), kStepLines<Dot, kVecs>);
+    multiply_chunk<Dot, kVecs>(x + std::ptrdiff_t{step} * Dot::kElements, ldx, m, w, count,
+                               step == 0, after, kStepLines<Dot, kVecs>, c);
   }
 }
 
@@ -225,15 +208,8 @@ void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8
     const auto* w = panel + step * kStepWeights;
     for (int i = 0; i < count; ++i) expand_int8(w + i * kStepWeights, expanded + i * kStepWeights);
     const void* after = step + count == steps ? next : w + count * kStepWeights;
-    MicroArgs<DotBf16> args{.x = x + std::ptrdiff_t{step} * DotBf16::kElements,
-                            .ldx = ldx,
-                            .w = expanded,
-                            .steps = count,
-                            .first = step == 0,
-                            .prefetch = nullptr,
-                            .c = c};
-    multiply_chunk<DotBf16, kVecs>(args, m, static_cast<const char*>(after),
-                                   kStepLines<DotInt8, kVecs>);
+    multiply_chunk<DotBf16, kVecs>(x + std::ptrdiff_t{step} * DotBf16::kElements, ldx, m, expanded,
+                                   count, step == 0, after, kStepLines<DotInt8, kVecs>, c);
   }
 }
 
