@@ -143,6 +143,8 @@ class ModelSet:
                     if load.batch > runner.max_batch:
                         continue
                     one = runner.generate(prompts(load), 1)
+                    # On both sides, as the machine's bandwidth changes within seconds.
+                    before = stream.bandwidth(team) if load.batch == 1 else 0.0
                     many = runner.generate(prompts(load), load.new)
                     if turn < 0:
                         continue
@@ -152,9 +154,7 @@ class ModelSet:
                     rates.setdefault(f"prefill_b{load.batch}", []).append(prefill)
                     rates.setdefault(f"decode_b{load.batch}", []).append(decode)
                     if load.batch == 1:
-                        # At once, as the machine's bandwidth changes within seconds.
-                        times = stream.run(team, 32)[8:]
-                        bandwidth = Stream.slice_bytes(team) / float(np.median(times))
+                        bandwidth = (before + stream.bandwidth(team)) / 2
                         self.steps_per_byte.setdefault(name, []).append(decode / bandwidth)
 
 

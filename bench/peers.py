@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, Check, environment, finish, summary
+from native_cpu import Stream, Team
 from peers.analysis import agreement, decode_rate, prefill_rate, speed_checks
 from peers.protocol import Peer, PeerError
 
@@ -30,6 +31,7 @@ BUILD = ROOT / "build" / "peers"
 DRIVERS = ROOT / "bench" / "peers"
 OWN = "deinfer"
 VERIFIED_TOKENS = 16
+STREAM_BYTES = 1 << 30
 PAUSE = 0.3  # s between turns: longer than waiting OpenMP threads spin
 CHATS = [
     "What is the capital of France?",
@@ -139,6 +141,8 @@ class Comparison:
         self.running: dict[str, Peer] = {}
         self.report: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, dict[str, list[float]]] = {}
+        # GB/s that a read loop gets beside each decode at batch 1, as the machine's changes.
+        self.bandwidths: dict[str, list[float]] = {}
         self._waiting: dict[str, tuple[float, float]] = {}  # CPU and wall clock after its turn
         self._waited: dict[str, tuple[float, float]] = {}
 
@@ -218,6 +222,8 @@ class Comparison:
             length = options.prompt_tokens
             return [[numbers.randrange(10, 40000) for _ in range(length)] for _ in range(batch)]
 
+        team = Team(len(options.cpus))
+        stream = Stream(team, STREAM_BYTES)
         for number in range(options.rounds + 1):  # the first is the warm-up
             for batch in options.batches:
                 one, many = prompts(batch), prompts(batch)
@@ -226,7 +232,9 @@ class Comparison:
                 for name in names[shift:] + names[:shift]:
                     try:
                         first = self.timed(name, one, 1)
+                        before = stream.bandwidth(team) if batch == 1 else 0.0
                         last = self.timed(name, many, options.new_tokens)
+                        after = stream.bandwidth(team) if batch == 1 else 0.0
                     except PeerError as error:
                         self.exclude(name, "failed", f"batch {batch}: {error}")
                         continue
@@ -238,6 +246,8 @@ class Comparison:
                     rates.setdefault(f"prefill_b{batch}", []).append(prefill)
                     if decode is not None:
                         rates.setdefault(f"decode_b{batch}", []).append(decode)
+                    if batch == 1:
+                        self.bandwidths.setdefault(name, []).append((before + after) / 2e9)
             print(f"round {number} of {options.rounds} done", flush=True)
         for name in self.running:
             used, waited = self._waited.get(name, (0.0, 0.0))
@@ -245,6 +255,8 @@ class Comparison:
             self.report[name]["tok_s"] = {
                 key: summary(values) for key, values in self.samples[name].items()
             }
+            if name in self.bandwidths:
+                self.report[name]["stream_gb_s_b1"] = summary(self.bandwidths[name])
 
     def close(self) -> None:
         """Let all programs quit."""
