@@ -3,113 +3,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "ops/panel_jobs.h"
+
 namespace deinfer {
 namespace {
-
-/// Takes a finished tile of the rows [row, row + m) of the batch and the packed rows
-/// [first, first + cols) of the output factor. `second` is the tile of a job's second matrix.
-class Epilogue {
- public:
-  virtual ~Epilogue() = default;
-  virtual void apply(const cpu::KernelTable& kernels, float* tile, const float* second, int row,
-                     int m, int first, int cols) const = 0;
-};
-
-/// The product of one matrix, or of two with the same number of rows (gate and up), with x.
-struct Job {
-  const cpu::PackedMatrix* matrix = nullptr;
-  Activations x;
-  const Epilogue* epilogue = nullptr;
-  const cpu::PackedMatrix* second = nullptr;
-  Activations second_x;
-
-  std::int64_t panel_bytes() const {
-    std::int64_t elements = matrix->k_pad + (second == nullptr ? 0 : second->k_pad);
-    return elements * matrix->panel_rows * static_cast<std::int64_t>(dtype_size(matrix->dtype));
-  }
-};
-
-void multiply(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix,
-              const Activations& x, int row, int m, int panel, const void* next, float* tile) {
-  Activations rows = x.rows_from(row);
-  if (matrix.dtype == DType::kInt8) {
-    kernels.panel_gemm_int8(
-        rows.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)),
-        matrix.scales.data() + panel * matrix.panel_rows, matrix.k_pad, next, tile);
-  } else if (matrix.dtype == DType::kFloat32) {
-    kernels.panel_gemm_f32(rows.f32(), x.ld, m, static_cast<const float*>(matrix.panel(panel)),
-                           matrix.rows_of(panel), matrix.k_pad, next, tile);
-  } else {
-    kernels.panel_gemm_bf16(rows.b16(), x.ld, m, static_cast<const bf16*>(matrix.panel(panel)),
-                            matrix.rows_of(panel), matrix.k_pad, next, tile);
-  }
-}
-
-const void* panel_after(const cpu::PackedMatrix& matrix, int panel) {
-  return panel + 1 < matrix.num_panels() ? matrix.panel(panel + 1) : nullptr;
-}
-
-void run_panel(ExecutionContext& ctx, const Job& job, int row, int m, int panel) {
-  auto* tile = ctx.scratch.tile_a.as<float>();
-  float* second = nullptr;
-  const void* next =
-      job.second != nullptr ? job.second->panel(panel) : panel_after(*job.matrix, panel);
-  multiply(ctx.kernels, *job.matrix, job.x, row, m, panel, next, tile);
-  if (job.second != nullptr) {
-    second = ctx.scratch.tile_b.as<float>();
-    multiply(ctx.kernels, *job.second, job.second_x, row, m, panel, panel_after(*job.matrix, panel),
-             second);
-  }
-  job.epilogue->apply(ctx.kernels, tile, second, row, m, panel * job.matrix->panel_rows,
-                      job.matrix->rows_of(panel));
-}
-
-/// The panel, counted over all jobs, at which the share that begins at byte `share` begins: a panel
-/// belongs to the share in which its middle lies.
-int first_panel(std::span<const Job> jobs, std::int64_t share) {
-  std::int64_t offset = 0;
-  int before = 0;
-  for (const Job& job : jobs) {
-    std::int64_t bytes = job.panel_bytes();
-    int panels = job.matrix->num_panels();
-    if (share < offset + bytes * panels) {
-      return before +
-             static_cast<int>(std::max<std::int64_t>(0, share - offset + bytes / 2) / bytes);
-    }
-    offset += bytes * panels;
-    before += panels;
-  }
-  return before;
-}
-
-/// Runs this thread's share of the panels of all jobs, an equal share of the bytes, and what slower
-/// threads leave.
-void run_jobs(ExecutionContext& ctx, std::span<const Job> jobs, int row, int m) {
-  std::int64_t total = 0;
-  for (const Job& job : jobs) total += job.panel_bytes() * job.matrix->num_panels();
-  auto first_of = [&](int member) { return first_panel(jobs, total * member / ctx.member.size()); };
-  ctx.member.work(first_of(ctx.member.id()), first_of(ctx.member.id() + 1), [&](int panel) {
-    const Job* job = jobs.data();
-    for (; panel >= job->matrix->num_panels(); ++job) panel -= job->matrix->num_panels();
-    run_panel(ctx, *job, row, m, panel);
-  });
-}
-
-/// First the jobs that read x, then those that read z, chunk by chunk of tokens.
-void run_stages(ExecutionContext& ctx, int m, std::span<const Job> from_x,
-                std::span<const Job> from_z) {
-  for (int row = 0; row < m; row += kTileTokens) {
-    int rows = std::min(kTileTokens, m - row);
-    if (!from_x.empty()) {
-      run_jobs(ctx, from_x, row, rows);
-      ctx.member.barrier();
-    }
-    if (!from_z.empty()) {
-      run_jobs(ctx, from_z, row, rows);
-      ctx.member.barrier();
-    }
-  }
-}
 
 const float* bias_at(const LowRankLinear& linear, int first) {
   return linear.bias.empty() ? nullptr : linear.bias.data() + first;
@@ -308,7 +205,7 @@ class JobList {
   void add_pair(const LowRankLinear& first, const LowRankLinear& second, const Epilogue& epilogue) {
     Activations first_x = first.is_low_rank() ? add_v(first) : x_;
     Activations second_x = second.is_low_rank() ? add_v(second) : x_;
-    Job job{&first.output_factor(), first_x, &epilogue, &second.output_factor(), second_x};
+    PanelJob job{&first.output_factor(), first_x, &epilogue, &second.output_factor(), second_x};
     if (first.is_low_rank() || second.is_low_rank()) {
       from_z_[num_from_z_++] = job;
     } else {
@@ -335,8 +232,8 @@ class JobList {
   Activations z_;
   int z_cols_ = 0;
   StoreZ store_z_[kMaxLinears] = {StoreZ({}), StoreZ({}), StoreZ({})};
-  Job from_x_[kMaxLinears];
-  Job from_z_[kMaxLinears];
+  PanelJob from_x_[kMaxLinears];
+  PanelJob from_z_[kMaxLinears];
   std::size_t num_z_ = 0;
   std::size_t num_from_x_ = 0;
   std::size_t num_from_z_ = 0;
