@@ -22,6 +22,7 @@ class SpinBarrier {
   /// Throws TeamAborted when abort() was called.
   void wait();
   void abort() { aborted_.store(true, std::memory_order_release); }
+  bool aborted() const { return aborted_.load(std::memory_order_acquire); }
   void reset();
 
  private:
@@ -75,6 +76,10 @@ class TeamMember {
   /// Every member must call it the same number of times. Memory written before is visible after.
   void barrier() {
     if (size_ > 1) barrier_.wait();
+  }
+  /// Throws TeamAborted when another member has failed; for waits other than barrier().
+  void check_abort() const {
+    if (barrier_.aborted()) throw TeamAborted{};
   }
   /// This member's part [first, last) of n equal items.
   std::pair<int, int> share(int n) const {

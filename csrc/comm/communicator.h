@@ -37,7 +37,7 @@ struct TrafficCounter {
 };
 using Traffic = std::array<TrafficCounter, kNumCollectives>;
 
-/// Names an exchange between start() and finish().
+/// Names an exchange between start() and finish(): exchanges are numbered from 0.
 using Ticket = std::uint64_t;
 
 /// Thrown out of the waits of the other ranks when one has failed.
@@ -58,10 +58,12 @@ class Communicator {
   virtual std::size_t max_bytes() const = 0;
 
   /// This rank's memory for the next exchange, `bytes` of it, 64-byte aligned; what it holds is
-  /// undefined. Waits until all ranks have finished the exchange that used it before. Throws
+  /// undefined. Asked for again before start(), it is the same memory. Waits until all ranks have finished the exchange that used it before. Throws
   /// kInvalidArgument for more than max_bytes() or when kMaxInFlight exchanges are under way.
   virtual std::byte* contribution(std::size_t bytes) = 0;
-  /// Hands the contribution to the other ranks; `bytes` as given to contribution().
+  /// The ticket that the next start() will return.
+  virtual Ticket next_ticket() const = 0;
+  /// Hands the contribution to the other ranks: its first `bytes`, at most what was asked for.
   virtual Ticket start(Collective kind, std::size_t bytes) = 0;
   /// Returns when all ranks have started the exchange; their contributions are then visible.
   virtual void wait(Ticket ticket) = 0;

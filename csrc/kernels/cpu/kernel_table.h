@@ -170,6 +170,17 @@ struct KernelTable {
   /// sums[b] = sum of w[j] = exp((x[j] - shift) * scale) over the b-th kSumBlock elements of x[n];
   /// w is 0 where x is NaN. Each w[j] is written to weights[n] unless that is null.
   void (*exp_blocks)(const float* x, int n, float shift, float scale, float* sums, float* weights);
+
+  // --- exchanges between ranks -------------------------------------------------------------------
+  /// out[i, j] = scale[i] * (parts[0][i, j] + parts[1][i, j] + ...) for [rows, cols], added in this
+  /// order; parts have rows ld apart. scale[rows] may be null, for 1.
+  void (*sum_parts_f32)(const float* const* parts, int num_parts, std::ptrdiff_t ld, int rows,
+                        int cols, const float* scale, float* out, std::ptrdiff_t ldo);
+  void (*sum_parts_bf16)(const float* const* parts, int num_parts, std::ptrdiff_t ld, int rows,
+                         int cols, const float* scale, bf16* out, std::ptrdiff_t ldo);
+  /// out[j] = x[j] * gain[j] for one row of n; returns the sum of x[j]^2.
+  float (*apply_gain_f32)(const float* x, const float* gain, int n, float* out);
+  float (*apply_gain_bf16)(const float* x, const float* gain, int n, bf16* out);
 };
 
 /// The kernels of an instruction set that this CPU supports (see base/cpu_features.h).

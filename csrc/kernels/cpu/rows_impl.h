@@ -12,14 +12,18 @@ inline void for_each_chunk(int n, F f) {
   if (j < n) f(j, n - j);
 }
 
-template <typename Out>
-void rms_norm(const float* x, const float* gain, int n, float eps, Out* out) {
+inline float sum_squares(const float* x, int n) {
   Vec squares = zero();
   for_each_chunk(n, [&](int j, int count) {
     Vec v = load_some(x + j, count);
     squares = fma(v, v, squares);
   });
-  float mean = reduce_add(squares) / static_cast<float>(n);
+  return reduce_add(squares);
+}
+
+template <typename Out>
+void rms_norm(const float* x, const float* gain, int n, float eps, Out* out) {
+  float mean = sum_squares(x, n) / static_cast<float>(n);
   Vec scale = broadcast(1.0f / __builtin_sqrtf(mean + eps));
   for_each_chunk(n, [&](int j, int count) {
     Vec v = mul(load_some(x + j, count), scale);

@@ -6,6 +6,7 @@
 #include "kernels/cpu/gemm_impl.h"
 #include "kernels/cpu/epilogue_impl.h"
 #include "kernels/cpu/rows_impl.h"
+#include "kernels/cpu/exchange_impl.h"
 #include "kernels/cpu/attention_impl.h"
 // clang-format on
 
@@ -42,6 +43,10 @@ constexpr KernelTable make_table(Isa isa) {
       .group_maxima = group_maxima,
       .select = select,
       .exp_blocks = exp_blocks,
+      .sum_parts_f32 = sum_parts<float>,
+      .sum_parts_bf16 = sum_parts<bf16>,
+      .apply_gain_f32 = apply_gain<float>,
+      .apply_gain_bf16 = apply_gain<bf16>,
   };
 }
 
