@@ -48,6 +48,7 @@ struct CommunicatorAborted {};
 /// threads may call wait() and contribution_of().
 class Communicator {
  public:
+  static constexpr int kMaxRanks = 64;
   /// Exchanges that may be started and not finished.
   static constexpr int kMaxInFlight = 4;
 

@@ -8,6 +8,8 @@
 #include "base/thread_team.h"
 #include "deinfer/tensor.h"
 #include "kernels/cpu/kernel_table.h"
+#include "ops/linear.h"
+#include "ops/team_exchange.h"
 
 namespace deinfer {
 
@@ -59,6 +61,8 @@ struct ThreadScratch {
   Buffer attention;
   ActivationBuffer normed;  // [normed_rows, hidden]
   int normed_rows = 0;      // up to so many rows are normalised by every thread for itself
+  std::vector<float> sum_squares;  // [normed_rows]
+  std::vector<float> row;          // [hidden]
 };
 
 /// Operations are collective: every thread of the team calls them with its own context, and they
@@ -68,6 +72,10 @@ struct ExecutionContext {
   const cpu::KernelTable& kernels;
   TeamMember& member;
   ThreadScratch& scratch;
+  TeamExchange& exchange;
+  Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::prepare()
+  Phase phase = Phase::kDecode;
+  ResidualLayout residual = ResidualLayout::kReplicated;  // in this phase
 };
 
 }  // namespace deinfer

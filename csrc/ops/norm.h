@@ -13,4 +13,9 @@ Activations rms_norm(ExecutionContext& ctx, int m, int n, const float* x, std::p
                      const float* gain, float eps, const Activations& out,
                      const int* rows = nullptr);
 
+/// The rows [begin, end) of that, by the calling thread alone.
+void rms_norm_rows(ExecutionContext& ctx, int begin, int end, int n, const float* x,
+                   std::ptrdiff_t ldx, const float* gain, float eps, const Activations& out,
+                   const int* rows = nullptr);
+
 }  // namespace deinfer

@@ -35,9 +35,8 @@ class TeamExchange {
     return slots_[ticket % slots_.size()];
   }
 
-  /// Starts the exchange `ticket` when all members have written their parts of its `bytes`.
-  void start(TeamMember& member, Ticket ticket, Collective kind, std::size_t bytes) {
-    (void)ticket;
+  /// Starts the next exchange when all members have written their parts of its `bytes`.
+  void start(TeamMember& member, Collective kind, std::size_t bytes) {
     member.barrier();
     if (member.id() != 0) return;
     communicator_.start(kind, bytes);

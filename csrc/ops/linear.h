@@ -1,0 +1,47 @@
+// A linear of one rank: weights, and the exchanges that its plan puts around them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/packing.h"
+#include "plan/tensor_parallel_plan.h"
+
+namespace deinfer {
+
+/// Where a linear's input, inner vector and output travel between ranks.
+struct LinearExchanges {
+  Exchange before = Exchange::kNone;
+  Exchange after_v = Exchange::kNone;
+  Exchange after_u = Exchange::kNone;
+};
+
+/// Plans that share a layout of the weights take turns: one for decode steps, one for prefill.
+enum class Phase { kDecode, kPrefill };
+inline constexpr std::size_t kNumPhases = 2;
+
+/// This rank's part of y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU. fp32
+/// weights take fp32 activations, bf16 and int8 weights bf16 ones.
+struct LowRankLinear {
+  std::string name;
+  cpu::PackedMatrix w;      // dense; empty when low-rank
+  cpu::PackedMatrix v;      // [r, k]; empty when dense, or when this rank has no row of it
+  cpu::PackedMatrix u;      // [n, r]
+  std::vector<float> bias;  // in the packed row order, padded to 32; or empty
+  std::array<LinearExchanges, kNumPhases> exchanges;
+  std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
+  Range y_share;                // the columns that this rank keeps of an exchanged output
+
+  bool is_low_rank() const { return !v.empty() || !u.empty(); }
+  const cpu::PackedMatrix& output_factor() const { return is_low_rank() ? u : w; }
+  const LinearExchanges& exchange(Phase phase) const {
+    return exchanges[static_cast<std::size_t>(phase)];
+  }
+  std::size_t bytes() const { return w.bytes() + v.bytes() + u.bytes(); }
+  /// Columns that this linear's z takes in a z buffer (a multiple of 16).
+  int z_cols() const { return is_low_rank() ? std::max((u.k + 15) / 16 * 16, v.n_pad) : 0; }
+};
+
+}  // namespace deinfer
