@@ -61,15 +61,15 @@ enum class Exchange {
 
 /// One rank's part of a linear. A dense linear uses the u ranges only, for W[n, k].
 struct LinearPlacement {
-  Range v_rows, v_cols;  // of V[r, k]
-  Range u_rows, u_cols;  // of U[n, r], or of W[n, k]
+  Range v_rows, v_cols;                // of V[r, k]
+  Range u_rows, u_cols;                // of U[n, r], or of W[n, k]
   Exchange before = Exchange::kNone;   // of x, ahead of the product
   Exchange after_v = Exchange::kNone;  // of z = V x
   Exchange after_u = Exchange::kNone;  // of y
 };
 
-/// Attention heads of one rank. A rank has whole groups of heads, or part of one group: the heads of
-/// a rank always share its kv heads evenly.
+/// Attention heads of one rank. A rank has whole groups of heads, or part of one group: the heads
+/// of a rank always share its kv heads evenly.
 struct HeadShare {
   Range heads;
   Range kv_heads;
