@@ -11,7 +11,7 @@
 #include "base/check.h"
 #include "base/cpu_topology.h"
 #include "engine/request.h"
-#include "engine/worker.h"
+#include "engine/rank_group.h"
 #include "scheduler/scheduler.h"
 
 namespace deinfer {
@@ -49,6 +49,17 @@ std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_by
   return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
 }
 
+ModelShape model_shape(const ModelConfig& model) {
+  return {model.hidden_size,  model.intermediate_size, model.num_heads,
+          model.num_kv_heads, model.head_dim,          model.vocab_size};
+}
+
+PhasePlans choose_plans(const EngineConfig& config, const ModelConfig& model) {
+  const std::string& name = config.tensor_parallel_plan;
+  return make_phase_plans(name == "auto" ? "hidden_sharded" : name, model_shape(model),
+                          config.tensor_parallel_size);
+}
+
 /// What a logits row is for.
 struct RowTarget {
   Request* request = nullptr;
@@ -77,8 +88,7 @@ struct Engine::Impl {
   EngineConfig config;
   ModelConfig model;
   int max_model_len = 0;
-  std::unique_ptr<TensorParallelPlan> plan;
-  std::unique_ptr<Worker> worker;
+  std::unique_ptr<RankGroup> ranks;
   std::unique_ptr<Scheduler> scheduler;
   std::vector<Sampler> samplers;  // one per thread
   ModelInfo info;
@@ -116,14 +126,14 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
                  "max_model_len=", config.max_model_len,
                  " exceeds the model's max_position_embeddings=", model.max_position_embeddings);
   max_model_len = config.max_model_len > 0 ? config.max_model_len : model.max_position_embeddings;
-  plan = make_plan(config.tensor_parallel_plan, config.tensor_parallel_size);
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
-  worker = std::make_unique<Worker>(config, model, *plan, make_single_communicator(), threads,
-                                    max_model_len, progress);
-  std::int64_t blocks = choose_kv_blocks(config, worker->kv_block_bytes(), max_model_len);
-  worker->allocate_kv_cache(blocks);
+  ranks = std::make_unique<RankGroup>(config, model, choose_plans(config, model), threads,
+                                      max_model_len, progress);
+  std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
+  ranks->allocate_kv_cache(blocks);
+  Worker& worker = ranks->rank(0);
 
   SchedulerConfig scheduler_config;
   scheduler_config.max_num_seqs = config.max_num_seqs;
@@ -132,22 +142,22 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler_config.num_blocks = static_cast<int>(blocks);
   scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
   scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
-  for (int i = 0; i < threads; ++i) samplers.emplace_back(worker->kernels(), model.vocab_size);
+  for (int i = 0; i < threads; ++i) samplers.emplace_back(worker.kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks};
 
-  const DecoderWeights& weights = worker->decoder().weights();
+  const DecoderWeights& weights = worker.decoder().weights();
   info.architecture = model.model_type;
   info.dtype = dtype_name(weights.dtype);
-  info.isa = isa_name(worker->kernels().isa);
+  info.isa = isa_name(worker.kernels().isa);
   info.num_layers = model.num_layers;
   info.hidden_size = model.hidden_size;
   info.vocab_size = model.vocab_size;
   info.max_model_len = max_model_len;
   info.num_threads = threads;
-  info.parameters = worker->parameters();
+  info.parameters = worker.parameters();
   info.weight_bytes = weights.bytes();
   info.num_kv_blocks = blocks;
-  info.kv_cache_bytes = worker->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
+  info.kv_cache_bytes = ranks->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
   for (const DecoderLayer& layer : weights.layers) {
     for (const LowRankLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.output,
                                         &layer.gate, &layer.up, &layer.down}) {
@@ -334,7 +344,7 @@ std::vector<RequestOutput> Engine::Impl::step() {
       build_batch(scheduled);
       std::int64_t start = now_us();
       std::span<const TokenId> most_likely =
-          worker->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
+          ranks->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
             take_logits(member, first, count, logits);
           });
       execute_us += now_us() - start;

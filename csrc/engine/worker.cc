@@ -18,19 +18,20 @@ DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
 
 }  // namespace
 
-Worker::Worker(const EngineConfig& config, const ModelConfig& model, const TensorParallelPlan& plan,
+Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
                std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
                const LoadProgress& progress)
     : block_size_(config.block_size),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
+      exchange_(*communicator_),
+      residual_(share.residual),
       team_(threads) {
-  WeightLoader loader(config.model, model, plan, communicator_->rank(), communicator_->size(),
-                      team_, progress);
-  DecoderWeights weights = load_decoder(model, resolve_dtype(config.dtype, loader), loader);
+  WeightLoader loader(config.model, model, share, team_, progress);
+  DecoderWeights weights = load_decoder(model, share, resolve_dtype(config.dtype, loader), loader);
   parameters_ = loader.parameters();
   BatchLimits limits{config.max_num_batched_tokens, max_model_len};
-  decoder_ = std::make_unique<Decoder>(model, std::move(weights), limits, threads);
+  decoder_ = std::make_unique<Decoder>(model, share, std::move(weights), limits, threads);
   scratch_.resize(static_cast<std::size_t>(threads));
   for (ThreadScratch& scratch : scratch_) {
     scratch.attention = Buffer(decoder_->attention_scratch(kernels_));
@@ -38,6 +39,8 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const Tenso
     scratch.normed_rows = std::clamp(kNormedElements / model.hidden_size, 1, kMaxNormedRows);
     scratch.normed =
         ActivationBuffer(decoder_->weights().activations, scratch.normed_rows, model.hidden_size);
+    scratch.sum_squares.resize(static_cast<std::size_t>(scratch.normed_rows));
+    scratch.row.resize(static_cast<std::size_t>(model.hidden_size));
   }
   logits_ = Buffer(std::size_t{Decoder::kLogitRows} * static_cast<std::size_t>(model.vocab_size) *
                    sizeof(float));
@@ -57,17 +60,28 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
   auto* logits = logits_.as<float>();
   int rows = static_cast<int>(batch.logit_rows.size());
   int argmax_rows = static_cast<int>(batch.argmax_rows.size());
+  int step = decoder_->logit_rows(communicator_->max_bytes());
+  bool prefill = std::any_of(batch.sequences.begin(), batch.sequences.end(),
+                             [](const BatchSequence& run) { return run.num_rows > 1; });
+  Phase phase = prefill ? Phase::kPrefill : Phase::kDecode;
+  Ticket ticket = exchange_.size() > 1 ? exchange_.prepare() : 0;
   team_.run([&](TeamMember& member) {
-    ExecutionContext ctx{kernels_, member, scratch_[static_cast<std::size_t>(member.id())]};
+    ExecutionContext ctx{kernels_,
+                         member,
+                         scratch_[static_cast<std::size_t>(member.id())],
+                         exchange_,
+                         ticket,
+                         phase,
+                         residual_[static_cast<std::size_t>(phase)]};
     decoder_->forward(ctx, batch, *cache_);
-    for (int first = 0; first < rows; first += Decoder::kLogitRows) {
-      int count = std::min(Decoder::kLogitRows, rows - first);
+    for (int first = 0; first < rows; first += step) {
+      int count = std::min(step, rows - first);
       decoder_->logits(ctx, batch, first, count, logits);
-      consume(member, first, count, logits);
+      if (communicator_->rank() == 0) consume(member, first, count, logits);
       member.barrier();
     }
-    for (int first = 0; first < argmax_rows; first += Decoder::kLogitRows) {
-      int count = std::min(Decoder::kLogitRows, argmax_rows - first);
+    for (int first = 0; first < argmax_rows; first += step) {
+      int count = std::min(step, argmax_rows - first);
       decoder_->most_likely(ctx, batch, first, count, most_likely_.data() + first);
     }
   });

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kernels/cpu/packing.h"
-#include "plan/tensor_parallel_plan.h"
+#include "plan/rank_share.h"
 
 namespace deinfer {
 
@@ -18,10 +18,6 @@ struct LinearExchanges {
   Exchange after_u = Exchange::kNone;
 };
 
-/// Plans that share a layout of the weights take turns: one for decode steps, one for prefill.
-enum class Phase { kDecode, kPrefill };
-inline constexpr std::size_t kNumPhases = 2;
-
 /// This rank's part of y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU. fp32
 /// weights take fp32 activations, bf16 and int8 weights bf16 ones.
 struct LowRankLinear {
@@ -30,9 +26,11 @@ struct LowRankLinear {
   cpu::PackedMatrix v;      // [r, k]; empty when dense, or when this rank has no row of it
   cpu::PackedMatrix u;      // [n, r]
   std::vector<float> bias;  // in the packed row order, padded to 32; or empty
+  int rank = 0;  // of the whole linear; 0 stands for the columns of u
   std::array<LinearExchanges, kNumPhases> exchanges;
   std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
   Range y_share;                // the columns that this rank keeps of an exchanged output
+  int x_col = 0;                // of a replicated input, the first column that W takes
 
   bool is_low_rank() const { return !v.empty() || !u.empty(); }
   const cpu::PackedMatrix& output_factor() const { return is_low_rank() ? u : w; }
@@ -40,8 +38,10 @@ struct LowRankLinear {
     return exchanges[static_cast<std::size_t>(phase)];
   }
   std::size_t bytes() const { return w.bytes() + v.bytes() + u.bytes(); }
-  /// Columns that this linear's z takes in a z buffer (a multiple of 16).
-  int z_cols() const { return is_low_rank() ? std::max((u.k + 15) / 16 * 16, v.n_pad) : 0; }
+  /// Elements of z.
+  int inner_size() const { return rank > 0 ? rank : u.k; }
+  /// Columns that z takes in a z buffer (a multiple of 16).
+  int z_cols() const { return is_low_rank() ? std::max((inner_size() + 15) / 16 * 16, v.n_pad) : 0; }
 };
 
 }  // namespace deinfer

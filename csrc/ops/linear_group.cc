@@ -52,7 +52,7 @@ struct Inner {
   int z_col = 0;
   int part_col = 0;
 
-  int rank() const { return linear->u.k; }
+  int rank() const { return linear->inner_size(); }
 };
 
 class Group {
@@ -109,7 +109,8 @@ class Group {
       return {&linear.u, z_.columns_from(inner_of(linear).z_col), nullptr, nullptr, {}};
     }
     bool gathered = linear.exchange(ctx_.phase).before != Exchange::kNone;
-    return {&linear.w, gathered ? input_.gathered : input_.x, nullptr, nullptr, {}};
+    const Activations& x = gathered ? input_.gathered : input_.x;
+    return {&linear.w, x.columns_from(linear.x_col), nullptr, nullptr, {}};
   }
 
   /// This rank's contribution to the exchange of z: fp32 sums, or finished columns or rows.

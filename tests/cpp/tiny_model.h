@@ -42,6 +42,7 @@ struct TinyConfig {
   bool tied = true;
   bool bfloat16 = false;
   bool low_rank = true;  // q, o, gate and down decomposed with odd ranks; k, v, up dense
+  bool all_low_rank = false;  // k, v and up too
 };
 
 class TinyModel {
@@ -58,12 +59,13 @@ class TinyModel {
       add_norm(prefix + "input_layernorm.weight");
       add_norm(prefix + "post_attention_layernorm.weight");
       add_linear(prefix + "self_attn.q_proj", q, config.hidden, config.low_rank ? 7 : 0);
-      add_linear(prefix + "self_attn.k_proj", kv, config.hidden, 0);
-      add_linear(prefix + "self_attn.v_proj", kv, config.hidden, 0);
+      add_linear(prefix + "self_attn.k_proj", kv, config.hidden, config.all_low_rank ? 5 : 0);
+      add_linear(prefix + "self_attn.v_proj", kv, config.hidden, config.all_low_rank ? 18 : 0);
       add_linear(prefix + "self_attn.o_proj", config.hidden, q, config.low_rank ? 17 + i : 0);
       add_linear(prefix + "mlp.gate_proj", config.intermediate, config.hidden,
                  config.low_rank ? 33 : 0);
-      add_linear(prefix + "mlp.up_proj", config.intermediate, config.hidden, 0);
+      add_linear(prefix + "mlp.up_proj", config.intermediate, config.hidden,
+                 config.all_low_rank ? 20 + i : 0);
       add_linear(prefix + "mlp.down_proj", config.hidden, config.intermediate,
                  config.low_rank ? 1 + i : 0);
     }

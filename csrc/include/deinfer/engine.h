@@ -25,6 +25,8 @@ struct EngineConfig {
                                  // checkpoints, else float32 (so that no weight loses bits)
   int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
+  std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s": the
+                              // ranks' exchanges take as long as over such a link
   int num_threads = 0;               // CPU threads per rank; 0: the cores of the affinity mask, or
                                      // the CPU quota if less, / ranks
   int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
