@@ -60,6 +60,17 @@ PhasePlans choose_plans(const EngineConfig& config, const ModelConfig& model) {
                           config.tensor_parallel_size);
 }
 
+std::vector<CollectiveStats> collective_stats(const Communicator& communicator) {
+  std::vector<CollectiveStats> stats;
+  for (std::size_t i = 0; i < kNumCollectives; ++i) {
+    const TrafficCounter& counter = communicator.traffic()[i];
+    if (counter.calls == 0) continue;
+    stats.push_back({collective_name(static_cast<Collective>(i)), counter.calls, counter.bytes,
+                     counter.wire_bytes});
+  }
+  return stats;
+}
+
 /// What a logits row is for.
 struct RowTarget {
   Request* request = nullptr;
@@ -155,7 +166,13 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   info.max_model_len = max_model_len;
   info.num_threads = threads;
   info.parameters = worker.parameters();
-  info.weight_bytes = weights.bytes();
+  info.tensor_parallel_size = ranks->size();
+  info.decode_plan = ranks->plans()[0]->name();
+  info.prefill_plan = ranks->plans()[1]->name();
+  for (int rank = 0; rank < ranks->size(); ++rank) {
+    info.rank_weight_bytes.push_back(ranks->rank(rank).decoder().weights().bytes());
+    info.weight_bytes += info.rank_weight_bytes.back();
+  }
   info.num_kv_blocks = blocks;
   info.kv_cache_bytes = ranks->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
   for (const DecoderLayer& layer : weights.layers) {
@@ -361,7 +378,9 @@ std::vector<RequestOutput> Engine::Impl::step() {
   }
   std::vector<RequestOutput> progressed;
   SchedulerStats stats = scheduler->stats();
+  std::vector<CollectiveStats> collectives = collective_stats(ranks->rank(0).communicator());
   std::lock_guard lock(mutex);
+  counters.collectives = std::move(collectives);
   counters.num_waiting = stats.num_waiting;
   counters.num_running = stats.num_running;
   counters.free_kv_blocks = stats.free_blocks + stats.cached_blocks;

@@ -8,7 +8,7 @@ namespace deinfer {
 
 RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const PhasePlans& plans,
                      int threads, int max_model_len, const LoadProgress& progress)
-    : ranks_(plans[0]->size()), workers_(static_cast<std::size_t>(plans[0]->size())) {
+    : plans_(plans), ranks_(plans[0]->size()), workers_(static_cast<std::size_t>(plans[0]->size())) {
   int size = ranks_.size();
   RankShare first(plans, 0);
   std::size_t bytes = Decoder::exchange_bytes(model, first, config.max_num_batched_tokens);

@@ -25,6 +25,7 @@ class RankGroup {
   std::span<const TokenId> execute(const Batch& batch, const Worker::LogitsConsumer& consume);
 
   int size() const { return static_cast<int>(workers_.size()); }
+  const PhasePlans& plans() const { return plans_; }
   Worker& rank(int index) { return *workers_[static_cast<std::size_t>(index)]; }
   /// Of all ranks together.
   std::uint64_t kv_block_bytes() const;
@@ -32,6 +33,7 @@ class RankGroup {
  private:
   void on_all(const std::function<void(int rank)>& fn);
 
+  PhasePlans plans_;
   std::vector<std::unique_ptr<Communicator>> communicators_;  // until the workers take them
   ThreadTeam ranks_;
   std::vector<std::unique_ptr<Worker>> workers_;

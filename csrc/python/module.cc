@@ -110,6 +110,7 @@ void bind_params(py::module_& m) {
       .def_readwrite("dtype", &EngineConfig::dtype)
       .def_readwrite("tensor_parallel_size", &EngineConfig::tensor_parallel_size)
       .def_readwrite("tensor_parallel_plan", &EngineConfig::tensor_parallel_plan)
+      .def_readwrite("emulated_link", &EngineConfig::emulated_link)
       .def_readwrite("num_threads", &EngineConfig::num_threads)
       .def_readwrite("max_model_len", &EngineConfig::max_model_len)
       .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)
@@ -161,7 +162,16 @@ void bind_outputs(py::module_& m) {
       .def_readonly("kv_cache_bytes", &ModelInfo::kv_cache_bytes)
       .def_readonly("num_kv_blocks", &ModelInfo::num_kv_blocks)
       .def_readonly("lowrank_matrices", &ModelInfo::lowrank_matrices)
-      .def_readonly("dense_matrices", &ModelInfo::dense_matrices);
+      .def_readonly("dense_matrices", &ModelInfo::dense_matrices)
+      .def_readonly("tensor_parallel_size", &ModelInfo::tensor_parallel_size)
+      .def_readonly("decode_plan", &ModelInfo::decode_plan)
+      .def_readonly("prefill_plan", &ModelInfo::prefill_plan)
+      .def_readonly("rank_weight_bytes", &ModelInfo::rank_weight_bytes);
+  py::class_<CollectiveStats>(m, "CollectiveStats")
+      .def_readonly("name", &CollectiveStats::name)
+      .def_readonly("calls", &CollectiveStats::calls)
+      .def_readonly("bytes", &CollectiveStats::bytes)
+      .def_readonly("wire_bytes", &CollectiveStats::wire_bytes);
   py::class_<EngineStats>(m, "EngineStats")
       .def_readonly("num_waiting", &EngineStats::num_waiting)
       .def_readonly("num_running", &EngineStats::num_running)
@@ -172,7 +182,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("prefix_hit_tokens", &EngineStats::prefix_hit_tokens)
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)
       .def_readonly("generated_tokens", &EngineStats::generated_tokens)
-      .def_readonly("execute_us", &EngineStats::execute_us);
+      .def_readonly("execute_us", &EngineStats::execute_us)
+      .def_readonly("collectives", &EngineStats::collectives);
 }
 
 void bind_engine(py::module_& m) {

@@ -61,6 +61,7 @@ class EngineConfig:
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
         tensor_parallel_plan: str = "auto",
+        emulated_link: str = "",
         num_threads: int = 0,
         max_model_len: int = 0,
         max_num_seqs: int = 256,
@@ -77,6 +78,7 @@ class EngineConfig:
     dtype: str
     tensor_parallel_size: int
     tensor_parallel_plan: str
+    emulated_link: str
     num_threads: int
     max_model_len: int
     max_num_seqs: int
@@ -123,6 +125,16 @@ class ModelInfo:
     num_kv_blocks: int
     lowrank_matrices: int
     dense_matrices: int
+    tensor_parallel_size: int
+    decode_plan: str
+    prefill_plan: str
+    rank_weight_bytes: list[int]
+
+class CollectiveStats:
+    name: str
+    calls: int
+    bytes: int
+    wire_bytes: int
 
 class EngineStats:
     num_waiting: int
@@ -135,6 +147,7 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     execute_us: int
+    collectives: list[CollectiveStats]
 
 class Engine:
     """Loads a checkpoint and runs requests; see csrc/include/deinfer/engine.h.

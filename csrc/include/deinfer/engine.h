@@ -76,11 +76,23 @@ struct ModelInfo {
   int max_model_len = 0;
   int num_threads = 0;
   std::uint64_t parameters = 0;    // of the checkpoint as it is run, tied weights once
-  std::uint64_t weight_bytes = 0;  // resident, padding included
+  std::uint64_t weight_bytes = 0;  // resident on all ranks, padding included
   std::uint64_t kv_cache_bytes = 0;
   std::int64_t num_kv_blocks = 0;
   int lowrank_matrices = 0;
   int dense_matrices = 0;  // decomposable matrices that stayed dense
+  int tensor_parallel_size = 1;
+  std::string decode_plan;  // of tensor parallelism
+  std::string prefill_plan;
+  std::vector<std::uint64_t> rank_weight_bytes;  // resident, per rank
+};
+
+/// One rank's exchanges of a kind since the engine began.
+struct CollectiveStats {
+  std::string name;              // "all_reduce", "all_gather", ...
+  std::uint64_t calls = 0;
+  std::uint64_t bytes = 0;       // contributed
+  std::uint64_t wire_bytes = 0;  // sent, by the formulas of csrc/comm/communicator.h
 };
 
 /// Counters of a running engine.
@@ -96,6 +108,7 @@ struct EngineStats {
   std::int64_t generated_tokens = 0;
   std::int64_t execute_us = 0;  // of step() within the workers: the model's forward passes, and
                                 // sampling; the rest is scheduling and bookkeeping
+  std::vector<CollectiveStats> collectives;  // of rank 0; kinds that were used
 };
 
 /// Called while weights load with (bytes done, bytes in all), from the constructing thread.
