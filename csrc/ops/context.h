@@ -76,6 +76,8 @@ struct ExecutionContext {
   Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::prepare()
   Phase phase = Phase::kDecode;
   ResidualLayout residual = ResidualLayout::kReplicated;  // in this phase
+  int tile_tokens = kTileTokens;  // tokens that pass together, up to kTileTokens: the exchange of
+                                  // some is hidden by computing the next
 };
 
 }  // namespace deinfer

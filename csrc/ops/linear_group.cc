@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "base/check.h"
 
@@ -55,6 +56,16 @@ struct Inner {
   int rank() const { return linear->inner_size(); }
 };
 
+/// A chunk of the tokens on its way through the group.
+struct Tile {
+  int row = 0;
+  int rows = 0;
+  Range v_tokens, u_tokens;  // rows for which this rank computes the factors
+  std::array<Ticket, 2> tickets{};
+
+  Range all() const { return {row, row + rows}; }
+};
+
 class Group {
  public:
   Group(ExecutionContext& ctx, const GroupInput& input, const Activations& z,
@@ -64,21 +75,33 @@ class Group {
       add(*branch.linear);
       if (branch.second != nullptr) add(*branch.second);
     }
+    after_u_ = branches.front().linear->exchange(ctx.phase).after_u;
     part_cols_ = part_sums_;
     if (input.sum_squares != nullptr && after_v_ == Exchange::kAllReduce) ++part_cols_;
   }
 
-  void run(int row, int rows) {
-    row_ = row;
-    rows_ = rows;
-    bool tokens = ctx_.residual == ResidualLayout::kTokenShards;
-    Range all{row, row + rows};
-    Range own = own_tokens(row, rows, ctx_.exchange.rank(), ctx_.exchange.size());
-    v_tokens_ = tokens && after_v_ == Exchange::kAllGather ? own : all;
-    u_tokens_ = tokens && after_v_ == Exchange::kReduceScatter ? own : all;
-    multiply_v();
-    if (after_v_ != Exchange::kNone) exchange_z();
-    multiply_u();
+  /// Whether something travels between begin() and complete().
+  bool exchanges() const { return after_v_ != Exchange::kNone || after_u_ != Exchange::kNone; }
+
+  /// All up to the exchange.
+  Tile begin(int row, int rows) {
+    Tile tile{row, rows, {row, row + rows}, {row, row + rows}, {}};
+    if (ctx_.residual == ResidualLayout::kTokenShards) {
+      Range own = own_tokens(row, rows, ctx_.exchange.rank(), ctx_.exchange.size());
+      if (after_v_ == Exchange::kAllGather) tile.v_tokens = own;
+      if (after_v_ == Exchange::kReduceScatter) tile.u_tokens = own;
+    }
+    multiply_v(tile);
+    if (after_v_ != Exchange::kNone) start_z(tile);
+    if (after_u_ != Exchange::kNone) start_output(tile);
+    return tile;
+  }
+
+  /// The exchange and what follows.
+  void complete(const Tile& tile) {
+    if (after_u_ != Exchange::kNone) return finish_output(tile);
+    if (after_v_ != Exchange::kNone) finish_z(tile);
+    multiply_u(tile);
   }
 
  private:
@@ -119,7 +142,7 @@ class Group {
     return {ctx_.exchange.send(ctx_.member, ctx_.ticket), dtype, part_cols_};
   }
 
-  void multiply_v() {
+  void multiply_v(const Tile& tile) {
     std::array<PanelJob, 2 * kMaxLinears> jobs;
     std::array<StoreColumns, kMaxLinears> stores;
     std::size_t count = 0;
@@ -129,9 +152,9 @@ class Group {
       if (after_v_ == Exchange::kNone) {
         // Padding columns are stored too: they are exact zeros, which U's padding relies on.
         stores[i] = StoreColumns(z_.columns_from(inner.z_col), 0, v.n_pad);
-        if (v.empty()) clear_z(inner, 0);
+        if (v.empty()) clear_z(inner, tile.all(), 0);
       } else {
-        stores[i] = StoreColumns(part().columns_from(inner.part_col), v_tokens_.begin, v.n);
+        stores[i] = StoreColumns(part().columns_from(inner.part_col), tile.v_tokens.begin, v.n);
       }
       jobs[count++] = {&v, input_.x, &stores[i], nullptr, {}};
     }
@@ -147,49 +170,50 @@ class Group {
       jobs[count++] = job;
     }
     if (count == 0) return;
-    run_jobs(ctx_, std::span(jobs.data(), count), v_tokens_.begin, v_tokens_.size());
+    run_jobs(ctx_, std::span(jobs.data(), count), tile.v_tokens.begin, tile.v_tokens.size());
     if (after_v_ == Exchange::kNone) ctx_.member.barrier();
   }
 
   /// Zeros the columns of z from `col` on, which U's padding relies on.
-  void clear_z(const Inner& inner, int col) {
-    auto [begin, end] = ctx_.member.share(rows_);
+  void clear_z(const Inner& inner, Range tokens, int col) {
+    auto [begin, end] = ctx_.member.share(tokens.size());
     auto bytes = static_cast<std::size_t>(inner.linear->z_cols() - col) * dtype_size(z_.dtype);
     for (int i = begin; i < end; ++i) {
-      std::memset(z_.rows_from(row_ + i).columns_from(inner.z_col + col).data, 0, bytes);
+      std::memset(z_.rows_from(tokens.begin + i).columns_from(inner.z_col + col).data, 0, bytes);
     }
   }
 
-  void exchange_z() {
-    Ticket ticket = ctx_.ticket;
+  void start_z(Tile& tile) {
     if (part_cols_ > part_sums_) {
-      auto [begin, end] = ctx_.member.share(rows_);
+      auto [begin, end] = ctx_.member.share(tile.rows);
       for (int i = begin; i < end; ++i) {
-        part().rows_from(i).f32()[part_sums_] = input_.sum_squares[row_ + i];
+        part().rows_from(i).f32()[part_sums_] = input_.sum_squares[tile.row + i];
       }
     }
-    std::size_t bytes = static_cast<std::size_t>(v_tokens_.size()) *
+    std::size_t bytes = static_cast<std::size_t>(tile.v_tokens.size()) *
                         static_cast<std::size_t>(part_cols_) * dtype_size(part().dtype);
+    tile.tickets[0] = ctx_.ticket++;
     ctx_.exchange.start(ctx_.member, collective_of(after_v_), bytes);
-    ++ctx_.ticket;
-    ctx_.exchange.wait(ticket);
+  }
+
+  void finish_z(const Tile& tile) {
+    ctx_.exchange.wait(tile.tickets[0]);
     if (after_v_ != Exchange::kAllGather) {
-      sum_z(ticket);
+      sum_z(tile);
     } else {
-      gather_z(ticket);
+      gather_z(tile);
     }
-    ctx_.exchange.finish(ctx_.member, ticket);
+    ctx_.exchange.finish(ctx_.member, tile.tickets[0]);
   }
 
   /// z = the sum over ranks of their parts, for the rows that U reads.
-  void sum_z(Ticket ticket) {
-    for_each_block(u_tokens_, [&](const Inner& inner, int row, int rows, int col, int cols) {
+  void sum_z(const Tile& tile) {
+    for_each_block(tile.u_tokens, [&](const Inner& inner, int row, int rows, int col, int cols) {
       float scale[kBlockRows];
       std::array<const float*, kMaxRanks> parts;
       for (int r = 0; r < ctx_.exchange.size(); ++r) {
         parts[static_cast<std::size_t>(r)] =
-            reinterpret_cast<const float*>(ctx_.exchange.from(r, ticket)) +
-            std::ptrdiff_t{row - row_} * part_cols_;
+            floats_from(r, tile.tickets[0]) + std::ptrdiff_t{row - tile.row} * part_cols_;
       }
       bool normalise = part_cols_ > part_sums_;
       for (int i = 0; normalise && i < rows; ++i) {
@@ -231,23 +255,24 @@ class Group {
       int col = block * kBlockCols;
       f(*inner, row, rows, col, std::min(kBlockCols, inner->rank() - col));
     }
-    for (std::size_t i = 0; i < num_inners_; ++i) clear_z(inners_[i], inners_[i].rank());
+    for (std::size_t i = 0; i < num_inners_; ++i) clear_z(inners_[i], tokens, inners_[i].rank());
   }
   static int blocks_of(const Inner& inner) { return (inner.rank() + kBlockCols - 1) / kBlockCols; }
 
   /// z from the columns, or under token shards the rows, of every rank.
-  void gather_z(Ticket ticket) {
+  void gather_z(const Tile& tile) {
     bool tokens = ctx_.residual == ResidualLayout::kTokenShards;
     for (int r = 0; r < ctx_.exchange.size(); ++r) {
-      Range rows = tokens ? own_tokens(row_, rows_, r, ctx_.exchange.size())
-                          : Range{row_, row_ + rows_};
+      Range rows = tokens ? own_tokens(tile.row, tile.rows, r, ctx_.exchange.size())
+                          : tile.all();
       auto columns_of = [&](const Inner& inner) {
         return tokens ? Range{0, inner.rank()}
                       : inner.linear->v_shares[static_cast<std::size_t>(r)];
       };
       int ld = 0;
       for (std::size_t i = 0; i < num_inners_; ++i) ld += columns_of(inners_[i]).size();
-      Activations part{const_cast<std::byte*>(ctx_.exchange.from(r, ticket)), z_.dtype, ld};
+      Activations part{const_cast<std::byte*>(ctx_.exchange.from(r, tile.tickets[0])), z_.dtype,
+                       ld};
       auto [begin, end] = ctx_.member.share(rows.size());
       for (int i = begin; i < end; ++i) {
         int part_col = 0;
@@ -261,13 +286,12 @@ class Group {
         }
       }
     }
-    for (std::size_t i = 0; i < num_inners_; ++i) clear_z(inners_[i], inners_[i].rank());
+    for (std::size_t i = 0; i < num_inners_; ++i) {
+      clear_z(inners_[i], tile.all(), inners_[i].rank());
+    }
   }
 
-  void multiply_u() {
-    if (branches_.front().linear->exchange(ctx_.phase).after_u != Exchange::kNone) {
-      return exchange_output(branches_.front());
-    }
+  void multiply_u(const Tile& tile) {
     std::array<PanelJob, kMaxLinears> jobs;
     std::size_t count = 0;
     for (const Branch& branch : branches_) {
@@ -283,61 +307,66 @@ class Group {
       jobs[count++] = job;
     }
     if (count == 0) return;
-    run_jobs(ctx_, std::span(jobs.data(), count), u_tokens_.begin, u_tokens_.size());
+    run_jobs(ctx_, std::span(jobs.data(), count), tile.u_tokens.begin, tile.u_tokens.size());
     ctx_.member.barrier();
+  }
+
+  const float* floats_from(int rank, Ticket ticket) const {
+    return reinterpret_cast<const float*>(ctx_.exchange.from(rank, ticket));
   }
 
   /// Output factors whose results are partial sums: of one linear, or of two that an epilogue
   /// combines.
-  void exchange_output(const Branch& branch) {
-    std::array<Ticket, 2> tickets{};
+  void start_output(Tile& tile) {
     std::size_t count = 0;
-    for (const LowRankLinear* linear : {branch.linear, branch.second}) {
+    for (const LowRankLinear* linear : {branches_.front().linear, branches_.front().second}) {
       if (linear == nullptr) continue;
       PanelJob job = output_job(*linear);
       int n = job.matrix->n;
       Activations out{ctx_.exchange.send(ctx_.member, ctx_.ticket), DType::kFloat32, n};
-      StoreColumns store(out, row_, n);
+      StoreColumns store(out, tile.row, n);
       job.epilogue = &store;
-      run_jobs(ctx_, std::span(&job, 1), row_, rows_);
-      ctx_.exchange.start(ctx_.member, collective_of(linear->exchange(ctx_.phase).after_u),
-                          static_cast<std::size_t>(rows_) * static_cast<std::size_t>(n) * 4);
-      tickets[count++] = ctx_.ticket++;
+      run_jobs(ctx_, std::span(&job, 1), tile.row, tile.rows);
+      tile.tickets[count++] = ctx_.ticket++;
+      ctx_.exchange.start(ctx_.member, collective_of(after_u_),
+                          static_cast<std::size_t>(tile.rows) * static_cast<std::size_t>(n) *
+                              sizeof(float));
     }
-    for (std::size_t i = 0; i < count; ++i) ctx_.exchange.wait(tickets[i]);
-    finish_output(branch, tickets);
-    for (std::size_t i = 0; i < count; ++i) ctx_.exchange.finish(ctx_.member, tickets[i]);
   }
 
   /// Sums the parts of the output that this rank keeps, tile by tile, for the epilogue.
-  void finish_output(const Branch& branch, const std::array<Ticket, 2>& tickets) {
-    const LowRankLinear& linear = *branch.linear;
-    bool scattered = linear.exchange(ctx_.phase).after_u == Exchange::kReduceScatter;
+  void finish_output(const Tile& tile) {
+    const Branch& branch = branches_.front();
+    std::size_t count = branch.second == nullptr ? 1 : 2;
+    for (std::size_t i = 0; i < count; ++i) ctx_.exchange.wait(tile.tickets[i]);
+    bool scattered = after_u_ == Exchange::kReduceScatter;
     bool tokens = scattered && ctx_.residual == ResidualLayout::kTokenShards;
-    Range rows = tokens ? own_tokens(row_, rows_, ctx_.exchange.rank(), ctx_.exchange.size())
-                        : Range{row_, row_ + rows_};
-    int n = linear.output_factor().n;
-    Range columns = scattered && !tokens ? linear.y_share : Range{0, n};
-    int panels = (columns.size() + cpu::kPanelRows - 1) / cpu::kPanelRows;
-    auto sum = [&](Ticket ticket, int first, int cols, Buffer& tile) {
+    Range rows = tokens ? own_tokens(tile.row, tile.rows, ctx_.exchange.rank(),
+                                     ctx_.exchange.size())
+                        : tile.all();
+    int n = branch.linear->output_factor().n;
+    Range columns = scattered && !tokens ? branch.linear->y_share : Range{0, n};
+    auto sum = [&](Ticket ticket, int first, int cols, Buffer& out) {
       std::array<const float*, kMaxRanks> parts;
       for (int r = 0; r < ctx_.exchange.size(); ++r) {
-        parts[static_cast<std::size_t>(r)] =
-            reinterpret_cast<const float*>(ctx_.exchange.from(r, ticket)) +
-            std::ptrdiff_t{rows.begin - row_} * n + columns.begin + first;
+        parts[static_cast<std::size_t>(r)] = floats_from(r, ticket) +
+                                             std::ptrdiff_t{rows.begin - tile.row} * n +
+                                             columns.begin + first;
       }
       ctx_.kernels.sum_parts_f32(parts.data(), ctx_.exchange.size(), n, rows.size(), cols, nullptr,
-                                 tile.as<float>(), cpu::kPanelRows);
+                                 out.as<float>(), cpu::kPanelRows);
     };
-    auto [begin, end] = ctx_.member.share(panels);
+    auto [begin, end] =
+        ctx_.member.share((columns.size() + cpu::kPanelRows - 1) / cpu::kPanelRows);
     for (int panel = begin; panel < end; ++panel) {
       int first = panel * cpu::kPanelRows;
       int cols = std::min(cpu::kPanelRows, columns.size() - first);
-      sum(tickets[0], first, cols, ctx_.scratch.tile_a);
-      if (branch.second != nullptr) sum(tickets[1], first, cols, ctx_.scratch.tile_b);
+      sum(tile.tickets[0], first, cols, ctx_.scratch.tile_a);
+      if (count == 2) sum(tile.tickets[1], first, cols, ctx_.scratch.tile_b);
       branch.epilogue->apply(ctx_.kernels, ctx_.scratch.tile_a.as<float>(),
                              ctx_.scratch.tile_b.as<float>(), rows.begin, rows.size(), first, cols);
     }
+    for (std::size_t i = 0; i < count; ++i) ctx_.exchange.finish(ctx_.member, tile.tickets[i]);
   }
 
   ExecutionContext& ctx_;
@@ -350,9 +379,7 @@ class Group {
   int part_sums_ = 0;  // columns of this rank's contribution of z
   int part_cols_ = 0;  // and of the sums of squares, if they travel with it
   Exchange after_v_ = Exchange::kNone;
-  int row_ = 0;  // of the tile
-  int rows_ = 0;
-  Range v_tokens_, u_tokens_;  // rows for which the factors are computed
+  Exchange after_u_ = Exchange::kNone;
 };
 
 }  // namespace
@@ -365,7 +392,17 @@ Range own_tokens(int row, int rows, int rank, int size) {
 void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Activations& z,
                std::span<const Branch> branches) {
   Group group(ctx, input, z, branches);
-  for (int row = 0; row < m; row += kTileTokens) group.run(row, std::min(kTileTokens, m - row));
+  std::optional<Tile> under_way;  // computing the next tile hides its exchange
+  for (int row = 0; row < m; row += ctx.tile_tokens) {
+    Tile tile = group.begin(row, std::min(ctx.tile_tokens, m - row));
+    if (under_way) group.complete(*under_way);
+    under_way = tile;
+    if (!group.exchanges()) {
+      group.complete(tile);
+      under_way.reset();
+    }
+  }
+  if (under_way) group.complete(*under_way);
 }
 
 }  // namespace deinfer

@@ -15,8 +15,8 @@ std::size_t float_bytes(int rows, int cols) {
 
 /// f(first row, rows) for the chunks in which m tokens pass through the layers.
 template <typename F>
-void for_each_tile(int m, F f) {
-  for (int row = 0; row < m; row += kTileTokens) f(row, std::min(kTileTokens, m - row));
+void for_each_tile(const ExecutionContext& ctx, int m, F f) {
+  for (int row = 0; row < m; row += ctx.tile_tokens) f(row, std::min(ctx.tile_tokens, m - row));
 }
 
 const float* floats_from(const ExecutionContext& ctx, int rank, Ticket ticket) {
@@ -59,7 +59,7 @@ void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> token
     ctx.member.barrier();
     return;
   }
-  for_each_tile(m, [&](int row, int count) {
+  for_each_tile(ctx, m, [&](int row, int count) {
     float* part = floats_to_send(ctx);
     auto [begin, end] = ctx.member.share(count);
     for (int i = begin; i < end; ++i) {
@@ -103,7 +103,7 @@ GroupInput ResidualStream::normed(ExecutionContext& ctx, int m, const std::vecto
       return input;
     case ResidualLayout::kTokenShards:
       input.x = normed_.view();
-      for_each_tile(m, [&](int row, int count) {
+      for_each_tile(ctx, m, [&](int row, int count) {
         Range own = own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
         rms_norm_rows(ctx, own.begin, own.end, hidden_, rows(), ld(), gain.data(), eps, input.x);
       });
@@ -141,7 +141,7 @@ GroupInput ResidualStream::normed_shard(ExecutionContext& ctx, int m, const floa
 
 void ResidualStream::gather_columns(ExecutionContext& ctx, int m, const float* gain, float eps) {
   int own = own_columns(ctx).size();
-  for_each_tile(m, [&](int row, int count) {
+  for_each_tile(ctx, m, [&](int row, int count) {
     float* part = floats_to_send(ctx);
     auto [begin, end] = ctx.member.share(count);
     for (int i = begin; i < end; ++i) {
@@ -166,7 +166,7 @@ void ResidualStream::gather_columns(ExecutionContext& ctx, int m, const float* g
 
 void ResidualStream::gather_tokens(ExecutionContext& ctx, int m) {
   auto row_bytes = static_cast<std::size_t>(hidden_) * dtype_size(normed_.view().dtype);
-  for_each_tile(m, [&](int row, int count) {
+  for_each_tile(ctx, m, [&](int row, int count) {
     std::byte* part = ctx.exchange.send(ctx.member, ctx.ticket);
     Range own = own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
     auto [begin, end] = ctx.member.share(own.size());
@@ -200,8 +200,8 @@ Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* 
   bool shards = ctx.residual == ResidualLayout::kHiddenShards;
   int columns = shards ? own_columns(ctx).size() : hidden_;
   auto is_own = [&](int row) {
-    int tile = row / kTileTokens * kTileTokens;
-    Range own = own_tokens(tile, std::min(kTileTokens, m - tile), ctx.exchange.rank(),
+    int tile = row / ctx.tile_tokens * ctx.tile_tokens;
+    Range own = own_tokens(tile, std::min(ctx.tile_tokens, m - tile), ctx.exchange.rank(),
                            ctx.exchange.size());
     return shards || (row >= own.begin && row < own.end);
   };
