@@ -54,9 +54,9 @@ ModelShape model_shape(const ModelConfig& model) {
           model.num_kv_heads, model.head_dim,          model.vocab_size};
 }
 
-PhasePlans choose_plans(const EngineConfig& config, const ModelConfig& model) {
+StepPlans choose_plans(const EngineConfig& config, const ModelConfig& model) {
   const std::string& name = config.tensor_parallel_plan;
-  return make_phase_plans(name == "auto" ? "hidden_sharded" : name, model_shape(model),
+  return make_step_plans(name == "auto" ? "hidden_sharded" : name, model_shape(model),
                           config.tensor_parallel_size);
 }
 

@@ -6,7 +6,7 @@
 
 namespace deinfer {
 
-RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const PhasePlans& plans,
+RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
                      int threads, int max_model_len, const LoadProgress& progress)
     : plans_(plans), ranks_(plans[0]->size()), workers_(static_cast<std::size_t>(plans[0]->size())) {
   int size = ranks_.size();

@@ -14,7 +14,7 @@ class RankGroup {
  public:
   /// Loads every rank's weights, at the same time. `threads` is the size of each rank's team; cores
   /// are divided among the ranks when there are enough. Throws what a rank throws.
-  RankGroup(const EngineConfig& config, const ModelConfig& model, const PhasePlans& plans,
+  RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
             int threads, int max_model_len, const LoadProgress& progress);
 
   void allocate_kv_cache(std::int64_t num_blocks);
@@ -25,7 +25,7 @@ class RankGroup {
   std::span<const TokenId> execute(const Batch& batch, const Worker::LogitsConsumer& consume);
 
   int size() const { return static_cast<int>(workers_.size()); }
-  const PhasePlans& plans() const { return plans_; }
+  const StepPlans& plans() const { return plans_; }
   Worker& rank(int index) { return *workers_[static_cast<std::size_t>(index)]; }
   /// Of all ranks together.
   std::uint64_t kv_block_bytes() const;
@@ -33,7 +33,7 @@ class RankGroup {
  private:
   void on_all(const std::function<void(int rank)>& fn);
 
-  PhasePlans plans_;
+  StepPlans plans_;
   std::vector<std::unique_ptr<Communicator>> communicators_;  // until the workers take them
   ThreadTeam ranks_;
   std::vector<std::unique_ptr<Worker>> workers_;

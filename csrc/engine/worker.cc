@@ -63,7 +63,7 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
   int step = decoder_->logit_rows(communicator_->max_bytes());
   bool prefill = std::any_of(batch.sequences.begin(), batch.sequences.end(),
                              [](const BatchSequence& run) { return run.num_rows > 1; });
-  Phase phase = prefill ? Phase::kPrefill : Phase::kDecode;
+  StepKind kind = prefill ? StepKind::kPrefill : StepKind::kDecode;
   Ticket ticket = exchange_.size() > 1 ? exchange_.prepare() : 0;
   team_.run([&](TeamMember& member) {
     ExecutionContext ctx{kernels_,
@@ -71,8 +71,8 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
                          scratch_[static_cast<std::size_t>(member.id())],
                          exchange_,
                          ticket,
-                         phase,
-                         residual_[static_cast<std::size_t>(phase)]};
+                         kind,
+                         residual_[static_cast<std::size_t>(kind)]};
     decoder_->forward(ctx, batch, *cache_);
     for (int first = 0; first < rows; first += step) {
       int count = std::min(step, rows - first);

@@ -45,7 +45,7 @@ class Worker {
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;
   TeamExchange exchange_;
-  std::array<ResidualLayout, kNumPhases> residual_;
+  std::array<ResidualLayout, kNumStepKinds> residual_;
   ThreadTeam team_;
   std::uint64_t parameters_ = 0;
   std::unique_ptr<Decoder> decoder_;

@@ -26,9 +26,9 @@ int max_z_cols(const DecoderWeights& weights) {
 }
 
 /// Whether one of the linears wants its whole input from all ranks.
-bool gathers(Phase phase, std::initializer_list<const LowRankLinear*> linears) {
+bool gathers(StepKind kind, std::initializer_list<const LowRankLinear*> linears) {
   return std::any_of(linears.begin(), linears.end(), [&](const LowRankLinear* linear) {
-    return linear->exchange(phase).before != Exchange::kNone;
+    return linear->exchange(kind).before != Exchange::kNone;
   });
 }
 
@@ -183,7 +183,7 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
 void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                               const KvLayer& kv) {
   int m = batch.num_tokens();
-  bool gather = gathers(ctx.phase, {&layer.query, &layer.key, &layer.value});
+  bool gather = gathers(ctx.step_kind, {&layer.query, &layer.key, &layer.value});
   GroupInput x = residual_.normed(ctx, m, layer.attention_norm, config_.rms_norm_eps, gather);
   QkvOutput qkv;
   qkv.q = query_.as<float>();
@@ -198,7 +198,7 @@ void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const D
 }
 
 void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
-  bool gather = gathers(ctx.phase, {&layer.gate, &layer.up});
+  bool gather = gathers(ctx.step_kind, {&layer.gate, &layer.up});
   GroupInput x = residual_.normed(ctx, m, layer.mlp_norm, config_.rms_norm_eps, gather);
   lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, z_.view(), gated_.view());
   lowrank_linear_add(ctx, m, {gated_.view()}, layer.down, z_.view(), residual_.rows(),

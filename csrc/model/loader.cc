@@ -148,10 +148,10 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
 
   bool multiplied = is_low_rank && share_.plans[0]->multiplies_out() && share_.size > 1;
   LinearShape shape{n, k, multiplied ? 0 : rank};
-  LinearPlacement place = share_.place(Phase::kDecode, role, shape);
-  for (Phase phase : {Phase::kDecode, Phase::kPrefill}) {
-    LinearPlacement own = share_.place(phase, role, shape);
-    linear.exchanges[static_cast<std::size_t>(phase)] = {own.before, own.after_v, own.after_u};
+  LinearPlacement place = share_.place(StepKind::kDecode, role, shape);
+  for (StepKind kind : {StepKind::kDecode, StepKind::kPrefill}) {
+    LinearPlacement own = share_.place(kind, role, shape);
+    linear.exchanges[static_cast<std::size_t>(kind)] = {own.before, own.after_v, own.after_u};
   }
   if (multiplied) {
     linear.w = multiply_out(v, u, n, k, rank, place, row_map);

@@ -74,8 +74,8 @@ struct ExecutionContext {
   ThreadScratch& scratch;
   TeamExchange& exchange;
   Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::prepare()
-  Phase phase = Phase::kDecode;
-  ResidualLayout residual = ResidualLayout::kReplicated;  // in this phase
+  StepKind step_kind = StepKind::kDecode;
+  ResidualLayout residual = ResidualLayout::kReplicated;  // in this kind of step
   int tile_tokens = kTileTokens;  // tokens that pass together, up to kTileTokens: the exchange of
                                   // some is hidden by computing the next
 };

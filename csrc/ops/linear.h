@@ -27,15 +27,15 @@ struct LowRankLinear {
   cpu::PackedMatrix u;      // [n, r]
   std::vector<float> bias;  // in the packed row order, padded to 32; or empty
   int rank = 0;  // of the whole linear; 0 stands for the columns of u
-  std::array<LinearExchanges, kNumPhases> exchanges;
+  std::array<LinearExchanges, kNumStepKinds> exchanges;
   std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
   Range y_share;                // the columns that this rank keeps of an exchanged output
   int x_col = 0;                // of a replicated input, the first column that W takes
 
   bool is_low_rank() const { return !v.empty() || !u.empty(); }
   const cpu::PackedMatrix& output_factor() const { return is_low_rank() ? u : w; }
-  const LinearExchanges& exchange(Phase phase) const {
-    return exchanges[static_cast<std::size_t>(phase)];
+  const LinearExchanges& exchange(StepKind kind) const {
+    return exchanges[static_cast<std::size_t>(kind)];
   }
   std::size_t bytes() const { return w.bytes() + v.bytes() + u.bytes(); }
   /// Elements of z.

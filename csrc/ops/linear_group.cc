@@ -75,7 +75,7 @@ class Group {
       add(*branch.linear);
       if (branch.second != nullptr) add(*branch.second);
     }
-    after_u_ = branches.front().linear->exchange(ctx.phase).after_u;
+    after_u_ = branches.front().linear->exchange(ctx.step_kind).after_u;
     part_cols_ = part_sums_;
     if (input.sum_squares != nullptr && after_v_ == Exchange::kAllReduce) ++part_cols_;
   }
@@ -108,7 +108,7 @@ class Group {
   /// Whether a linear belongs to the first stage: V factors do, and dense linears that read x and
   /// exchange nothing.
   bool reads_x(const LowRankLinear& linear) const {
-    const LinearExchanges& exchanges = linear.exchange(ctx_.phase);
+    const LinearExchanges& exchanges = linear.exchange(ctx_.step_kind);
     return !linear.is_low_rank() && exchanges.before == Exchange::kNone &&
            exchanges.after_u == Exchange::kNone;
   }
@@ -118,7 +118,7 @@ class Group {
     inners_[num_inners_++] = {&linear, z_cols_, part_sums_};
     z_cols_ += linear.z_cols();
     part_sums_ += linear.v.n;
-    after_v_ = linear.exchange(ctx_.phase).after_v;
+    after_v_ = linear.exchange(ctx_.step_kind).after_v;
   }
 
   const Inner& inner_of(const LowRankLinear& linear) const {
@@ -131,7 +131,7 @@ class Group {
     if (linear.is_low_rank()) {
       return {&linear.u, z_.columns_from(inner_of(linear).z_col), nullptr, nullptr, {}};
     }
-    bool gathered = linear.exchange(ctx_.phase).before != Exchange::kNone;
+    bool gathered = linear.exchange(ctx_.step_kind).before != Exchange::kNone;
     const Activations& x = gathered ? input_.gathered : input_.x;
     return {&linear.w, x.columns_from(linear.x_col), nullptr, nullptr, {}};
   }

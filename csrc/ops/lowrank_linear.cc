@@ -230,7 +230,7 @@ void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const Lo
   const Branch branches[] = {{&query, &store_query, nullptr},
                              {&key, &store_key, nullptr},
                              {&value, &store_value, nullptr}};
-  if (query.exchange(ctx.phase).after_u == Exchange::kNone) {
+  if (query.exchange(ctx.step_kind).after_u == Exchange::kNone) {
     return run_group(ctx, m, input, z, branches);
   }
   for (const Branch& branch : branches) run_group(ctx, m, input, z, std::span(&branch, 1));
