@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kNormedElements = 4096;
 constexpr int kMaxNormedRows = 8;
+// Shorter tiles multiply less efficiently than what overlapping their exchanges gains.
+constexpr int kUsualTileTokens = 128;
+constexpr int kMinTileTokens = 16;
+constexpr int kMaxChunks = 4;
 
 DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
   if (name == "auto") return loader.checkpoint_dtype("model.embed_tokens.weight");
@@ -22,6 +26,7 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
                std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
                const LoadProgress& progress)
     : block_size_(config.block_size),
+      exchange_chunks_(config.exchange_chunks),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
       exchange_(*communicator_),
@@ -54,6 +59,14 @@ void Worker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
 }
 
+int Worker::tile_tokens(int num_tokens) const {
+  if (exchange_.size() == 1) return kTileTokens;
+  int chunks = exchange_chunks_ > 0 ? std::min(exchange_chunks_, num_tokens / kMinTileTokens)
+                                    : std::min(kMaxChunks, num_tokens / kUsualTileTokens);
+  chunks = std::max({chunks, 1, (num_tokens + kTileTokens - 1) / kTileTokens});
+  return (num_tokens + chunks - 1) / chunks;
+}
+
 std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
   decoder_->plan(batch);
   most_likely_.resize(batch.argmax_rows.size());
@@ -72,7 +85,8 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
                          exchange_,
                          ticket,
                          kind,
-                         residual_[static_cast<std::size_t>(kind)]};
+                         residual_[static_cast<std::size_t>(kind)],
+                         tile_tokens(batch.num_tokens())};
     decoder_->forward(ctx, batch, *cache_);
     for (int first = 0; first < rows; first += step) {
       int count = std::min(step, rows - first);

@@ -41,7 +41,10 @@ class Worker {
   Communicator& communicator() { return *communicator_; }
 
  private:
+  int tile_tokens(int num_tokens) const;
+
   int block_size_;
+  int exchange_chunks_;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;
   TeamExchange exchange_;

@@ -111,6 +111,7 @@ void bind_params(py::module_& m) {
       .def_readwrite("tensor_parallel_size", &EngineConfig::tensor_parallel_size)
       .def_readwrite("tensor_parallel_plan", &EngineConfig::tensor_parallel_plan)
       .def_readwrite("emulated_link", &EngineConfig::emulated_link)
+      .def_readwrite("exchange_chunks", &EngineConfig::exchange_chunks)
       .def_readwrite("num_threads", &EngineConfig::num_threads)
       .def_readwrite("max_model_len", &EngineConfig::max_model_len)
       .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)

@@ -62,6 +62,7 @@ class EngineConfig:
         tensor_parallel_size: int = 1,
         tensor_parallel_plan: str = "auto",
         emulated_link: str = "",
+        exchange_chunks: int = 0,
         num_threads: int = 0,
         max_model_len: int = 0,
         max_num_seqs: int = 256,
@@ -79,6 +80,7 @@ class EngineConfig:
     tensor_parallel_size: int
     tensor_parallel_plan: str
     emulated_link: str
+    exchange_chunks: int
     num_threads: int
     max_model_len: int
     max_num_seqs: int

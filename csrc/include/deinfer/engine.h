@@ -27,6 +27,8 @@ struct EngineConfig {
   std::string tensor_parallel_plan = "auto";
   std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s": the
                               // ranks' exchanges take as long as over such a link
+  int exchange_chunks = 0;    // parts in which the tokens of a long batch pass through the ranks, so
+                              // that the exchange of one hides behind the next; 0: chosen by length
   int num_threads = 0;               // CPU threads per rank; 0: the cores of the affinity mask, or
                                      // the CPU quota if less, / ranks
   int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
