@@ -212,8 +212,9 @@ PlanReport choose_plan(const PlannedModel& model, const PlannerOptions& options)
     report.choices.push_back({phases[i].name, chosen.best[i]->plan, phases[i].weight,
                               chosen.best[i]->phases[i].seconds});
   }
-  report.decode_plan = best_of_kind(chosen, phases, false);
-  report.prefill_plan = best_of_kind(chosen, phases, true);
+  // Where only one kind of phase was asked for, its plan serves the other too.
+  report.decode_plan = best_of_kind(chosen, phases, options.batches.empty());
+  report.prefill_plan = best_of_kind(chosen, phases, !options.prefill.empty());
 
   std::vector<RankedLayout> ranked;
   for (const Layout& layout : layouts) ranked.push_back({layout.name, layout.score, layout.best});
