@@ -171,7 +171,7 @@ class PlannerConfig:
         context: int = 1024,
         batches: Sequence[int] = (1, 4, 16, 64, 256),
         prefill: Sequence[int] = (2048,),
-        mix: Mapping[str, float] = ...,
+        mix: Mapping[str, float] = {},
         max_chunks: int = 1,
     ) -> None: ...
     model: str
