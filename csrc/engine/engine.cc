@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/cpu_topology.h"
 #include "engine/request.h"
+#include "engine/plan_choice.h"
 #include "engine/rank_group.h"
 #include "scheduler/scheduler.h"
 
@@ -47,17 +48,6 @@ std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_by
   }
   std::int64_t per_sequence = (max_model_len + config.block_size - 1) / config.block_size;
   return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
-}
-
-ModelShape model_shape(const ModelConfig& model) {
-  return {model.hidden_size,  model.intermediate_size, model.num_heads,
-          model.num_kv_heads, model.head_dim,          model.vocab_size};
-}
-
-StepPlans choose_plans(const EngineConfig& config, const ModelConfig& model) {
-  const std::string& name = config.tensor_parallel_plan;
-  return make_step_plans(name == "auto" ? "hidden_sharded" : name, model_shape(model),
-                          config.tensor_parallel_size);
 }
 
 std::vector<CollectiveStats> collective_stats(const Communicator& communicator) {
@@ -140,7 +130,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
-  ranks = std::make_unique<RankGroup>(config, model, choose_plans(config, model), threads,
+  ranks = std::make_unique<RankGroup>(config, model, choose_plans(config, model, threads), threads,
                                       max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);

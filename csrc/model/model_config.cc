@@ -129,10 +129,12 @@ RopeConfig read_rope_config(const json& config, int max_position_embeddings) {
   return rope;
 }
 
-ModelConfig read_model_config(const std::filesystem::path& directory) {
-  json config = io::read_json(directory / "config.json");
-  check_argument(config.is_object(), (directory / "config.json").string(),
-                 ": expected a JSON object");
+ModelConfig read_model_config(const std::filesystem::path& path) {
+  const bool is_file = std::filesystem::is_regular_file(path);
+  const std::filesystem::path file = is_file ? path : path / "config.json";
+  const std::filesystem::path directory = file.parent_path();
+  json config = io::read_json(file);
+  check_argument(config.is_object(), file.string(), ": expected a JSON object");
   std::string model_type = json_string(config, "model_type", "");
   ModelConfig model = find_architecture(model_type).parse(config);
   model.model_type = model_type;

@@ -29,10 +29,11 @@ struct ModelConfig {
   std::map<std::string, int> lowrank_ranks;  // module name -> rank, from the low_rank object
 };
 
-/// Reads config.json (and generation_config.json) of a checkpoint directory and lets the registered
-/// architecture interpret it. Throws kInvalidArgument naming the field and its value, kUnsupported
-/// for an architecture or feature that deinfer does not run.
-ModelConfig read_model_config(const std::filesystem::path& directory);
+/// Reads config.json (and generation_config.json beside it) and lets the registered architecture
+/// interpret it. `path` is a checkpoint directory or the config file itself. Throws
+/// kInvalidArgument naming the field and its value, kUnsupported for an architecture or feature
+/// that deinfer does not run.
+ModelConfig read_model_config(const std::filesystem::path& path);
 
 /// Field access that reports the field's name and what was found instead.
 int json_int(const nlohmann::json& object, const char* key, int minimum);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "deinfer/engine.h"
+#include "deinfer/planner.h"
 
 namespace py = pybind11;
 
@@ -206,6 +207,64 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("stats", &Engine::stats);
 }
 
+void bind_planner(py::module_& m) {
+  py::class_<PlannerConfig>(m, "PlannerConfig")
+      .def(py::init([](const py::kwargs& fields) {
+        return from_keywords<PlannerConfig>("PlannerConfig", fields);
+      }))
+      .def_readwrite("model", &PlannerConfig::model)
+      .def_readwrite("tensor_parallel_size", &PlannerConfig::tensor_parallel_size)
+      .def_readwrite("link", &PlannerConfig::link)
+      .def_readwrite("hardware", &PlannerConfig::hardware)
+      .def_readwrite("dtype", &PlannerConfig::dtype)
+      .def_readwrite("keep", &PlannerConfig::keep)
+      .def_readwrite("memory_gib", &PlannerConfig::memory_gib)
+      .def_readwrite("context", &PlannerConfig::context)
+      .def_readwrite("batches", &PlannerConfig::batches)
+      .def_readwrite("prefill", &PlannerConfig::prefill)
+      .def_readwrite("mix", &PlannerConfig::mix)
+      .def_readwrite("max_chunks", &PlannerConfig::max_chunks);
+  py::class_<PhaseEstimate>(m, "PhaseEstimate")
+      .def_readonly("phase", &PhaseEstimate::phase)
+      .def_readonly("seconds", &PhaseEstimate::seconds)
+      .def_readonly("product_seconds", &PhaseEstimate::product_seconds)
+      .def_readonly("operation_seconds", &PhaseEstimate::operation_seconds)
+      .def_readonly("attention_seconds", &PhaseEstimate::attention_seconds)
+      .def_readonly("exchange_seconds", &PhaseEstimate::exchange_seconds)
+      .def_readonly("chunks", &PhaseEstimate::chunks);
+  py::class_<PlanEstimate>(m, "PlanEstimate")
+      .def_readonly("plan", &PlanEstimate::plan)
+      .def_readonly("layout", &PlanEstimate::layout)
+      .def_readonly("all_reduces", &PlanEstimate::all_reduces)
+      .def_readonly("all_gathers", &PlanEstimate::all_gathers)
+      .def_readonly("reduce_scatters", &PlanEstimate::reduce_scatters)
+      .def_readonly("wire_bytes_per_token", &PlanEstimate::wire_bytes_per_token)
+      .def_readonly("weight_bytes", &PlanEstimate::weight_bytes)
+      .def_readonly("kv_bytes_per_token", &PlanEstimate::kv_bytes_per_token)
+      .def_readonly("kv_tokens", &PlanEstimate::kv_tokens)
+      .def_readonly("fits", &PlanEstimate::fits)
+      .def_readonly("phases", &PlanEstimate::phases);
+  py::class_<PhaseChoice>(m, "PhaseChoice")
+      .def_readonly("phase", &PhaseChoice::phase)
+      .def_readonly("plan", &PhaseChoice::plan)
+      .def_readonly("weight", &PhaseChoice::weight)
+      .def_readonly("seconds", &PhaseChoice::seconds);
+  py::class_<PlanReport>(m, "PlanReport")
+      .def_readonly("plans", &PlanReport::plans)
+      .def_readonly("layout", &PlanReport::layout)
+      .def_readonly("choices", &PlanReport::choices)
+      .def_readonly("decode_plan", &PlanReport::decode_plan)
+      .def_readonly("prefill_plan", &PlanReport::prefill_plan)
+      .def_readonly("reason", &PlanReport::reason)
+      .def_readonly("link_latency_s", &PlanReport::link_latency_s)
+      .def_readonly("link_bytes_per_s", &PlanReport::link_bytes_per_s)
+      .def_readonly("memory_bytes_per_s", &PlanReport::memory_bytes_per_s)
+      .def_readonly("flops_per_s", &PlanReport::flops_per_s)
+      .def_readonly("memory_bytes", &PlanReport::memory_bytes);
+  m.def("plan_tensor_parallelism", &plan_tensor_parallelism, py::arg("config"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -215,5 +274,6 @@ PYBIND11_MODULE(_C, m) {
   bind_params(m);
   bind_outputs(m);
   bind_engine(m);
+  bind_planner(m);
   m.def("supported_isas", &supported_isas);
 }

@@ -99,7 +99,7 @@ def test_version() -> None:
     assert succeed("--version") == f"deinfer {deinfer.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["info", "decompose", "generate", "chat", "eval"])
+@pytest.mark.parametrize("name", ["info", "decompose", "generate", "chat", "eval", "plan"])
 def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([name, "--help"], ["--help"]):
         with pytest.raises(SystemExit, match="0"):
