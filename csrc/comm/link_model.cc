@@ -1,9 +1,10 @@
 #include "comm/link_model.h"
 
 #include <algorithm>
-#include <array>
+#include <charconv>
+#include <cmath>
 
-#include "plan/numbers.h"
+#include "base/check.h"
 
 namespace deinfer {
 namespace {
@@ -12,45 +13,58 @@ struct Preset {
   std::string_view name;
   LinkModel link;
 };
-
-// nvlink: H100 SXM, 90 % of 450 GB/s; 6.5 us is what vLLM's and SGLang's own all-reduces take for
-// small messages as kernels of their own (vLLM #24111, SGLang #2904). pcie: 4.0 x16 through the
-// host, as NCCL does it. ethernet: 25 Gbit/s, TCP.
-constexpr std::array kPresets = {
-    Preset{"nvlink", {6.5e-6, 405e9}},
-    Preset{"pcie", {20e-6, 25e9}},
-    Preset{"ethernet", {50e-6, 2.9e9}},
+constexpr Preset kPresets[] = {
+    {"nvlink", {6.5e-6, 405e9}},    // 90 % of 450 GB/s
+    {"pcie", {20e-6, 25e9}},        // 4.0 x16
+    {"ethernet", {30e-6, 12.5e9}},  // 100 Gbit/s
 };
 
-constexpr double kTwoShotLatency = 1.5;
+double parse_number(std::string_view text, std::string_view what, std::string_view whole) {
+  double value = 0;
+  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  check_argument(error == std::errc() && end == text.data() + text.size() && std::isfinite(value),
+                 "link \"", whole, "\": ", what, " is not a number: \"", text, "\"");
+  return value;
+}
 
 }  // namespace
 
-double exchange_seconds(const LinkModel& link, Collective kind, std::uint64_t bytes, int ranks) {
-  if (ranks <= 1) return 0;
-  const double others = ranks - 1;
-  const double per_rank = others / ranks;
-  const double seconds = static_cast<double>(bytes) / link.bytes_per_s;
-  switch (kind) {
-    case Collective::kAllReduce:
-      return std::min(link.latency_s + others * seconds,
-                      kTwoShotLatency * link.latency_s + 2 * per_rank * seconds);
-    case Collective::kReduceScatter: return link.latency_s + per_rank * seconds;
-    case Collective::kAllGather:
-    case Collective::kBroadcast:
-    case Collective::kGather: return link.latency_s + others * seconds;
-    case Collective::kBarrier: break;
-  }
-  return link.latency_s;
+void check_link(const LinkModel& link) {
+  check_argument(std::isfinite(link.latency_s) && link.latency_s >= 0,
+                 "link: the latency must be at least 0, got ", link.latency_s * 1e6, " us");
+  check_argument(std::isfinite(link.bytes_per_s) && link.bytes_per_s > 0,
+                 "link: the bandwidth must be above 0, got ", link.bytes_per_s * 1e-9, " GB/s");
 }
 
-LinkModel parse_link(std::string_view text) {
+LinkModel parse_link_model(std::string_view text) {
   for (const Preset& preset : kPresets) {
-    if (preset.name == text) return preset.link;
+    if (text == preset.name) return preset.link;
   }
-  constexpr const char* kExpected = "nvlink, pcie, ethernet or latency_us:GB_per_s such as 6.5:405";
-  const auto [latency_us, gigabytes] = parse_two_numbers("link", text, text, kExpected);
-  return {latency_us * 1e-6, gigabytes * 1e9};
+  std::size_t colon = text.find(':');
+  check_argument(colon != std::string_view::npos, "link \"", text,
+                 "\": must be nvlink, pcie, ethernet or \"latency_us:GB_per_s\"");
+  LinkModel link{parse_number(text.substr(0, colon), "the latency in us", text) * 1e-6,
+                 parse_number(text.substr(colon + 1), "the bandwidth in GB/s", text) * 1e9};
+  check_link(link);
+  return link;
+}
+
+double exchange_seconds(const LinkModel& link, Collective kind, std::size_t bytes, int ranks) {
+  if (ranks <= 1) return 0;
+  auto b = static_cast<double>(bytes);
+  double n = ranks;
+  double to_everyone = (n - 1) * b / link.bytes_per_s;
+  double to_each_its_part = to_everyone / n;
+  switch (kind) {
+    case Collective::kAllReduce:
+      return std::min(link.latency_s + to_everyone, 1.5 * link.latency_s + 2 * to_each_its_part);
+    case Collective::kAllGather:
+    case Collective::kBroadcast:
+    case Collective::kGather: return link.latency_s + to_everyone;
+    case Collective::kReduceScatter: return link.latency_s + to_each_its_part;
+    case Collective::kBarrier: return link.latency_s;
+  }
+  return 0;
 }
 
 }  // namespace deinfer

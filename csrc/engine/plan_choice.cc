@@ -31,7 +31,7 @@ StepPlans choose_plans(const EngineConfig& config, const ModelConfig& model, int
   PlannerOptions options;
   options.size = size;
   options.link = config.emulated_link.empty() ? measure_local_link(size)
-                                              : parse_link(config.emulated_link);
+                                              : parse_link_model(config.emulated_link);
   options.hardware =
       measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
   options.batches.assign(std::begin(kBatches), std::end(kBatches));

@@ -20,7 +20,7 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
       std::unique_ptr<Communicator> communicator = group.communicator(rank);
       if (!config.emulated_link.empty()) {
         communicator =
-            make_emulated_link(std::move(communicator), parse_link(config.emulated_link));
+            make_emulated_link(std::move(communicator), parse_link_model(config.emulated_link));
       }
       communicators_.push_back(std::move(communicator));
     }

@@ -193,7 +193,7 @@ void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const D
   qkv.angles = {cos_.as<float>(), sin_.as<float>(), angle_cols_};
   lowrank_qkv(ctx, m, x, layer.query, layer.key, layer.value, z_.view(), qkv);
   attention_.run(ctx, batch, qkv.q, qkv.ldq, kv, attended_.view());
-  lowrank_linear_add(ctx, m, {attended_.view()}, layer.output, z_.view(), residual_.rows(),
+  lowrank_linear_add(ctx, m, GroupInput(attended_.view()), layer.output, z_.view(), residual_.rows(),
                      residual_.ld());
 }
 
@@ -201,21 +201,21 @@ void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer)
   bool gather = gathers(ctx.step_kind, {&layer.gate, &layer.up});
   GroupInput x = residual_.normed(ctx, m, layer.mlp_norm, config_.rms_norm_eps, gather);
   lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, z_.view(), gated_.view());
-  lowrank_linear_add(ctx, m, {gated_.view()}, layer.down, z_.view(), residual_.rows(),
+  lowrank_linear_add(ctx, m, GroupInput(gated_.view()), layer.down, z_.view(), residual_.rows(),
                      residual_.ld());
 }
 
 void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out) {
   Activations x = residual_.wanted(ctx, count, batch.logit_rows.data() + first, batch.num_tokens(),
                                    weights_.final_norm, config_.rms_norm_eps);
-  output_logits(ctx, count, {x}, weights_.head, z_.view(), share_.vocabularies, out);
+  output_logits(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies, out);
 }
 
 void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
                           TokenId* tokens) {
   Activations x = residual_.wanted(ctx, count, batch.argmax_rows.data() + first, batch.num_tokens(),
                                    weights_.final_norm, config_.rms_norm_eps);
-  output_most_likely(ctx, count, {x}, weights_.head, z_.view(), share_.vocabularies, maxima_,
+  output_most_likely(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies, maxima_,
                      best_value_.data(), tokens);
 }
 

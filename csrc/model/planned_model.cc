@@ -87,7 +87,7 @@ PlanReport plan_tensor_parallelism(const PlannerConfig& config) {
       "memory_gib=", config.memory_gib, " is not a size in GiB");
   PlannerOptions options;
   options.size = config.tensor_parallel_size;
-  options.link = parse_link(config.link);
+  options.link = parse_link_model(config.link);
   options.hardware = parse_hardware(config.hardware);
   options.memory_bytes = static_cast<std::uint64_t>(config.memory_gib * (1 << 30));
   options.batches = config.batches;

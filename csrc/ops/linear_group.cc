@@ -197,7 +197,7 @@ class Group {
   }
 
   void finish_z(const Tile& tile) {
-    ctx_.exchange.wait(tile.tickets[0]);
+    ctx_.exchange.wait(ctx_.member, tile.tickets[0]);
     if (after_v_ != Exchange::kAllGather) {
       sum_z(tile);
     } else {
@@ -338,7 +338,7 @@ class Group {
   void finish_output(const Tile& tile) {
     const Branch& branch = branches_.front();
     std::size_t count = branch.second == nullptr ? 1 : 2;
-    for (std::size_t i = 0; i < count; ++i) ctx_.exchange.wait(tile.tickets[i]);
+    for (std::size_t i = 0; i < count; ++i) ctx_.exchange.wait(ctx_.member, tile.tickets[i]);
     bool scattered = after_u_ == Exchange::kReduceScatter;
     bool tokens = scattered && ctx_.residual == ResidualLayout::kTokenShards;
     Range rows = tokens ? own_tokens(tile.row, tile.rows, ctx_.exchange.rank(),

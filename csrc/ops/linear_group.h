@@ -19,6 +19,9 @@ struct Branch {
 /// What a group reads. `x` is what this rank has of the input: columns of the hidden shard, or rows
 /// of the token shard at their places in the batch.
 struct GroupInput {
+  GroupInput() = default;
+  explicit GroupInput(const Activations& input) : x(input) {}
+
   Activations x;
   Activations gathered;  // all columns and rows, for dense linears whose plan gathers before them
   /// Hidden shards: x is not normalised yet. sum_squares[m] of this rank's columns travel with z,

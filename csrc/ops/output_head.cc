@@ -24,8 +24,8 @@ void output_logits(ExecutionContext& ctx, int m, const GroupInput& x, const LowR
   Ticket ticket = ctx.ticket++;
   ctx.exchange.start(ctx.member, Collective::kGather,
                      static_cast<std::size_t>(m) * static_cast<std::size_t>(own) * sizeof(float));
+  ctx.exchange.wait(ctx.member, ticket);
   if (ctx.exchange.rank() == 0) {
-    ctx.exchange.wait(ticket);
     auto [begin, end] = ctx.member.share(m);
     for (int i = begin; i < end; ++i) {
       for (int r = 0; r < ctx.exchange.size(); ++r) {
@@ -52,8 +52,8 @@ void output_most_likely(ExecutionContext& ctx, int m, const GroupInput& x,
   Ticket ticket = ctx.ticket++;
   ctx.exchange.start(ctx.member, Collective::kGather,
                      static_cast<std::size_t>(m) * sizeof(Candidate));
+  ctx.exchange.wait(ctx.member, ticket);
   if (ctx.exchange.rank() == 0) {
-    ctx.exchange.wait(ticket);
     for (int i = begin; i < end; ++i) {
       Candidate best{-std::numeric_limits<float>::infinity(), 0};
       for (int r = 0; r < ctx.exchange.size(); ++r) {  // ascending: equal ones keep the lowest

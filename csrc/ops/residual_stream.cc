@@ -75,7 +75,7 @@ void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> token
     Ticket ticket = ctx.ticket++;
     ctx.exchange.start(ctx.member, replicated ? Collective::kAllReduce : Collective::kReduceScatter,
                        float_bytes(count, hidden_));
-    ctx.exchange.wait(ticket);
+    ctx.exchange.wait(ctx.member, ticket);
     Range own{row, row + count};
     if (ctx.residual == ResidualLayout::kTokenShards) {
       own = own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
@@ -149,7 +149,7 @@ void ResidualStream::gather_columns(ExecutionContext& ctx, int m, const float* g
     }
     Ticket ticket = ctx.ticket++;
     ctx.exchange.start(ctx.member, Collective::kAllGather, float_bytes(count, own));
-    ctx.exchange.wait(ticket);
+    ctx.exchange.wait(ctx.member, ticket);
     float* whole = ctx.scratch.row.data();
     for (int i = begin; i < end; ++i) {
       for (int r = 0; r < ctx.exchange.size(); ++r) {
@@ -177,7 +177,7 @@ void ResidualStream::gather_tokens(ExecutionContext& ctx, int m) {
     Ticket ticket = ctx.ticket++;
     ctx.exchange.start(ctx.member, Collective::kAllGather,
                        static_cast<std::size_t>(own.size()) * row_bytes);
-    ctx.exchange.wait(ticket);
+    ctx.exchange.wait(ctx.member, ticket);
     for (int r = 0; r < ctx.exchange.size(); ++r) {
       Range theirs = own_tokens(row, count, r, ctx.exchange.size());
       auto [first, last] = ctx.member.share(theirs.size());
@@ -218,7 +218,7 @@ Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* 
   Ticket ticket = ctx.ticket++;
   ctx.exchange.start(ctx.member, shards ? Collective::kAllGather : Collective::kAllReduce,
                      float_bytes(count, columns));
-  ctx.exchange.wait(ticket);
+  ctx.exchange.wait(ctx.member, ticket);
   auto* whole = wanted_.as<float>();
   for (int i = begin; i < end; ++i) {
     float* out = whole + std::ptrdiff_t{i} * hidden_;

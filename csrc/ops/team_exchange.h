@@ -44,7 +44,10 @@ class TeamExchange {
   }
 
   /// Returns when all ranks have started the exchange.
-  void wait(Ticket ticket) { communicator_.wait(ticket); }
+  void wait(const TeamMember& member, Ticket ticket) {
+    while (ready_.load(std::memory_order_acquire) <= ticket) member.check_abort();
+    communicator_.wait(ticket);
+  }
   const std::byte* from(int rank, Ticket ticket) const {
     return communicator_.contribution_of(rank, ticket);
   }

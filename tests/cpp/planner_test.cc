@@ -38,7 +38,7 @@ const ModelShape k70B{8192, 28672, 64, 8, 128, 128256};
 PlannerOptions options_for(int size, const char* link) {
   PlannerOptions options;
   options.size = size;
-  options.link = parse_link(link);
+  options.link = parse_link_model(link);
   options.hardware = parse_hardware("h100");
   options.batches = {1, 4, 16, 64, 256};
   options.prefill = {2048};
@@ -73,13 +73,13 @@ TEST(LinkModel, FollowsItsFormulas) {
 }
 
 TEST(LinkModel, ReadsItsText) {
-  EXPECT_EQ(parse_link("nvlink").bytes_per_s, 405e9);
-  EXPECT_NEAR(parse_link("2.5:20").latency_s, 2.5e-6, 1e-15);
-  EXPECT_EQ(parse_link("2.5:20").bytes_per_s, 20e9);
+  EXPECT_EQ(parse_link_model("nvlink").bytes_per_s, 405e9);
+  EXPECT_NEAR(parse_link_model("2.5:20").latency_s, 2.5e-6, 1e-15);
+  EXPECT_EQ(parse_link_model("2.5:20").bytes_per_s, 20e9);
   EXPECT_EQ(parse_hardware("cpu:40:500").flops_per_s, 500e9);
   for (const char* text : {"", "nvlnk", "5", "5:", ":5", "0:5", "5:-1", "5:nan", "5:inf", "5:5x"}) {
     for (const std::function<void()>& parse : std::vector<std::function<void()>>{
-             [&] { parse_link(text); }, [&] { parse_hardware(std::string("cpu:") + text); }}) {
+             [&] { parse_link_model(text); }, [&] { parse_hardware(std::string("cpu:") + text); }}) {
       try {
         parse();
         ADD_FAILURE() << "\"" << text << "\" was accepted";
@@ -136,7 +136,7 @@ TEST(CostModel, OverlapHidesButNeverHurts) {
       auto plan = make_plan(name, model.shape, 8);
       for (const Phase& phase : {Phase{false, 1, 1024}, Phase{false, 64, 1024},
                                  Phase{true, 2048, 0}, Phase{true, 8192, 4096}}) {
-        const LinkModel link = parse_link(text);
+        const LinkModel link = parse_link_model(text);
         const StepCost one = step_cost(model, *plan, hw, link, phase, 1);
         const StepCost best = best_step_cost(model, *plan, hw, link, phase, 4);
         EXPECT_LE(best.total(), one.total());
@@ -147,7 +147,7 @@ TEST(CostModel, OverlapHidesButNeverHurts) {
   }
   // A long prefill hides most of what PCIe needs; one token has nothing to hide behind.
   auto plan = make_plan("token_sharded", model.shape, 8);
-  const LinkModel link = parse_link("pcie");
+  const LinkModel link = parse_link_model("pcie");
   EXPECT_GT(best_step_cost(model, *plan, hw, link, {true, 4096, 0}, 4).chunks, 1);
   EXPECT_EQ(best_step_cost(model, *plan, hw, link, {false, 1, 1024}, 4).chunks, 1);
 }
@@ -157,11 +157,11 @@ TEST(CostModel, EveryPlanIsTheSameOnOneRankButForItsOperations) {
   const Hardware hw = parse_hardware("h100");
   const Phase phase{false, 16, 1024};
   const StepCost expected =
-      step_cost(model, *make_plan("hidden_sharded", k8B, 1), hw, parse_link("pcie"), phase, 1);
+      step_cost(model, *make_plan("hidden_sharded", k8B, 1), hw, parse_link_model("pcie"), phase, 1);
   for (std::string_view name : plan_names()) {
     if (name == "dense") continue;
     const StepCost cost =
-        step_cost(model, *make_plan(name, k8B, 1), hw, parse_link("pcie"), phase, 1);
+        step_cost(model, *make_plan(name, k8B, 1), hw, parse_link_model("pcie"), phase, 1);
     EXPECT_EQ(cost.exchanges, 0) << name;
     EXPECT_NEAR(cost.products, expected.products, 1e-9) << name;
     EXPECT_EQ(cost.attention, expected.attention) << name;

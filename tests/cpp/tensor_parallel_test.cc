@@ -1,6 +1,7 @@
 // Whole models over several ranks: every plan computes what one rank computes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -11,15 +12,15 @@
 namespace deinfer {
 namespace {
 
-struct Run {
+struct Outcome {
   std::vector<float> logits;  // of all prompt tokens
   std::vector<TokenId> tokens;
   std::vector<float> logprobs;
-  bool operator==(const Run&) const = default;
+  bool operator==(const Outcome&) const = default;
 };
 
 /// Prompt logits, greedy tokens and sampled tokens with log-probabilities of a few requests.
-Run run(const test::TinyModel& model, const std::string& plan, int ranks,
+Outcome run(const test::TinyModel& model, const std::string& plan, int ranks,
         const std::string& dtype = "float32", int threads = 1, int budget = 64) {
   EngineConfig config;
   config.model = model.path();
@@ -44,10 +45,10 @@ Run run(const test::TinyModel& model, const std::string& plan, int ranks,
     if (length == 23) params.logprobs = 2;
     ids.push_back(engine.submit(prompt, params));
   }
-  std::vector<Run> runs(ids.size());
+  std::vector<Outcome> runs(ids.size());
   while (engine.has_unfinished_requests()) {
     for (RequestOutput& output : engine.step()) {
-      Run& request = runs[static_cast<std::size_t>(
+      Outcome& request = runs[static_cast<std::size_t>(
           std::find(ids.begin(), ids.end(), output.request_id) - ids.begin())];
       request.logits.insert(request.logits.end(), output.prompt_logits.begin(),
                             output.prompt_logits.end());
@@ -60,8 +61,8 @@ Run run(const test::TinyModel& model, const std::string& plan, int ranks,
       }
     }
   }
-  Run all;
-  for (const Run& one : runs) {
+  Outcome all;
+  for (const Outcome& one : runs) {
     all.logits.insert(all.logits.end(), one.logits.begin(), one.logits.end());
     all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
     all.logprobs.insert(all.logprobs.end(), one.logprobs.begin(), one.logprobs.end());
@@ -116,9 +117,9 @@ class TensorParallel : public testing::TestWithParam<std::string> {};
 TEST_P(TensorParallel, EverySizeComputesWhatOneRankComputes) {
   for (const Kind& kind : kinds()) {
     test::TinyModel model(kind.config);
-    Run one = run(model, "hidden_sharded", 1);
+    Outcome one = run(model, "hidden_sharded", 1);
     for (int ranks : {1, 2, 3, 4, 6, 8}) {
-      Run many = run(model, GetParam(), ranks);
+      Outcome many = run(model, GetParam(), ranks);
       EXPECT_LE(distance(many.logits, one.logits), 1e-5) << kind.name << ", " << ranks << " ranks";
       EXPECT_LE(distance(many.logprobs, one.logprobs), 1e-4)
           << kind.name << ", " << ranks << " ranks";
@@ -130,7 +131,7 @@ TEST_P(TensorParallel, EverySizeComputesWhatOneRankComputes) {
 TEST_P(TensorParallel, RunsRepeatBitForBitWhateverTheThreadsAndBatches) {
   test::TinyModel model(kinds()[0].config);
   for (std::string dtype : {"float32", "bfloat16"}) {
-    Run one = run(model, GetParam(), 3, dtype);
+    Outcome one = run(model, GetParam(), 3, dtype);
     EXPECT_EQ(one, run(model, GetParam(), 3, dtype));
     EXPECT_EQ(one, run(model, GetParam(), 3, dtype, 2));
     EXPECT_EQ(one, run(model, GetParam(), 3, dtype, 1, 5));
