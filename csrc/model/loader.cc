@@ -146,7 +146,7 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
                  declared_rank == 0 ? "dense" : std::to_string(declared_rank), ", the tensors say ",
                  rank == 0 ? "dense" : std::to_string(rank));
 
-  bool multiplied = is_low_rank && share_.plans[0]->multiplies_out() && share_.size > 1;
+  bool multiplied = is_low_rank && share_.plans[0]->multiplies_out();
   LinearShape shape{n, k, multiplied ? 0 : rank};
   LinearPlacement place = share_.place(StepKind::kDecode, role, shape);
   for (StepKind kind : {StepKind::kDecode, StepKind::kPrefill}) {
