@@ -1,8 +1,8 @@
 // Collectives among the tensor-parallel ranks of one engine.
 //
-// An exchange has four steps, so that computation fits between them and results need no copy: a rank
-// writes its contribution into memory of the communicator, starts the exchange, waits until the
-// contributions of all ranks are there, reads them, and says that it has finished. Sums are the
+// An exchange has four steps, so that computation fits between them and results need no copy: a
+// rank writes its contribution into memory of the communicator, starts the exchange, waits until
+// the contributions of all ranks are there, reads them, and says that it has finished. Sums are the
 // reader's: over ranks in ascending order, so that every rank gets the same bits. Several exchanges
 // may be under way; they are started, and finished, in order.
 #pragma once
@@ -15,8 +15,8 @@
 namespace deinfer {
 
 /// What an exchange means: for counters and link models. With N ranks and contributions of b bytes,
-/// a rank sends: all-reduce 2 (N-1)/N b, all-gather (N-1) b, reduce-scatter (N-1)/N b; broadcast and
-/// gather (N-1)/N b on average over the ranks; a barrier nothing.
+/// a rank sends: all-reduce 2 (N-1)/N b, all-gather (N-1) b, reduce-scatter (N-1)/N b; broadcast
+/// and gather (N-1)/N b on average over the ranks; a barrier nothing.
 enum class Collective : std::uint8_t {
   kAllReduce,
   kAllGather,
@@ -27,7 +27,11 @@ enum class Collective : std::uint8_t {
 };
 inline constexpr std::size_t kNumCollectives = 6;
 
+/// "all_reduce", ...
 const char* collective_name(Collective kind);
+
+/// What a rank sends by the formulas above, rounded down; `bytes` is one rank's contribution.
+std::uint64_t wire_bytes(Collective kind, std::size_t bytes, int ranks);
 
 /// What one rank has taken part in.
 struct TrafficCounter {
@@ -37,7 +41,7 @@ struct TrafficCounter {
 };
 using Traffic = std::array<TrafficCounter, kNumCollectives>;
 
-/// Names an exchange between start() and finish().
+/// Names an exchange between start() and finish(): exchanges are numbered from 0.
 using Ticket = std::uint64_t;
 
 /// Thrown out of the waits of the other ranks when one has failed.
@@ -48,6 +52,7 @@ struct CommunicatorAborted {};
 /// threads may call wait() and contribution_of().
 class Communicator {
  public:
+  static constexpr int kMaxRanks = 64;
   /// Exchanges that may be started and not finished.
   static constexpr int kMaxInFlight = 4;
 
@@ -58,32 +63,42 @@ class Communicator {
   virtual std::size_t max_bytes() const = 0;
 
   /// This rank's memory for the next exchange, `bytes` of it, 64-byte aligned; what it holds is
-  /// undefined. Waits until all ranks have finished the exchange that used it before. Throws
-  /// kInvalidArgument for more than max_bytes() or when kMaxInFlight exchanges are under way.
+  /// undefined. Asked for again before start(), it is the same memory. Waits until all ranks have
+  /// finished the exchange that used it before. Throws kInvalidArgument for more than max_bytes()
+  /// or when kMaxInFlight exchanges are under way.
   virtual std::byte* contribution(std::size_t bytes) = 0;
-  /// Hands the contribution to the other ranks; `bytes` as given to contribution().
+  /// The ticket that the next start() will return.
+  virtual Ticket next_ticket() const = 0;
+  /// Hands the contribution to the other ranks: its first `bytes`, at most what was asked for.
+  /// Throws kInvalidArgument for more, or without contribution() before it.
   virtual Ticket start(Collective kind, std::size_t bytes) = 0;
   /// Returns when all ranks have started the exchange; their contributions are then visible.
+  /// Throws kInvalidArgument when this rank has not.
   virtual void wait(Ticket ticket) = 0;
-  /// After wait(), until finish(): the contribution of `rank`.
+  /// After wait(), until finish(): the contribution of `rank`. Throws kInvalidArgument for a rank
+  /// out of range or an exchange that is not under way.
   virtual const std::byte* contribution_of(int rank, Ticket ticket) const = 0;
-  /// This rank reads no more of the oldest exchange under way, which is `ticket`.
+  /// This rank reads no more of the oldest exchange under way, which is `ticket`; any other throws
+  /// kInvalidArgument. To follow wait().
   virtual void finish(Ticket ticket) = 0;
 
-  /// Releases every rank of the group from its waits with CommunicatorAborted, now and later.
+  /// Releases every rank of the group from its waits (in contribution() and wait()) with
+  /// CommunicatorAborted, now and later. Any thread may call it.
   virtual void abort() = 0;
 
   const Traffic& traffic() const { return traffic_; }
 
-  // Whole collectives, for one thread per rank; longer data go in several exchanges.
+  // Whole collectives, for one thread per rank while no exchange is under way. Data longer than
+  // max_bytes() go in several exchanges, no data in none.
 
-  /// data[count] becomes the sum over ranks.
+  /// data[count] becomes the sum over ranks. Throws kInvalidArgument when not even one float fits.
   void all_reduce(float* data, std::size_t count);
   /// out[size * bytes] = the parts[bytes] of all ranks in rank order.
   void all_gather(const void* part, std::size_t bytes, void* out);
-  /// out[count] = the sum over ranks of data[rank * count, (rank + 1) * count).
+  /// out[count] = the sum over ranks of data[rank * count, (rank + 1) * count). Throws
+  /// kInvalidArgument when not even one float per rank fits.
   void reduce_scatter(const float* data, std::size_t count, float* out);
-  /// data[bytes] becomes that of rank `root`.
+  /// data[bytes] becomes that of rank `root`; kInvalidArgument when there is no such rank.
   void broadcast(void* data, std::size_t bytes, int root);
   void barrier();
 
