@@ -43,15 +43,19 @@ struct LocalGroup::State {
     return rings[static_cast<std::size_t>(rank)].as<std::byte>() + ticket % kRing * slot_bytes;
   }
 
+  void check_abort() const {
+    if (aborted.load(std::memory_order_acquire)) throw CommunicatorAborted{};
+  }
+
   /// Returns when ready(rank) holds for every rank.
   template <typename Ready>
   void wait_for_all(Ready ready) const {
-    if (aborted.load(std::memory_order_acquire)) throw CommunicatorAborted{};
+    check_abort();
     SpinWait spin(spins);
     for (int rank = 0; rank < size; ++rank) {
       while (!ready(rank)) {
         spin.once();
-        if (aborted.load(std::memory_order_acquire)) throw CommunicatorAborted{};
+        check_abort();
       }
     }
   }
@@ -79,6 +83,7 @@ class LocalCommunicator final : public Communicator {
   std::size_t max_bytes() const override { return state_->max_bytes; }
 
   std::byte* contribution(std::size_t bytes) override {
+    state_->check_abort();  // ahead of errors that follow from an abort
     Ticket ticket = sequence_.prepare(bytes);
     state_->wait_for_all([&](int rank) { return state_->protocol.slot_is_free(rank, ticket); });
     return state_->slot(rank_, ticket);

@@ -15,6 +15,7 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
   if (size == 1) {
     communicators_.push_back(make_single_communicator(bytes));
   } else {
+    if (!config.emulated_link.empty()) bytes += kEmulatedLinkHeaderBytes;
     LocalGroup group(size, bytes);
     for (int rank = 0; rank < size; ++rank) {
       std::unique_ptr<Communicator> communicator = group.communicator(rank);

@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "deinfer/engine.h"
 #include "engine/worker.h"
+#include "model/planned_model.h"
 #include "tiny_model.h"
 
 namespace deinfer {
@@ -288,8 +289,8 @@ TEST(EngineRobustness, AFailingWorkerThreadReleasesTheOthers) {
   test::TinyModel model;
   EngineConfig config = config_for(model);
   ModelConfig parsed = read_model_config(config.model);
-  auto plan = make_plan("auto", 1);
-  Worker worker(config, parsed, *plan, make_single_communicator(), 3, 256, {});
+  RankShare share(make_step_plans("naive", model_shape(parsed), 1), 0);
+  Worker worker(config, parsed, share, make_single_communicator(0), 3, 256, {});
   worker.allocate_kv_cache(4);
   std::int32_t blocks[] = {0};
   Batch batch;
