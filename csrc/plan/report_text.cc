@@ -56,16 +56,25 @@ std::string difference_text(const PlanEstimate& ours, const PlanEstimate& theirs
     std::string text;
   };
   std::array<Part, 4> parts = {
-      Part{a.product_seconds - b.product_seconds,
-           "in the products (" + gibibytes(static_cast<double>(ours.weight_bytes)) +
-               " of weights per rank, " + gibibytes(static_cast<double>(theirs.weight_bytes)) +
-               " there)"},
-      Part{a.exchange_seconds - b.exchange_seconds,
-           "in exchanges (" + fixed(exchanges_per_layer(ours), 1) + " per layer, " +
-               fixed(exchanges_per_layer(theirs), 1) + " there)"},
+      Part{a.product_seconds - b.product_seconds, "in the products"},
+      Part{a.exchange_seconds - b.exchange_seconds, "in exchanges"},
       Part{a.attention_seconds - b.attention_seconds, "in attention"},
       Part{a.operation_seconds - b.operation_seconds, "for starting operations"},
   };
+  // A cause is named only where it works in the direction of its effect.
+  auto add_cause = [](Part& part, double own, double other, auto&& text) {
+    if ((own - other) * part.difference <= 0) return false;
+    part.text += " (" + text(own) + ", " + text(other) + " there)";
+    return true;
+  };
+  add_cause(parts[0], static_cast<double>(ours.weight_bytes),
+            static_cast<double>(theirs.weight_bytes),
+            [](double bytes) { return gibibytes(bytes) + " of weights per rank"; });
+  if (!add_cause(parts[1], exchanges_per_layer(ours), exchanges_per_layer(theirs),
+                 [](double n) { return str_cat(std::round(10 * n) / 10, " per layer"); })) {
+    add_cause(parts[1], ours.wire_bytes_per_token, theirs.wire_bytes_per_token,
+              [](double bytes) { return fixed(bytes / 1e3, 0) + " KB per token"; });
+  }
   std::stable_sort(parts.begin(), parts.end(), [](const Part& x, const Part& y) {
     return std::abs(x.difference) > std::abs(y.difference);
   });
@@ -109,8 +118,8 @@ std::string reason_of_choice(const PlanReport& report, const std::vector<RankedL
     const PlanEstimate& b = *next.best[decisive];
     const double theirs = b.phases[decisive].seconds;
     const double own = a.phases[decisive].seconds;
-    reason += "Over " + join(mix) + ", its steps take " + fixed(ours.score, 2) +
-              " times the fastest layout's of each phase; the next, " + next.name + ", " +
+    reason += "Over " + join(mix) + ", its steps take on average " + fixed(ours.score, 2) +
+              " times those of each phase's fastest layout; the next, " + next.name + ", " +
               fixed(next.score, 2) + ". ";
     if (own < theirs) {
       std::string phase = phase_text(report.choices[decisive].phase);
