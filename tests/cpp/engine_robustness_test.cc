@@ -103,7 +103,11 @@ TEST(EngineRobustness, RejectsBadConfigurationsByValue) {
   expect_error(kBad, "tpu", with([](auto& c) { c.device = "tpu"; }));
   expect_error(ErrorCode::kUnsupported, "cuda", with([](auto& c) { c.device = "cuda"; }));
   expect_error(kBad, "got 0", with([](auto& c) { c.tensor_parallel_size = 0; }));
-  expect_error(ErrorCode::kUnsupported, "2", with([](auto& c) { c.tensor_parallel_size = 2; }));
+  expect_error(kBad, "7", with([](auto& c) { c.tensor_parallel_size = 7; }));  // 6 heads
+  expect_error(kBad, "pigeon", with([](auto& c) {
+                 c.tensor_parallel_size = 2;
+                 c.emulated_link = "pigeon";
+               }));
   expect_error(kBad, "ring", with([](auto& c) { c.tensor_parallel_plan = "ring"; }));
   expect_error(kBad, "8", with([](auto& c) { c.block_size = 8; }));
   expect_error(kBad, "lottery", with([](auto& c) { c.scheduling_policy = "lottery"; }));
