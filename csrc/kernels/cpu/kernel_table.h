@@ -106,6 +106,11 @@ struct KernelTable {
                        const float* up_bias, float* out, std::ptrdiff_t ldo);
   void (*silu_mul_bf16)(const float* gate, const float* up, int m, int cols, const float* gate_bias,
                         const float* up_bias, bf16* out, std::ptrdiff_t ldo);
+  /// out = max(c + bias, 0); NaN stays NaN.
+  void (*relu_f32)(const float* c, int m, int cols, const float* bias, float* out,
+                   std::ptrdiff_t ldo);
+  void (*relu_bf16)(const float* c, int m, int cols, const float* bias, bf16* out,
+                    std::ptrdiff_t ldo);
   /// Rotates the pairs (c[i, j], c[i, 16 + j]) of a tile in place, j in [0, 16):
   /// (a, b) -> (a cos - b sin, b cos + a sin) with cos, sin [m, 16] rows ld apart. bias[32] is
   /// added before (may be null).
@@ -153,6 +158,17 @@ struct KernelTable {
   /// out[j] = x[j] / sqrt(mean(x^2) + eps) * gain[j] for one row of n. out may be x.
   void (*rms_norm_f32)(const float* x, const float* gain, int n, float eps, float* out);
   void (*rms_norm_bf16)(const float* x, const float* gain, int n, float eps, bf16* out);
+  /// out[j] = (x[j] - mean(x)) / sqrt(variance(x) + eps) * gain[j] + bias[j] for one row of n,
+  /// where the variance is the mean of the squared distances to the mean. out may be x.
+  void (*layer_norm_f32)(const float* x, const float* gain, const float* bias, int n, float eps,
+                         float* out);
+  void (*layer_norm_bf16)(const float* x, const float* gain, const float* bias, int n, float eps,
+                          bf16* out);
+  /// out[j] = x[j] for one row of n.
+  void (*copy_row_f32)(const float* x, int n, float* out);
+  void (*copy_row_bf16)(const float* x, int n, bf16* out);
+  /// out[j] += x[j] for one row of n.
+  void (*add_row)(const float* x, int n, float* out);
   /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1. When
   /// nothing is larger than -inf the index is 0.
   void (*argmax)(const float* x, int n, float* value, int* index);
