@@ -10,8 +10,8 @@ namespace {
 constexpr int kNormedElements = 4096;
 constexpr int kMaxNormedRows = 8;
 
-DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
-  if (name == "auto") return loader.checkpoint_dtype("model.embed_tokens.weight");
+DType resolve_dtype(const std::string& name, const ModelConfig& model, const WeightLoader& loader) {
+  if (name == "auto") return loader.checkpoint_dtype(model.names.embedding + ".weight");
   if (name == "int8") return DType::kInt8;
   return name == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
 }
@@ -27,7 +27,7 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const Tenso
       team_(threads) {
   WeightLoader loader(config.model, model, plan, communicator_->rank(), communicator_->size(),
                       team_, progress);
-  DecoderWeights weights = load_decoder(model, resolve_dtype(config.dtype, loader), loader);
+  DecoderWeights weights = load_decoder(model, resolve_dtype(config.dtype, model, loader), loader);
   parameters_ = loader.parameters();
   BatchLimits limits{config.max_num_batched_tokens, max_model_len};
   decoder_ = std::make_unique<Decoder>(model, std::move(weights), limits, threads);

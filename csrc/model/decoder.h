@@ -10,22 +10,30 @@
 #include "ops/context.h"
 #include "ops/kv_cache.h"
 #include "ops/lowrank_linear.h"
+#include "ops/norm.h"
 
 namespace deinfer {
 
 struct DecoderLayer {
-  std::vector<float> attention_norm, mlp_norm;  // [hidden]
+  Norm attention_norm, mlp_norm;                // of what a block reads; [hidden]
+  Norm attention_output_norm, mlp_output_norm;  // of what it adds to the residual stream
+  Norm query_norm, key_norm;                    // as ModelConfig::qk_norm says
   LowRankLinear query, key, value, output;
-  LowRankLinear gate, up, down;
+  LowRankLinear gate, up, down;  // gate is empty in a plain MLP
+
+  /// Those that there are.
+  std::vector<const LowRankLinear*> linears() const;
+  std::size_t bytes() const;
 };
 
 struct DecoderWeights {
   DType dtype = DType::kFloat32;        // of the matrices; int8 stands for weights only
   DType activations = DType::kFloat32;  // fp32 for fp32 weights, else bf16
   cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
+  cpu::PackedMatrix positions;  // [position_offset + max_position, hidden]; empty when rotary
   std::vector<DecoderLayer> layers;
-  std::vector<float> final_norm;  // [hidden]
-  LowRankLinear head;             // [vocab, hidden]
+  Norm final_norm;     // [hidden]
+  LowRankLinear head;  // [vocab, hidden]
 
   const cpu::PackedMatrix& token_embedding() const {
     return embedding.empty() ? head.w : embedding;
@@ -74,9 +82,12 @@ class Decoder {
   void attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                        const KvLayer& kv);
   void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
-  Activations normed(ExecutionContext& ctx, int m, const std::vector<float>& gain,
-                     const int* rows = nullptr);
+  /// residual += norm(linear(x)).
+  void add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
+                       const LowRankLinear& linear, const Norm& norm);
+  Activations normed(ExecutionContext& ctx, int m, const Norm& norm, const int* rows = nullptr);
   float* residual() { return residual_.as<float>(); }
+  RotaryAngles angles() const { return {cos_.as<float>(), sin_.as<float>(), angle_cols_}; }
 
   ModelConfig config_;
   DecoderWeights weights_;
@@ -86,7 +97,9 @@ class Decoder {
   Buffer cos_, sin_;  // [max_tokens, angle_cols]
   Buffer residual_;   // [max_tokens, hidden] fp32
   Buffer query_;      // [max_tokens, heads, head_dim] fp32
-  ActivationBuffer normed_, attended_, gated_, z_;
+  Buffer key_;        // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
+  Buffer branch_;     // [max_tokens, hidden] fp32: a block's output before its norm, position rows
+  ActivationBuffer normed_, attended_, inner_, z_;
   std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows
 };
 

@@ -11,4 +11,15 @@ void embedding(ExecutionContext& ctx, std::span<const TokenId> tokens,
   ctx.member.barrier();
 }
 
+void add_positions(ExecutionContext& ctx, std::span<const int> positions, int offset,
+                   const cpu::PackedMatrix& table, float* memory, float* out, std::ptrdiff_t ldo) {
+  auto [begin, end] = ctx.member.share(static_cast<int>(positions.size()));
+  for (int i = begin; i < end; ++i) {
+    float* row = memory + std::ptrdiff_t{i} * table.k;
+    table.read_row(positions[static_cast<std::size_t>(i)] + offset, row);
+    ctx.kernels.add_row(row, table.k, out + i * ldo);
+  }
+  ctx.member.barrier();
+}
+
 }  // namespace deinfer

@@ -1,4 +1,4 @@
-// Token embeddings.
+// Embeddings of tokens and of learned positions.
 #pragma once
 
 #include <span>
@@ -13,5 +13,9 @@ namespace deinfer {
 /// and output projection share one copy.
 void embedding(ExecutionContext& ctx, std::span<const TokenId> tokens,
                const cpu::PackedMatrix& table, float* out, std::ptrdiff_t ldo);
+
+/// out[i] += table[positions[i] + offset], row stride ldo; memory holds [m, table.k] floats.
+void add_positions(ExecutionContext& ctx, std::span<const int> positions, int offset,
+                   const cpu::PackedMatrix& table, float* memory, float* out, std::ptrdiff_t ldo);
 
 }  // namespace deinfer
