@@ -10,9 +10,9 @@
 
 #include "base/check.h"
 #include "base/cpu_topology.h"
-#include "engine/request.h"
 #include "engine/plan_choice.h"
 #include "engine/rank_group.h"
+#include "engine/request.h"
 #include "scheduler/scheduler.h"
 
 namespace deinfer {
@@ -166,8 +166,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   info.num_kv_blocks = blocks;
   info.kv_cache_bytes = ranks->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
   for (const DecoderLayer& layer : weights.layers) {
-    for (const LowRankLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.output,
-                                        &layer.gate, &layer.up, &layer.down}) {
+    for (const LowRankLinear* linear : layer.linears()) {
       ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
     }
   }

@@ -14,8 +14,8 @@ constexpr int kUsualTileTokens = 128;
 constexpr int kMinTileTokens = 16;
 constexpr int kMaxChunks = 4;
 
-DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
-  if (name == "auto") return loader.checkpoint_dtype("model.embed_tokens.weight");
+DType resolve_dtype(const std::string& name, const ModelConfig& model, const WeightLoader& loader) {
+  if (name == "auto") return loader.checkpoint_dtype(model.names.embedding + ".weight");
   if (name == "int8") return DType::kInt8;
   return name == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
 }
@@ -33,7 +33,8 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
       residual_(share.residual),
       team_(threads) {
   WeightLoader loader(config.model, model, share, team_, progress);
-  DecoderWeights weights = load_decoder(model, share, resolve_dtype(config.dtype, loader), loader);
+  DecoderWeights weights =
+      load_decoder(model, share, resolve_dtype(config.dtype, model, loader), loader);
   parameters_ = loader.parameters();
   BatchLimits limits{config.max_num_batched_tokens, max_model_len};
   decoder_ = std::make_unique<Decoder>(model, share, std::move(weights), limits, threads);
@@ -44,12 +45,14 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
     scratch.normed_rows = std::clamp(kNormedElements / model.hidden_size, 1, kMaxNormedRows);
     scratch.normed =
         ActivationBuffer(decoder_->weights().activations, scratch.normed_rows, model.hidden_size);
-    scratch.sum_squares.resize(static_cast<std::size_t>(scratch.normed_rows));
+    scratch.statistics.resize(2 * static_cast<std::size_t>(scratch.normed_rows));
     scratch.row.resize(static_cast<std::size_t>(model.hidden_size));
   }
   logits_ = Buffer(std::size_t{Decoder::kLogitRows} * static_cast<std::size_t>(model.vocab_size) *
                    sizeof(float));
 }
+
+void Worker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
 
 std::uint64_t Worker::kv_block_bytes() const {
   return decoder_->kv_cache_config(block_size_, 0).block_bytes();

@@ -20,6 +20,10 @@ class Worker {
          std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
          const LoadProgress& progress);
 
+  /// Completes the weights by what the other ranks know of theirs. All ranks must call it once all
+  /// are there, so that none waits for one that has failed to load.
+  void share_norm_terms();
+
   /// Sizes the KV cache; call it once before execute().
   void allocate_kv_cache(std::int64_t num_blocks);
 

@@ -3,8 +3,7 @@
 
 #include <vector>
 
-#include "model/loader.h"
-#include "model/model_config.h"
+#include "model/decoder_weights.h"
 #include "ops/attention.h"
 #include "ops/batch.h"
 #include "ops/context.h"
@@ -13,30 +12,6 @@
 #include "ops/residual_stream.h"
 
 namespace deinfer {
-
-struct DecoderLayer {
-  std::vector<float> attention_norm, mlp_norm;  // [hidden]
-  LowRankLinear query, key, value, output;
-  LowRankLinear gate, up, down;
-};
-
-struct DecoderWeights {
-  DType dtype = DType::kFloat32;        // of the matrices; int8 stands for weights only
-  DType activations = DType::kFloat32;  // fp32 for fp32 weights, else bf16
-  cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
-  std::vector<DecoderLayer> layers;
-  std::vector<float> final_norm;  // [hidden]
-  LowRankLinear head;             // [vocab, hidden]
-
-  const cpu::PackedMatrix& token_embedding() const {
-    return embedding.empty() ? head.w : embedding;
-  }
-  std::size_t bytes() const;
-};
-
-/// Loads the weights of `config` in `dtype` (set on the loader).
-DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,
-                            WeightLoader& loader);
 
 /// The most a batch may hold.
 struct BatchLimits {
@@ -53,6 +28,11 @@ class Decoder {
   Decoder(const ModelConfig& config, const RankShare& share, DecoderWeights weights,
           const BatchLimits& limits, int num_threads);
 
+  /// Completes the weights by what ranks know of theirs; all ranks must call it before forward().
+  void share_norm_terms(ThreadTeam& team, Communicator& communicator) {
+    deinfer::share_norm_terms(weights_, share_, team, communicator);
+  }
+
   /// Bytes of the largest contribution to an exchange between ranks that `config` needs.
   static std::size_t exchange_bytes(const ModelConfig& config, const RankShare& share,
                                     int max_tokens);
@@ -65,8 +45,8 @@ class Decoder {
   /// Computes the final hidden states of all tokens and writes their K and V.
   void forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache);
 
-  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(), on
-  /// rank 0; on other ranks `out` is working memory of the same size.
+  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(),
+  /// on rank 0; on other ranks `out` is working memory of the same size.
   void logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out);
 
   /// tokens[i] = the most likely token of batch.argmax_rows[first + i] for i in [0, count), the
@@ -83,6 +63,10 @@ class Decoder {
   void attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                        const KvLayer& kv);
   void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
+  /// residual += norm(linear(x)).
+  void add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
+                       const LowRankLinear& linear, const Norm& norm);
+  RotaryAngles angles() const { return {cos_.as<float>(), sin_.as<float>(), angle_cols_}; }
 
   ModelConfig config_;
   RankShare share_;
@@ -92,8 +76,9 @@ class Decoder {
   int angle_cols_;    // head_dim / 2, padded to 16
   Buffer cos_, sin_;  // [max_tokens, angle_cols]
   Buffer query_;      // [max_tokens, heads, head_dim] fp32
+  Buffer key_;        // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
   ResidualStream residual_;
-  ActivationBuffer attended_, gated_, z_;
+  ActivationBuffer attended_, inner_, z_;
   std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows
   std::vector<float> best_value_;   // [kLogitRows]
 };

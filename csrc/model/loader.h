@@ -40,6 +40,8 @@ class WeightLoader {
   /// The rows of this rank's share of an embedding table [vocabulary, k]. The caller chooses the
   /// type, as a table whose rows are only looked up would lose bits in int8 and gain no time.
   cpu::PackedMatrix embedding(DType dtype, const std::string& name, int n, int k);
+  /// A table [n, k] of positions; under hidden shards this rank's columns of it.
+  cpu::PackedMatrix positions(DType dtype, const std::string& name, int n, int k);
   std::vector<float> vector(const std::string& name, int n);
   bool contains(const std::string& name) const { return source_.contains(name); }
 
@@ -50,8 +52,8 @@ class WeightLoader {
   std::uint64_t parameters() const { return parameters_; }
 
  private:
-  cpu::PackedMatrix multiply_out(const std::string& v, const std::string& u, int n, int k,
-                                 int rank, const LinearPlacement& place,
+  cpu::PackedMatrix multiply_out(const std::string& v, const std::string& u, int n, int k, int rank,
+                                 const LinearPlacement& place,
                                  const std::vector<std::int32_t>& row_map);
   cpu::PackedMatrix pack_part(DType dtype, const TensorView& part,
                               const std::vector<std::int32_t>& row_map);

@@ -56,25 +56,35 @@ PlannedModel planned_model(const ModelConfig& config, double keep, std::string_v
   }
   model.shape = model_shape(config);
   model.tied_embeddings = config.tie_word_embeddings;
+  auto kind_of = [&](const std::string& norm) {
+    return norm.empty() ? NormKind::kNone : config.norm;
+  };
+  model.norms = {kind_of(config.names.attention_norm), kind_of(config.names.attention_output_norm),
+                 config.qk_norm};
+  if (config.positions == PositionKind::kLearned) {
+    model.positions = config.position_offset + config.max_position_embeddings;
+  }
 
   Ranks ranks(config, keep);
   const int hidden = config.hidden_size;
   const int query = config.num_heads * config.head_dim;
   const int kv = config.num_kv_heads * config.head_dim;
+  const ModuleNames& names = config.names;
   for (int i = 0; i < config.num_layers; ++i) {
-    const std::string attention = str_cat("model.layers.", i, ".self_attn.");
-    const std::string mlp = str_cat("model.layers.", i, ".mlp.");
+    const std::string prefix = str_cat(names.layers, ".", i, ".");
     LayerShape layer;
-    layer.query = ranks.linear(attention + "q_proj", query, hidden);
-    layer.key = ranks.linear(attention + "k_proj", kv, hidden);
-    layer.value = ranks.linear(attention + "v_proj", kv, hidden);
-    layer.attention_output = ranks.linear(attention + "o_proj", hidden, query);
-    layer.gate = ranks.linear(mlp + "gate_proj", config.intermediate_size, hidden);
-    layer.up = ranks.linear(mlp + "up_proj", config.intermediate_size, hidden);
-    layer.down = ranks.linear(mlp + "down_proj", hidden, config.intermediate_size);
+    layer.query = ranks.linear(prefix + names.query, query, hidden);
+    layer.key = ranks.linear(prefix + names.key, kv, hidden);
+    layer.value = ranks.linear(prefix + names.value, kv, hidden);
+    layer.attention_output = ranks.linear(prefix + names.output, hidden, query);
+    if (config.mlp == MlpKind::kGatedSilu) {
+      layer.gate = ranks.linear(prefix + names.gate, config.intermediate_size, hidden);
+    }
+    layer.up = ranks.linear(prefix + names.up, config.intermediate_size, hidden);
+    layer.down = ranks.linear(prefix + names.down, hidden, config.intermediate_size);
     model.layers.push_back(layer);
   }
-  model.head = ranks.linear("lm_head", config.vocab_size, hidden, false);
+  model.head = ranks.linear(names.head, config.vocab_size, hidden, false);
   check_argument(ranks.num_found() == config.lowrank_ranks.size(),
                  "config.json: low_rank.ranks has ", config.lowrank_ranks.size(),
                  " modules, of which the model has ", ranks.num_found());

@@ -18,6 +18,13 @@ struct LinearExchanges {
   Exchange after_u = Exchange::kNone;
 };
 
+/// What completes a LayerNorm with gain g and bias b after V, where ranks have columns of its
+/// input.
+struct NormTerms {
+  std::vector<float> gain;  // [ranks, r]: row i is V_i g_i of the columns of rank i
+  std::vector<float> bias;  // [r]: V b
+};
+
 /// This rank's part of y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU. fp32
 /// weights take fp32 activations, bf16 and int8 weights bf16 ones.
 struct LowRankLinear {
@@ -26,10 +33,11 @@ struct LowRankLinear {
   cpu::PackedMatrix v;      // [r, k]; empty when dense, or when this rank has no row of it
   cpu::PackedMatrix u;      // [n, r]
   std::vector<float> bias;  // in the packed row order, padded to 32; or empty
-  int rank = 0;  // of the whole linear; 0 stands for the columns of u
+  int rank = 0;             // of the whole linear; 0 stands for the columns of u
   std::array<LinearExchanges, kNumStepKinds> exchanges;
   std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
   Range y_share;                // the columns that this rank keeps of an exchanged output
+  NormTerms norm_terms;         // of what it reads; empty unless a LayerNorm is completed after V
   int x_col = 0;                // of a replicated input, the first column that W takes
 
   bool is_low_rank() const { return !v.empty() || !u.empty(); }
@@ -41,7 +49,9 @@ struct LowRankLinear {
   /// Elements of z.
   int inner_size() const { return rank > 0 ? rank : u.k; }
   /// Columns that z takes in a z buffer (a multiple of 16).
-  int z_cols() const { return is_low_rank() ? std::max((inner_size() + 15) / 16 * 16, v.n_pad) : 0; }
+  int z_cols() const {
+    return is_low_rank() ? std::max((inner_size() + 15) / 16 * 16, v.n_pad) : 0;
+  }
 };
 
 }  // namespace deinfer

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "ops/linear.h"
+#include "ops/norm.h"
 #include "ops/panel_jobs.h"
 
 namespace deinfer {
@@ -24,23 +25,20 @@ struct GroupInput {
 
   Activations x;
   Activations gathered;  // all columns and rows, for dense linears whose plan gathers before them
-  /// Hidden shards: x is not normalised yet. sum_squares[m] of this rank's columns travel with z,
-  /// which is then scaled by 1 / sqrt(sum / width + eps). Null otherwise. Every thread may have its
-  /// own copy.
-  const float* sum_squares = nullptr;
-  int width = 0;
-  float eps = 0.0f;
+  /// Hidden shards, where `norm` is completed after V: x has gains applied and is, for kLayer,
+  /// centred on the mean of this rank's columns, whose statistics [m, statistics_columns(kind)]
+  /// travel with z. Null otherwise. Every thread may have its own copy.
+  const Norm* norm = nullptr;
+  const float* statistics = nullptr;
+  std::span<const Range> shares;  // the columns of every rank
 };
 
-/// Runs the branches for m tokens: all V factors in one pass over x, the exchange of z that the plan
-/// asks for, all U factors with their epilogues; tokens in chunks of kTileTokens. z is a buffer of m
-/// rows and enough columns for the z of all linears. A linear whose output is exchanged
+/// Runs the branches for m tokens: all V factors in one pass over x, the exchange of z that the
+/// plan asks for, all U factors with their epilogues; tokens in chunks of kTileTokens. z is a
+/// buffer of m rows and enough columns for the z of all linears. A linear whose output is exchanged
 /// (`after_u`) must be alone in its group, but for a pair that one epilogue combines. Collective;
 /// results are visible to all threads of the rank.
 void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Activations& z,
                std::span<const Branch> branches);
-
-/// The rows of tokens [row, row + rows) that `rank` of `size` has under token shards.
-Range own_tokens(int row, int rows, int rank, int size);
 
 }  // namespace deinfer

@@ -67,6 +67,25 @@ class StoreGated final : public Epilogue {
   Activations out_;
 };
 
+class StoreRelu final : public Epilogue {
+ public:
+  StoreRelu(const LowRankLinear& linear, Activations out) : linear_(linear), out_(out) {}
+  void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
+             int cols) const override {
+    int valid = std::min(cols, linear_.output_factor().n - first);
+    Activations out = out_.rows_from(row).columns_from(first);
+    if (out_.dtype == DType::kFloat32) {
+      kernels.relu_f32(tile, m, valid, bias_at(linear_, first), out.f32(), out_.ld);
+    } else {
+      kernels.relu_bf16(tile, m, valid, bias_at(linear_, first), out.b16(), out_.ld);
+    }
+  }
+
+ private:
+  const LowRankLinear& linear_;
+  Activations out_;
+};
+
 /// A tile of rotary pairs of one head: rotates it and hands both halves to store(values, stride,
 /// count, first dimension).
 class RotaryTile {
@@ -137,13 +156,19 @@ class StoreKey final : public Epilogue {
   RotaryTile tile_;
 };
 
-class StoreValue final : public Epilogue {
+/// V, or K that is not rotated, to the cache.
+class StoreCached final : public Epilogue {
  public:
-  StoreValue(const LowRankLinear& linear, const QkvOutput& out) : linear_(linear), out_(out) {}
+  StoreCached(const LowRankLinear& linear, const QkvOutput& out, bool is_key)
+      : linear_(linear), out_(out), is_key_(is_key) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int cols) const override {
     const KvLayer& kv = out_.kv;
-    auto write = kv.dtype == DType::kFloat32 ? kernels.write_v_f32 : kernels.write_v_bf16;
+    bool f32 = kv.dtype == DType::kFloat32;
+    auto write_v = f32 ? kernels.write_v_f32 : kernels.write_v_bf16;
+    auto write_k = f32 ? kernels.write_k_f32 : kernels.write_k_bf16;
+    auto write = is_key_ ? write_k : write_v;
+    std::byte* pool = is_key_ ? kv.k : kv.v;
     auto element = static_cast<std::ptrdiff_t>(dtype_size(kv.dtype));
     int valid = std::min(cols, linear_.output_factor().n - first);
     for (int i = 0; i < m; ++i) {
@@ -157,7 +182,7 @@ class StoreValue final : public Epilogue {
         int d0 = (first + j) % kv.head_dim;
         int count = std::min(valid - j, kv.head_dim - d0);
         write(values + j, count, d0, kv.head_dim, slot.offset,
-              kv.v + kv.offset(slot.block, head) * element);
+              pool + kv.offset(slot.block, head) * element);
         j += count;
       }
     }
@@ -166,6 +191,7 @@ class StoreValue final : public Epilogue {
  private:
   const LowRankLinear& linear_;
   const QkvOutput& out_;
+  bool is_key_;
 };
 
 void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
@@ -178,8 +204,9 @@ void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
 
 }  // namespace
 
-void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& linear,
-                    const Activations& z, float* out, std::ptrdiff_t ldo) {
+void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, float* out,
+                    std::ptrdiff_t ldo) {
   linear_to_f32(ctx, m, input, linear, z, out, ldo, false);
 }
 
@@ -190,8 +217,8 @@ void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
 }
 
 void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
-                    const LowRankLinear& linear, const Activations& z,
-                    std::span<RowMaximum> maxima, float* value, int* index) {
+                    const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
+                    float* value, int* index) {
   RowMaximum& mine = maxima[static_cast<std::size_t>(ctx.member.id())];
   std::fill_n(mine.value.begin(), m, -std::numeric_limits<float>::infinity());
   std::fill_n(mine.index.begin(), m, 0);
@@ -221,15 +248,30 @@ void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
   run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
+void lowrank_relu(ExecutionContext& ctx, int m, const GroupInput& input,
+                  const LowRankLinear& linear, const Activations& z, const Activations& out) {
+  StoreRelu epilogue(linear, out);
+  Branch branch{&linear, &epilogue, nullptr};
+  run_group(ctx, m, input, z, std::span(&branch, 1));
+}
+
 void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& query,
                  const LowRankLinear& key, const LowRankLinear& value, const Activations& z,
                  const QkvOutput& out) {
-  StoreQuery store_query(query, out);
-  StoreKey store_key(key, out);
-  StoreValue store_value(value, out);
-  const Branch branches[] = {{&query, &store_query, nullptr},
-                             {&key, &store_key, nullptr},
-                             {&value, &store_value, nullptr}};
+  StoreQuery rotated_query(query, out);
+  StoreKey rotated_key(key, out);
+  StoreOutput plain_query(query, out.q, out.ldq, false);
+  StoreOutput plain_key(key, out.k, out.ldk, false);
+  StoreCached cached_key(key, out, true);
+  StoreCached cached_value(value, out, false);
+  const Epilogue* store_query = &rotated_query;
+  const Epilogue* store_key = &rotated_key;
+  if (out.angles.cos == nullptr) {
+    store_query = &plain_query;
+    store_key = out.k != nullptr ? static_cast<const Epilogue*>(&plain_key) : &cached_key;
+  }
+  const Branch branches[] = {
+      {&query, store_query, nullptr}, {&key, store_key, nullptr}, {&value, &cached_value, nullptr}};
   if (query.exchange(ctx.step_kind).after_u == Exchange::kNone) {
     return run_group(ctx, m, input, z, branches);
   }

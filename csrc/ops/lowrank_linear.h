@@ -16,8 +16,9 @@
 namespace deinfer {
 
 /// out[m, n] = linear(x[m, k]), fp32, row stride ldo elements.
-void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& linear,
-                    const Activations& z, float* out, std::ptrdiff_t ldo);
+void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, float* out,
+                    std::ptrdiff_t ldo);
 
 /// residual[m, n] += linear(x[m, k]).
 void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
@@ -31,16 +32,20 @@ struct RowMaximum {
 };
 
 /// value[i] = the largest element of linear(x_i), i in [0, m), and index[i] = its place, the lowest
-/// of equal ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m rows
-/// each; m is at most kTileTokens.
-void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& linear,
-                    const Activations& z, std::span<RowMaximum> maxima, float* value,
-                    int* index);
+/// of equal ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m
+/// rows each; m is at most kTileTokens.
+void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
+                    float* value, int* index);
 
 /// out[m, n] = silu(gate(x)) * up(x) in the activation type.
 void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
                        const LowRankLinear& gate, const LowRankLinear& up, const Activations& z,
                        const Activations& out);
+
+/// out[m, n] = max(linear(x), 0) in the activation type.
+void lowrank_relu(ExecutionContext& ctx, int m, const GroupInput& input,
+                  const LowRankLinear& linear, const Activations& z, const Activations& out);
 
 /// Rotary angles of a batch: cos, sin [m, ld], column j for the pair j of a head; ld is a multiple
 /// of 16.
@@ -50,16 +55,20 @@ struct RotaryAngles {
   std::ptrdiff_t ld = 0;
 };
 
-/// Where q, k and v go. q and k rows are packed by rotary_row_map, v rows in order.
+/// Where q, k and v go. v rows are packed in order; q and k rows by rotary_row_map when there are
+/// angles, else in order too.
 struct QkvOutput {
-  float* q = nullptr;  // [m, heads, head_dim], rotated
+  float* q = nullptr;  // [m, heads, head_dim]
   std::ptrdiff_t ldq = 0;
-  KvLayer kv;                     // k (rotated) and v are written to the tokens' slots
+  float* k = nullptr;  // [m, kv_heads, head_dim] for k that is not ready for the cache, or null
+  std::ptrdiff_t ldk = 0;
+  KvLayer kv;                     // k, unless it goes to `k`, and v are written to the slots
   std::span<const KvSlot> slots;  // [m]
-  RotaryAngles angles;
+  RotaryAngles angles;            // of the rotation of q and k; none when cos is null
 };
 
-/// q, k, v = linears of x; q and k rotated, k and v written to the cache.
+/// q, k, v = linears of x; q and k rotated if there are angles (then `k` is null); k, or what goes
+/// to `k`, and v stored.
 void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& query,
                  const LowRankLinear& key, const LowRankLinear& value, const Activations& z,
                  const QkvOutput& out);

@@ -4,7 +4,7 @@
 #include <array>
 #include <cstring>
 
-#include "ops/norm.h"
+#include "ops/z_exchange.h"
 
 namespace deinfer {
 namespace {
@@ -13,34 +13,27 @@ std::size_t float_bytes(int rows, int cols) {
   return static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols) * sizeof(float);
 }
 
-/// f(first row, rows) for the chunks in which m tokens pass through the layers.
-template <typename F>
-void for_each_tile(const ExecutionContext& ctx, int m, F f) {
-  for (int row = 0; row < m; row += ctx.tile_tokens) f(row, std::min(ctx.tile_tokens, m - row));
-}
-
-const float* floats_from(const ExecutionContext& ctx, int rank, Ticket ticket) {
-  return reinterpret_cast<const float*>(ctx.exchange.from(rank, ticket));
-}
-
-float* floats_to_send(const ExecutionContext& ctx) {
-  return reinterpret_cast<float*>(ctx.exchange.send(ctx.member, ctx.ticket));
+/// The rows of tokens [row, row + count) that this rank has.
+Range own_rows(const ExecutionContext& ctx, int row, int count) {
+  if (ctx.residual != ResidualLayout::kTokenShards) return {row, row + count};
+  return own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
 }
 
 }  // namespace
 
 ResidualStream::ResidualStream(int hidden, std::vector<Range> hidden_shares, DType activations,
-                               int max_tokens, int max_wanted)
+                               const ResidualLimits& limits)
     : hidden_(hidden),
       hidden_shares_(std::move(hidden_shares)),
       columns_(hidden),
-      normed_(activations, std::max(max_tokens, max_wanted), hidden),
-      gathered_(activations, max_tokens, hidden),
-      sum_squares_(float_bytes(max_tokens, 1)),
-      wanted_(float_bytes(max_wanted, hidden)) {
+      normed_(activations, std::max(limits.max_tokens, limits.max_wanted), hidden),
+      gathered_(activations, limits.max_tokens, hidden),
+      statistics_(float_bytes(limits.max_tokens, 2)),
+      wanted_(float_bytes(limits.max_wanted, hidden)) {
   if (!hidden_shares_.empty()) columns_ = 0;
   for (Range share : hidden_shares_) columns_ = std::max(columns_, share.size());
-  rows_ = Buffer(float_bytes(max_tokens, columns_));
+  rows_ = Buffer(float_bytes(limits.max_tokens, columns_));
+  branch_ = Buffer(float_bytes(limits.branches ? limits.max_tokens : 0, columns_));
 }
 
 Range ResidualStream::own_columns(const ExecutionContext& ctx) const {
@@ -60,7 +53,7 @@ void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> token
     return;
   }
   for_each_tile(ctx, m, [&](int row, int count) {
-    float* part = floats_to_send(ctx);
+    float* part = ctx.floats_to_send();
     auto [begin, end] = ctx.member.share(count);
     for (int i = begin; i < end; ++i) {
       TokenId token = tokens[static_cast<std::size_t>(row + i)];
@@ -72,19 +65,14 @@ void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> token
       }
     }
     bool replicated = ctx.residual == ResidualLayout::kReplicated;
-    Ticket ticket = ctx.ticket++;
-    ctx.exchange.start(ctx.member, replicated ? Collective::kAllReduce : Collective::kReduceScatter,
-                       float_bytes(count, hidden_));
-    ctx.exchange.wait(ctx.member, ticket);
-    Range own{row, row + count};
-    if (ctx.residual == ResidualLayout::kTokenShards) {
-      own = own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
-    }
+    Ticket ticket = ctx.exchange_floats(
+        replicated ? Collective::kAllReduce : Collective::kReduceScatter, count, hidden_);
+    Range own = own_rows(ctx, row, count);
     Range columns = own_columns(ctx);
     auto [first, last] = ctx.member.share(own.size());
     std::array<const float*, Communicator::kMaxRanks> parts;
     for (int r = 0; r < ctx.exchange.size(); ++r) {
-      parts[static_cast<std::size_t>(r)] = floats_from(ctx, r, ticket) +
+      parts[static_cast<std::size_t>(r)] = ctx.floats_from(r, ticket) +
                                            std::ptrdiff_t{own.begin - row + first} * hidden_ +
                                            columns.begin;
     }
@@ -94,71 +82,134 @@ void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> token
   });
 }
 
-GroupInput ResidualStream::normed(ExecutionContext& ctx, int m, const std::vector<float>& gain,
-                                  float eps, bool gather) {
+void ResidualStream::add_positions(ExecutionContext& ctx, std::span<const int> positions,
+                                   int offset, const cpu::PackedMatrix& table) {
+  const int columns = own_columns(ctx).size();
+  for_each_tile(ctx, static_cast<int>(positions.size()), [&](int row, int count) {
+    Range own = own_rows(ctx, row, count);
+    auto [begin, end] = ctx.member.share(own.size());
+    for (int i = own.begin + begin; i < own.begin + end; ++i) {
+      float* position = ctx.scratch.row.data();
+      table.read_row(positions[static_cast<std::size_t>(i)] + offset, position);
+      ctx.kernels.add_row(position, columns, rows() + i * ld());
+    }
+  });
+  ctx.member.barrier();
+}
+
+GroupInput ResidualStream::normed(ExecutionContext& ctx, int m, const Norm& norm, bool gather) {
   GroupInput input;
   switch (ctx.residual) {
     case ResidualLayout::kReplicated:
-      input.x = rms_norm(ctx, m, hidden_, rows(), ld(), gain.data(), eps, normed_.view());
+      input.x = normalize(ctx, m, hidden_, rows(), ld(), norm, normed_.view());
       return input;
     case ResidualLayout::kTokenShards:
       input.x = normed_.view();
       for_each_tile(ctx, m, [&](int row, int count) {
-        Range own = own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
-        rms_norm_rows(ctx, own.begin, own.end, hidden_, rows(), ld(), gain.data(), eps, input.x);
+        Range own = own_rows(ctx, row, count);
+        auto [begin, end] = ctx.member.share(own.size());
+        normalize_rows(ctx, own.begin + begin, own.begin + end, hidden_, rows(), ld(), norm,
+                       input.x);
       });
       ctx.member.barrier();
       if (gather) gather_tokens(ctx, m);
       break;
     case ResidualLayout::kHiddenShards:
-      input = normed_shard(ctx, m, gain.data() + own_columns(ctx).begin);
-      input.width = hidden_;
-      input.eps = eps;
-      if (gather) gather_columns(ctx, m, gain.data(), eps);
+      input = normed_shard(ctx, m, norm);
+      if (gather) gather_columns(ctx, m, norm);
       break;
   }
   input.gathered = gathered_.view();
   return input;
 }
 
-GroupInput ResidualStream::normed_shard(ExecutionContext& ctx, int m, const float* gain) {
+GroupInput ResidualStream::normed_shard(ExecutionContext& ctx, int m, const Norm& norm) {
   GroupInput input;
   bool few = m <= ctx.scratch.normed_rows;  // every thread for itself: cheaper than a barrier
   input.x = few ? ctx.scratch.normed.view() : normed_.view();
-  float* sums = few ? ctx.scratch.sum_squares.data() : sum_squares_.as<float>();
-  input.sum_squares = sums;
+  float* statistics = few ? ctx.scratch.statistics.data() : statistics_.as<float>();
+  input.norm = &norm;
+  input.statistics = statistics;
+  input.shares = hidden_shares_;
   auto [begin, end] = few ? std::pair(0, m) : ctx.member.share(m);
-  int n = own_columns(ctx).size();
+  const Range columns = own_columns(ctx);
+  const int n = columns.size();
+  const cpu::KernelTable& kernels = ctx.kernels;
   for (int i = begin; i < end; ++i) {
-    Activations out = input.x.rows_from(i);
     const float* x = rows() + i * ld();
-    sums[i] = out.dtype == DType::kFloat32 ? ctx.kernels.apply_gain_f32(x, gain, n, out.f32())
-                                           : ctx.kernels.apply_gain_bf16(x, gain, n, out.b16());
+    Activations out = input.x.rows_from(i);
+    const bool f32 = out.dtype == DType::kFloat32;
+    if (norm.kind == NormKind::kNone) {
+      normalize_row(kernels, x, n, norm, out);
+      continue;
+    }
+    const float* gain = norm.gain.data() + columns.begin;
+    float* own = statistics + std::ptrdiff_t{i} * statistics_columns(norm.kind);
+    if (norm.kind == NormKind::kRms) {
+      *own = f32 ? kernels.apply_gain_f32(x, gain, n, out.f32())
+                 : kernels.apply_gain_bf16(x, gain, n, out.b16());
+    } else {
+      f32 ? kernels.center_row_f32(x, gain, n, out.f32(), own)
+          : kernels.center_row_bf16(x, gain, n, out.b16(), own);
+    }
   }
   if (!few) ctx.member.barrier();
   return input;
 }
 
-void ResidualStream::gather_columns(ExecutionContext& ctx, int m, const float* gain, float eps) {
+void ResidualStream::add_branch(ExecutionContext& ctx, int m, const Norm& norm) {
+  for_each_tile(ctx, m, [&](int row, int count) {
+    if (ctx.residual == ResidualLayout::kHiddenShards) return scale_branch(ctx, row, count, norm);
+    Range own = own_rows(ctx, row, count);
+    auto [begin, end] = ctx.member.share(own.size());
+    for (int i = own.begin + begin; i < own.begin + end; ++i) {
+      float* x = branch() + i * ld();
+      normalize_row(ctx.kernels, x, hidden_, norm, {x, DType::kFloat32, ld()});
+      ctx.kernels.add_row(x, hidden_, rows() + i * ld());
+    }
+  });
+  ctx.member.barrier();
+}
+
+void ResidualStream::scale_branch(ExecutionContext& ctx, int row, int count, const Norm& norm) {
+  const Range columns = own_columns(ctx);
+  float* squares = ctx.floats_to_send();
+  auto [begin, end] = ctx.member.share(count);
+  for (int i = begin; i < end; ++i) {
+    float* x = branch() + (row + i) * ld();
+    squares[i] = ctx.kernels.apply_gain_f32(x, norm.gain.data() + columns.begin, columns.size(), x);
+  }
+  Ticket ticket = ctx.exchange_floats(Collective::kAllReduce, count, 1);
+  for (int i = begin; i < end; ++i) {
+    std::array<const float*, Communicator::kMaxRanks> parts;
+    for (int r = 0; r < ctx.exchange.size(); ++r) {
+      parts[static_cast<std::size_t>(r)] = ctx.floats_from(r, ticket) + i;
+    }
+    const float scale = combine_statistics(norm, hidden_shares_, parts.data()).scale;
+    float* x = branch() + (row + i) * ld();
+    ctx.kernels.scale_row(x, columns.size(), scale);
+    ctx.kernels.add_row(x, columns.size(), rows() + (row + i) * ld());
+  }
+  ctx.exchange.finish(ctx.member, ticket);
+}
+
+void ResidualStream::gather_columns(ExecutionContext& ctx, int m, const Norm& norm) {
   int own = own_columns(ctx).size();
   for_each_tile(ctx, m, [&](int row, int count) {
-    float* part = floats_to_send(ctx);
+    float* part = ctx.floats_to_send();
     auto [begin, end] = ctx.member.share(count);
     for (int i = begin; i < end; ++i) {
       std::copy_n(rows() + (row + i) * ld(), own, part + std::ptrdiff_t{i} * own);
     }
-    Ticket ticket = ctx.ticket++;
-    ctx.exchange.start(ctx.member, Collective::kAllGather, float_bytes(count, own));
-    ctx.exchange.wait(ctx.member, ticket);
+    Ticket ticket = ctx.exchange_floats(Collective::kAllGather, count, own);
     float* whole = ctx.scratch.row.data();
     for (int i = begin; i < end; ++i) {
       for (int r = 0; r < ctx.exchange.size(); ++r) {
         Range share = hidden_shares_[static_cast<std::size_t>(r)];
-        std::copy_n(floats_from(ctx, r, ticket) + std::ptrdiff_t{i} * share.size(), share.size(),
+        std::copy_n(ctx.floats_from(r, ticket) + std::ptrdiff_t{i} * share.size(), share.size(),
                     whole + share.begin);
       }
-      Activations out = gathered_.view().rows_from(row + i);
-      rms_norm_rows(ctx, 0, 1, hidden_, whole, hidden_, gain, eps, out);
+      normalize_row(ctx.kernels, whole, hidden_, norm, gathered_.view().rows_from(row + i));
     }
     ctx.exchange.finish(ctx.member, ticket);
   });
@@ -192,20 +243,18 @@ void ResidualStream::gather_tokens(ExecutionContext& ctx, int m) {
 }
 
 Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* rows_wanted, int m,
-                                   const std::vector<float>& gain, float eps) {
+                                   const Norm& norm) {
   if (ctx.residual == ResidualLayout::kReplicated) {
-    return rms_norm(ctx, count, hidden_, rows(), ld(), gain.data(), eps, normed_.view(),
-                    rows_wanted);
+    return normalize(ctx, count, hidden_, rows(), ld(), norm, normed_.view(), rows_wanted);
   }
   bool shards = ctx.residual == ResidualLayout::kHiddenShards;
   int columns = shards ? own_columns(ctx).size() : hidden_;
   auto is_own = [&](int row) {
     int tile = row / ctx.tile_tokens * ctx.tile_tokens;
-    Range own = own_tokens(tile, std::min(ctx.tile_tokens, m - tile), ctx.exchange.rank(),
-                           ctx.exchange.size());
+    Range own = own_rows(ctx, tile, std::min(ctx.tile_tokens, m - tile));
     return shards || (row >= own.begin && row < own.end);
   };
-  float* part = floats_to_send(ctx);
+  float* part = ctx.floats_to_send();
   auto [begin, end] = ctx.member.share(count);
   for (int i = begin; i < end; ++i) {
     float* out = part + std::ptrdiff_t{i} * columns;
@@ -215,17 +264,15 @@ Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* 
       std::fill_n(out, columns, 0.0f);
     }
   }
-  Ticket ticket = ctx.ticket++;
-  ctx.exchange.start(ctx.member, shards ? Collective::kAllGather : Collective::kAllReduce,
-                     float_bytes(count, columns));
-  ctx.exchange.wait(ctx.member, ticket);
+  Ticket ticket =
+      ctx.exchange_floats(shards ? Collective::kAllGather : Collective::kAllReduce, count, columns);
   auto* whole = wanted_.as<float>();
   for (int i = begin; i < end; ++i) {
     float* out = whole + std::ptrdiff_t{i} * hidden_;
     if (!shards) std::fill_n(out, hidden_, 0.0f);
     for (int r = 0; r < ctx.exchange.size(); ++r) {
       Range share = shards ? hidden_shares_[static_cast<std::size_t>(r)] : Range{0, hidden_};
-      const float* source = floats_from(ctx, r, ticket) + std::ptrdiff_t{i} * share.size();
+      const float* source = ctx.floats_from(r, ticket) + std::ptrdiff_t{i} * share.size();
       for (int j = 0; j < share.size(); ++j) {
         // Token shards: all but one rank have zeros.
         out[share.begin + j] = shards ? source[j] : out[j] + source[j];
@@ -233,7 +280,7 @@ Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* 
     }
   }
   ctx.exchange.finish(ctx.member, ticket);
-  return rms_norm(ctx, count, hidden_, whole, hidden_, gain.data(), eps, normed_.view());
+  return normalize(ctx, count, hidden_, whole, hidden_, norm, normed_.view());
 }
 
 }  // namespace deinfer

@@ -9,13 +9,18 @@
 namespace deinfer {
 namespace {
 
-// Operations of a layer besides products: two norms, attention, the merge of its parts. Rotation,
+// Operations of a layer besides products and norms: attention, the merge of its parts. Rotation,
 // activation and residual addition are epilogues of products.
-constexpr int kLayerOperations = 4;
+constexpr int kLayerOperations = 2;
 constexpr int kEndOperations = 3;  // embedding, final norm, most likely token
 
 double elements(Range rows, Range cols) {
   return static_cast<double>(rows.size()) * static_cast<double>(cols.size());
+}
+
+/// Norms over the hidden dimension in a layer.
+int hidden_norms(const LayerNorms& norms) {
+  return (norms.input != NormKind::kNone ? 2 : 0) + (norms.output != NormKind::kNone ? 2 : 0);
 }
 
 /// What one operation of one rank reads and computes.
@@ -68,7 +73,7 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     cost.u = std::max(cost.u, u.seconds(hardware) + w.seconds(hardware));
     // Epilogues wait for the sum where U's output is exchanged.
     cost.operations = int{v.any} + int{u.any} + int{w.any} + int{after_u};
-    auto exchanges = group_exchanges(plan, group, m, rank, model.activation_bytes, model.norm);
+    auto exchanges = group_exchanges(plan, group, m, rank, model.activation_bytes, model.norms);
     if (rank == 0) cost.exchanges = exchanges;
     for (std::size_t i = 0; i < exchanges.size(); ++i) {
       cost.exchanges[i].bytes = std::max(cost.exchanges[i].bytes, exchanges[i].bytes);
@@ -167,7 +172,8 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
       cost.exchanges += exposed_exchanges(part, hardware, link, plan.size(), chunks);
     }
     cost.attention += attention;
-    operations += kLayerOperations;
+    operations += kLayerOperations + hidden_norms(model.norms);
+    if (model.norms.qk != QkNormKind::kNone) ++operations;
   }
 
   const int rows = phase.prefill ? 1 : phase.tokens;
@@ -226,8 +232,12 @@ std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelP
     bytes += static_cast<double>(plan.vocab_share(rank).size()) * model.shape.hidden_size *
              model.activation_bytes;
   }
-  const double norms = 2.0 * static_cast<double>(model.layers.size()) + 1;
-  bytes += norms * model.shape.hidden_size * sizeof(float);
+  const bool shards = plan.residual() == ResidualLayout::kHiddenShards;
+  const int columns = shards ? plan.hidden_share(rank).size() : model.shape.hidden_size;
+  bytes += static_cast<double>(model.positions) * columns * model.activation_bytes;
+  const double norms = static_cast<double>(model.layers.size()) * hidden_norms(model.norms) + 1;
+  const bool biases = model.norms.input == NormKind::kLayer;
+  bytes += norms * model.shape.hidden_size * sizeof(float) * (biases ? 2 : 1);
   return static_cast<std::uint64_t>(bytes);
 }
 
@@ -244,7 +254,7 @@ double wire_bytes_per_token(const PlannedModel& model, const TensorParallelPlan&
   // With one token for each rank, shares of tokens are whole.
   for (int rank = 0; rank < size; ++rank) {
     for (const PlannedExchange& exchange : step_exchanges(plan, model.layers, {size, 0, size}, rank,
-                                                          model.activation_bytes, model.norm)) {
+                                                          model.activation_bytes, model.norms)) {
       const auto bytes = static_cast<double>(exchange.bytes);
       switch (exchange.kind) {
         case Collective::kAllReduce: sent += 2 * others / size * bytes; break;

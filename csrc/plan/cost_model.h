@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
-#include "plan/exchanges.h"
 #include "comm/link_model.h"
+#include "plan/exchanges.h"
 
 namespace deinfer {
 
@@ -37,7 +37,8 @@ struct PlannedModel {
   std::vector<LayerShape> layers;
   LinearShape head;
   bool tied_embeddings = false;
-  NormKind norm = NormKind::kRmsNorm;
+  LayerNorms norms;
+  int positions = 0;         // rows of the table of learned ones
   int weight_bytes = 2;      // of an element of a linear
   int activation_bytes = 2;  // of z, the KV cache and an untied embedding: 2 or 4
 };

@@ -56,7 +56,7 @@ std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const Laye
 
 std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
                                              const LinearGroup& group, int m, int rank,
-                                             int activation_bytes, NormKind norm) {
+                                             int activation_bytes, const LayerNorms& norms) {
   const bool token_shards = plan.residual() == ResidualLayout::kTokenShards;
   const bool hidden_shards = plan.residual() == ResidualLayout::kHiddenShards;
   const int own_tokens = split(m, plan.size(), rank).size();
@@ -92,7 +92,7 @@ std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
               static_cast<std::uint64_t>(activation_bytes));
       continue;
     }
-    if (hidden_shards && !group.adds_to_residual) cols += norm == NormKind::kRmsNorm ? 1 : 2;
+    if (hidden_shards && !group.adds_to_residual) cols += statistics_columns(norms.input);
     add(exchange, ExchangeStage::kAfterV, count(m, cols) * sizeof(float));
   }
   for (Exchange exchange : {Exchange::kAllReduce, Exchange::kReduceScatter}) {
@@ -100,15 +100,24 @@ std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
     add(exchange, ExchangeStage::kAfterU,
         count(m, u_cols[static_cast<int>(exchange)]) * sizeof(float));
   }
+  if (hidden_shards && group.adds_to_residual && norms.output != NormKind::kNone) {
+    add(Exchange::kAllReduce, ExchangeStage::kAfterU,
+        count(m, statistics_columns(norms.output)) * sizeof(float));
+  }
+  const bool has_query = group.linears.front().first == LinearRole::kQuery;
+  if (has_query && norms.qk == QkNormKind::kFull && plan.divides_heads()) {
+    exchanges.push_back(
+        {Collective::kAllReduce, "qk_norm", ExchangeStage::kAfterU, count(m, 2) * sizeof(float)});
+  }
   return exchanges;
 }
 
 std::vector<PlannedExchange> layer_exchanges(const TensorParallelPlan& plan,
                                              const LayerShape& layer, int m, int rank,
-                                             int activation_bytes, NormKind norm) {
+                                             int activation_bytes, const LayerNorms& norms) {
   std::vector<PlannedExchange> exchanges;
   for (const LinearGroup& group : layer_groups(plan, layer)) {
-    append(exchanges, group_exchanges(plan, group, m, rank, activation_bytes, norm));
+    append(exchanges, group_exchanges(plan, group, m, rank, activation_bytes, norms));
   }
   return exchanges;
 }
@@ -147,10 +156,10 @@ std::vector<PlannedExchange> head_exchanges(const TensorParallelPlan& plan, cons
 std::vector<PlannedExchange> step_exchanges(const TensorParallelPlan& plan,
                                             const std::vector<LayerShape>& layers,
                                             const StepRows& rows, int rank, int activation_bytes,
-                                            NormKind norm) {
+                                            const LayerNorms& norms) {
   std::vector<PlannedExchange> exchanges = embedding_exchanges(plan, rows.tokens);
   for (const LayerShape& layer : layers) {
-    append(exchanges, layer_exchanges(plan, layer, rows.tokens, rank, activation_bytes, norm));
+    append(exchanges, layer_exchanges(plan, layer, rows.tokens, rank, activation_bytes, norms));
   }
   append(exchanges, head_exchanges(plan, rows, rank));
   return exchanges;

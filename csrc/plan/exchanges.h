@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "comm/communicator.h"
+#include "plan/norms.h"
 #include "plan/tensor_parallel_plan.h"
 
 namespace deinfer {
@@ -17,8 +18,6 @@ namespace deinfer {
 struct LayerShape {
   LinearShape query, key, value, attention_output, gate, up, down;
 };
-
-enum class NormKind { kRmsNorm, kLayerNorm };
 
 /// Where in a layer or step an exchange stands.
 enum class ExchangeStage {
@@ -32,7 +31,7 @@ struct PlannedExchange {
   Collective kind;
   std::string_view
       where;  // "qkv", "attention_output", "gate_up", "down", the linear ("query", ...)
-              // under naive, or "embedding", "final_norm", "logits", "most_likely"
+              // under naive, "qk_norm", or "embedding", "final_norm", "logits", "most_likely"
   ExchangeStage stage;
   std::uint64_t bytes;  // contributed by the rank
   bool operator==(const PlannedExchange&) const = default;
@@ -50,17 +49,19 @@ struct LinearGroup {
 std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const LayerShape& layer);
 
 /// The exchanges of one group over m tokens. Sums travel in fp32, as many columns as are summed (to
-/// which hidden shards add a norm's statistics: 1 column for RMSNorm, 2 for LayerNorm); gathered z
-/// and normed rows travel in the activation type, the gathered residual columns in fp32.
+/// which hidden shards add the statistics of the norm of what is read: 1 column for RMSNorm, 2 for
+/// LayerNorm); gathered z and normed rows travel in the activation type, the gathered residual
+/// columns in fp32. Statistics of norms after U, of rows that ranks have parts of, travel alone: 1
+/// column under hidden shards for the RMSNorm of what a block adds, 2 for q and k over all heads.
 /// `activation_bytes`: 2 or 4.
 std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
                                              const LinearGroup& group, int m, int rank,
-                                             int activation_bytes, NormKind norm);
+                                             int activation_bytes, const LayerNorms& norms);
 
 /// Those of one layer, in order.
 std::vector<PlannedExchange> layer_exchanges(const TensorParallelPlan& plan,
                                              const LayerShape& layer, int m, int rank,
-                                             int activation_bytes, NormKind norm);
+                                             int activation_bytes, const LayerNorms& norms);
 
 /// One pass over the model.
 struct StepRows {
@@ -79,6 +80,6 @@ std::vector<PlannedExchange> head_exchanges(const TensorParallelPlan& plan, cons
 std::vector<PlannedExchange> step_exchanges(const TensorParallelPlan& plan,
                                             const std::vector<LayerShape>& layers,
                                             const StepRows& rows, int rank, int activation_bytes,
-                                            NormKind norm);
+                                            const LayerNorms& norms);
 
 }  // namespace deinfer

@@ -10,9 +10,7 @@ class NaivePlan final : public TensorParallelPlan {
   using TensorParallelPlan::TensorParallelPlan;
   std::string_view name() const override { return "naive"; }
   bool merges_exchanges() const override { return false; }
-  HeadShare heads(int) const override {
-    return {{0, model().num_heads}, {0, model().num_kv_heads}};
-  }
+  bool divides_heads() const override { return false; }
 
   LinearPlacement place(LinearRole role, const LinearShape& shape, int rank) const override {
     if (role == LinearRole::kHead) return place_head(*this, shape, rank);

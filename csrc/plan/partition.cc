@@ -57,6 +57,11 @@ HeadShare TensorParallelPlan::head_share(int rank) const {
   return {{kv_head * group + part.begin, kv_head * group + part.end}, {kv_head, kv_head + 1}};
 }
 
+HeadShare TensorParallelPlan::heads(int rank) const {
+  if (divides_heads()) return head_share(rank);
+  return {{0, model_.num_heads}, {0, model_.num_kv_heads}};
+}
+
 LinearPlacement place_whole(const LinearShape& shape) {
   LinearPlacement whole;
   if (shape.rank > 0) {

@@ -80,7 +80,7 @@ void count_exchanges(const PlannedModel& model, const TensorParallelPlan& plan,
   const double share = 1.0 / static_cast<double>(model.layers.size());
   for (const LayerShape& layer : model.layers) {
     for (const PlannedExchange& exchange :
-         layer_exchanges(plan, layer, plan.size(), 0, model.activation_bytes, model.norm)) {
+         layer_exchanges(plan, layer, plan.size(), 0, model.activation_bytes, model.norms)) {
       switch (exchange.kind) {
         case Collective::kAllReduce: estimate.all_reduces += share; break;
         case Collective::kAllGather: estimate.all_gathers += share; break;

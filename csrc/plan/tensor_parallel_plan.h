@@ -86,8 +86,8 @@ class TensorParallelPlan {
   /// The part of rank `rank`. `head_share`, `intermediate_share`, `hidden_share` and `vocab_share`
   /// give the ranges along those dimensions.
   virtual LinearPlacement place(LinearRole role, const LinearShape& shape, int rank) const = 0;
-  /// The heads whose attention and KV cache a rank has; naive: all of them.
-  virtual HeadShare heads(int rank) const { return head_share(rank); }
+  /// Whether every rank has the attention and KV cache of some heads. naive: of all heads.
+  virtual bool divides_heads() const { return true; }
   /// Whether decomposed linears are held as their product W = U V.
   virtual bool multiplies_out() const { return false; }
   /// Whether linears with a common input share their exchanges. naive: no.
@@ -100,6 +100,8 @@ class TensorParallelPlan {
   Range intermediate_share(int rank) const;  // likewise
   Range vocab_share(int rank) const;         // borders are multiples of 32
   HeadShare head_share(int rank) const;
+  /// The heads whose attention and KV cache a rank has.
+  HeadShare heads(int rank) const;
 
  private:
   ModelShape model_;

@@ -33,6 +33,55 @@ TEST_P(RowsTest, RmsNorm) {
   }
 }
 
+TEST_P(RowsTest, LayerNorm) {
+  Random random(7);
+  for (int n : kSizes) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    auto x = random.vector(size, 3.0f), gain = random.vector(size), bias = random.vector(size);
+    for (float& v : x) v += 40.0f;  // a variance from the mean of squares would lose its bits
+    double mean = 0, squares = 0;
+    for (float v : x) mean += static_cast<double>(v) / n;
+    for (float v : x) squares += (v - mean) * (v - mean);
+    double scale = 1.0 / std::sqrt(squares / n + 1e-5);
+    std::vector<float> f32(size);
+    std::vector<bf16> b16(size);
+    kernels().layer_norm_f32(x.data(), gain.data(), bias.data(), n, 1e-5f, f32.data());
+    kernels().layer_norm_bf16(x.data(), gain.data(), bias.data(), n, 1e-5f, b16.data());
+    for (std::size_t j = 0; j < size; ++j) {
+      // The mean of numbers near 40 has an error of some units in their last place.
+      double tolerance = 3e-5 * scale * std::abs(gain[j]) + 2e-6 * (1 + std::abs(bias[j]));
+      EXPECT_NEAR(f32[j], (x[j] - mean) * scale * gain[j] + bias[j], tolerance);
+      EXPECT_EQ(b16[j].bits, to_bf16(f32[j]).bits);
+    }
+    std::vector<float> same(size);
+    scalar().layer_norm_f32(x.data(), gain.data(), bias.data(), n, 1e-5f, same.data());
+    EXPECT_TRUE(same_bits(same.data(), f32.data(), size * sizeof(float)));
+    kernels().layer_norm_f32(x.data(), gain.data(), bias.data(), n, 1e-5f, x.data());  // in place
+    EXPECT_TRUE(same_bits(x.data(), f32.data(), size * sizeof(float)));
+  }
+}
+
+TEST_P(RowsTest, CopyAndAdd) {
+  Random random(8);
+  for (int n : kSizes) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    auto x = random.vector(size), sum = random.vector(size);
+    auto before = sum;
+    std::vector<float> f32(size);
+    std::vector<bf16> b16(size);
+    kernels().copy_row_f32(x.data(), n, f32.data());
+    kernels().copy_row_bf16(x.data(), n, b16.data());
+    kernels().add_row(x.data(), n, sum.data());
+    for (std::size_t j = 0; j < size; ++j) {
+      EXPECT_EQ(f32[j], x[j]);
+      EXPECT_EQ(b16[j].bits, to_bf16(x[j]).bits);
+      EXPECT_EQ(sum[j], before[j] + x[j]);
+    }
+  }
+}
+
 void expect_argmax(const cpu::KernelTable& kernels, const std::vector<float>& x) {
   float want = -kInf;
   int want_index = 0;

@@ -40,6 +40,8 @@ LayerShape layer_of(const Ranks& r) {
           {kHidden, kInner, r.d}};
 }
 
+constexpr LayerNorms kLayerNorms{NormKind::kLayer, NormKind::kNone, QkNormKind::kNone};
+
 constexpr Ranks kLowRank{11, 5, 7, 13, 17, 19, 23};
 constexpr Ranks kDense{0, 0, 0, 0, 0, 0, 0};
 constexpr Ranks kMixed{11, 0, 7, 0, 17, 0, 23};
@@ -51,17 +53,17 @@ int h(int size, int i) { return 16 * cols(kHidden / 16, size, i); }
 struct Case {
   const char* plan;
   Ranks ranks;
-  NormKind norm;
+  LayerNorms norms;
   // m tokens, own tokens t, size n, rank i, activation bytes a
   std::function<std::vector<PlannedExchange>(int m, int t, int n, int i, int a)> expected;
 };
 
 // clang-format off
 const Case kCases[] = {
-    {"dense", kLowRank, NormKind::kRmsNorm, [](int m, int, int, int, int) {
+    {"dense", kLowRank, LayerNorms{}, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "attention_output", kAfterU, m * 96ull * 4},
                                            {kAR, "down", kAfterU, m * 96ull * 4}}; }},
-    {"naive", kLowRank, NormKind::kRmsNorm, [](int m, int, int, int, int) {
+    {"naive", kLowRank, LayerNorms{}, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "query", kAfterU, m * 60ull * 4},
                                            {kAR, "key", kAfterU, m * 30ull * 4},
                                            {kAR, "value", kAfterU, m * 30ull * 4},
@@ -69,48 +71,48 @@ const Case kCases[] = {
                                            {kAR, "gate", kAfterU, m * 160ull * 4},
                                            {kAR, "up", kAfterU, m * 160ull * 4},
                                            {kAR, "down", kAfterU, m * 96ull * 4}}; }},
-    {"rank_gather", kLowRank, NormKind::kRmsNorm, [](int m, int, int n, int i, int a) {
+    {"rank_gather", kLowRank, LayerNorms{}, [](int m, int, int n, int i, int a) {
        auto bytes = [&](int part) { return static_cast<std::uint64_t>(m * part * a); };
        return std::vector<PlannedExchange>{
            {kAG, "qkv", kAfterV, bytes(cols(11, n, i) + cols(5, n, i) + cols(7, n, i))},
            {kAR, "attention_output", kAfterV, m * 13ull * 4},
            {kAG, "gate_up", kAfterV, bytes(cols(17, n, i) + cols(19, n, i))},
            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
-    {"hidden_sharded", kLowRank, NormKind::kRmsNorm, [](int m, int, int, int, int) {
+    {"hidden_sharded", kLowRank, LayerNorms{}, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "qkv", kAfterV, m * (23ull + 1) * 4},
                                            {kAR, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAR, "gate_up", kAfterV, m * (36ull + 1) * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
-    {"hidden_sharded", kLowRank, NormKind::kLayerNorm, [](int m, int, int, int, int) {
+    {"hidden_sharded", kLowRank, kLayerNorms, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "qkv", kAfterV, m * (23ull + 2) * 4},
                                            {kAR, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAR, "gate_up", kAfterV, m * (36ull + 2) * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
-    {"two_collective", kLowRank, NormKind::kRmsNorm, [](int m, int, int, int, int) {
+    {"two_collective", kLowRank, LayerNorms{}, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
-    {"token_sharded", kLowRank, NormKind::kRmsNorm, [](int m, int t, int, int, int a) {
+    {"token_sharded", kLowRank, LayerNorms{}, [](int m, int t, int, int, int a) {
        auto bytes = [&](int columns) { return static_cast<std::uint64_t>(t * columns * a); };
        return std::vector<PlannedExchange>{{kAG, "qkv", kAfterV, bytes(23)},
                                            {kRS, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAG, "gate_up", kAfterV, bytes(36)},
                                            {kRS, "down", kAfterV, m * 23ull * 4}}; }},
-    {"rank_gather", kDense, NormKind::kRmsNorm, [](int m, int, int, int, int) {
+    {"rank_gather", kDense, LayerNorms{}, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "attention_output", kAfterU, m * 96ull * 4},
                                            {kAR, "down", kAfterU, m * 96ull * 4}}; }},
-    {"hidden_sharded", kDense, NormKind::kRmsNorm, [](int m, int, int n, int i, int) {
+    {"hidden_sharded", kDense, LayerNorms{}, [](int m, int, int n, int i, int) {
        const auto own = static_cast<std::uint64_t>(m * h(n, i) * 4);
        return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
                                            {kRS, "attention_output", kAfterU, m * 96ull * 4},
                                            {kAG, "gate_up", kBefore, own},
                                            {kRS, "down", kAfterU, m * 96ull * 4}}; }},
-    {"token_sharded", kDense, NormKind::kRmsNorm, [](int m, int t, int, int, int a) {
+    {"token_sharded", kDense, LayerNorms{}, [](int m, int t, int, int, int a) {
        const auto own = static_cast<std::uint64_t>(t * 96 * a);
        return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
                                            {kRS, "attention_output", kAfterU, m * 96ull * 4},
                                            {kAG, "gate_up", kBefore, own},
                                            {kRS, "down", kAfterU, m * 96ull * 4}}; }},
-    {"hidden_sharded", kMixed, NormKind::kRmsNorm, [](int m, int, int n, int i, int) {
+    {"hidden_sharded", kMixed, LayerNorms{}, [](int m, int, int n, int i, int) {
        const auto own = static_cast<std::uint64_t>(m * h(n, i) * 4);
        return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
                                            {kAR, "qkv", kAfterV, m * (18ull + 1) * 4},
@@ -131,7 +133,7 @@ TEST(Exchanges, OfALayer) {
             SCOPED_TRACE(std::string(test.plan) + " size " + std::to_string(size) + " m " +
                          std::to_string(m) + " rank " + std::to_string(rank));
             EXPECT_EQ(
-                layer_exchanges(*plan, layer_of(test.ranks), m, rank, activation_bytes, test.norm),
+                layer_exchanges(*plan, layer_of(test.ranks), m, rank, activation_bytes, test.norms),
                 test.expected(m, cols(m, size, rank), size, rank, activation_bytes));
           }
         }
@@ -143,11 +145,10 @@ TEST(Exchanges, OfALayer) {
 TEST(Exchanges, APlainMlpHasNoGate) {
   LayerShape layer = layer_of(kLowRank);
   layer.gate = {};
-  EXPECT_EQ(
-      layer_exchanges(*make_plan("naive", kModel, 2), layer, 1, 0, 4, NormKind::kLayerNorm).size(),
-      6u);
-  auto exchanges = layer_exchanges(*make_plan("hidden_sharded", kModel, 2), layer, 3, 0, 4,
-                                   NormKind::kLayerNorm);
+  EXPECT_EQ(layer_exchanges(*make_plan("naive", kModel, 2), layer, 1, 0, 4, kLayerNorms).size(),
+            6u);
+  auto exchanges =
+      layer_exchanges(*make_plan("hidden_sharded", kModel, 2), layer, 3, 0, 4, kLayerNorms);
   ASSERT_EQ(exchanges.size(), 4u);
   EXPECT_EQ(exchanges[2].bytes, 3u * (19 + 2) * 4);
 }
@@ -166,14 +167,14 @@ TEST(Exchanges, OfAStep) {
       const bool whole = plan->residual() == ResidualLayout::kReplicated;
       List expected = {{whole ? kAR : kRS, "embedding", kEnd, 5ull * 96 * 4}};
       for (const LayerShape& layer : layers) {
-        for (const auto& exchange : layer_exchanges(*plan, layer, 5, rank, 2, NormKind::kRmsNorm)) {
+        for (const auto& exchange : layer_exchanges(*plan, layer, 5, rank, 2, {})) {
           expected.push_back(exchange);
         }
       }
       if (name == "hidden_sharded") expected.push_back({kAG, "final_norm", kEnd, 5ull * 48 * 4});
       if (name == "token_sharded") expected.push_back({kAR, "final_norm", kEnd, 5ull * 96 * 4});
       expected.insert(expected.end(), tail.begin(), tail.end());
-      EXPECT_EQ(step_exchanges(*plan, layers, rows, rank, 2, NormKind::kRmsNorm), expected);
+      EXPECT_EQ(step_exchanges(*plan, layers, rows, rank, 2, {}), expected);
       // Without wanted rows nothing follows the layers.
       EXPECT_TRUE(head_exchanges(*plan, {5, 0, 0}, rank).empty());
     }
