@@ -214,7 +214,9 @@ def emulate(
             )
             row = " ".join(f"{measured[p][work.name] * 1e3:8.2f}" for p in PLANS)
             guess = " ".join(f"{predicted[p][work.name] * 1e3:8.2f}" for p in PLANS)
-            print(f"{name:7} N={size} {work.name:12} measured {row} | predicted {guess}", flush=True)
+            print(
+                f"{name:7} N={size} {work.name:12} measured {row} | predicted {guess}", flush=True
+            )
     return cells, overlap
 
 

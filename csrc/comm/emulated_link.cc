@@ -124,7 +124,7 @@ class EmulatedLink final : public Communicator {
 
 std::unique_ptr<Communicator> make_emulated_link(std::unique_ptr<Communicator> inner,
                                                  const LinkModel& link) {
-  check_link(link);
+  check_link(link, str_cat(link.latency_s * 1e6, ":", link.bytes_per_s * 1e-9));
   check_argument(inner->max_bytes() >= kHeaderBytes,
                  "link: the communicator must have contributions of at least ", kHeaderBytes,
                  " bytes, it has ", inner->max_bytes());

@@ -10,9 +10,9 @@
 
 #include "base/check.h"
 #include "base/cpu_topology.h"
-#include "engine/request.h"
 #include "engine/plan_choice.h"
 #include "engine/rank_group.h"
+#include "engine/request.h"
 #include "scheduler/scheduler.h"
 
 namespace deinfer {

@@ -32,8 +32,7 @@ StepPlans choose_plans(const EngineConfig& config, const ModelConfig& model, int
   options.size = size;
   options.link = config.emulated_link.empty() ? measure_local_link(size)
                                               : parse_link_model(config.emulated_link);
-  options.hardware =
-      measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
+  options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
   options.batches.assign(std::begin(kBatches), std::end(kBatches));
   options.prefill = {config.max_num_batched_tokens};
   options.context = kContext;

@@ -8,7 +8,9 @@ namespace deinfer {
 
 RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
                      int threads, int max_model_len, const LoadProgress& progress)
-    : plans_(plans), ranks_(plans[0]->size()), workers_(static_cast<std::size_t>(plans[0]->size())) {
+    : plans_(plans),
+      ranks_(plans[0]->size()),
+      workers_(static_cast<std::size_t>(plans[0]->size())) {
   int size = ranks_.size();
   RankShare first(plans, 0);
   std::size_t bytes = Decoder::exchange_bytes(model, first, config.max_num_batched_tokens);
@@ -31,9 +33,9 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
     // Threads inherit the cores of the one that creates them, and memory comes from where it is
     // first touched.
     CoreBinding binding(rank, size, threads);
-    workers_[index] = std::make_unique<Worker>(config, model, RankShare(plans, rank),
-                                               std::move(communicators_[index]), threads,
-                                               max_model_len, rank == 0 ? progress : LoadProgress{});
+    workers_[index] = std::make_unique<Worker>(
+        config, model, RankShare(plans, rank), std::move(communicators_[index]), threads,
+        max_model_len, rank == 0 ? progress : LoadProgress{});
   });
 }
 

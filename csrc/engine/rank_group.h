@@ -19,8 +19,8 @@ class RankGroup {
 
   void allocate_kv_cache(std::int64_t num_blocks);
 
-  /// Runs one batch on all ranks; `consume` is called on rank 0's team (see Worker::execute). When a
-  /// rank fails, the others are released and its exception is thrown; the group is then of no
+  /// Runs one batch on all ranks; `consume` is called on rank 0's team (see Worker::execute). When
+  /// a rank fails, the others are released and its exception is thrown; the group is then of no
   /// further use.
   std::span<const TokenId> execute(const Batch& batch, const Worker::LogitsConsumer& consume);
 

@@ -26,7 +26,7 @@ struct LowRankLinear {
   cpu::PackedMatrix v;      // [r, k]; empty when dense, or when this rank has no row of it
   cpu::PackedMatrix u;      // [n, r]
   std::vector<float> bias;  // in the packed row order, padded to 32; or empty
-  int rank = 0;  // of the whole linear; 0 stands for the columns of u
+  int rank = 0;             // of the whole linear; 0 stands for the columns of u
   std::array<LinearExchanges, kNumStepKinds> exchanges;
   std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
   Range y_share;                // the columns that this rank keeps of an exchanged output
@@ -41,7 +41,9 @@ struct LowRankLinear {
   /// Elements of z.
   int inner_size() const { return rank > 0 ? rank : u.k; }
   /// Columns that z takes in a z buffer (a multiple of 16).
-  int z_cols() const { return is_low_rank() ? std::max((inner_size() + 15) / 16 * 16, v.n_pad) : 0; }
+  int z_cols() const {
+    return is_low_rank() ? std::max((inner_size() + 15) / 16 * 16, v.n_pad) : 0;
+  }
 };
 
 }  // namespace deinfer

@@ -24,7 +24,8 @@ Collective collective_of(Exchange exchange) {
   }
 }
 
-/// Writes the first n columns of tiles to rows of memory; out is where row `row0` of the batch goes.
+/// Writes the first n columns of tiles to rows of memory; out is where row `row0` of the batch
+/// goes.
 class StoreColumns final : public Epilogue {
  public:
   StoreColumns() = default;
@@ -263,8 +264,7 @@ class Group {
   void gather_z(const Tile& tile) {
     bool tokens = ctx_.residual == ResidualLayout::kTokenShards;
     for (int r = 0; r < ctx_.exchange.size(); ++r) {
-      Range rows = tokens ? own_tokens(tile.row, tile.rows, r, ctx_.exchange.size())
-                          : tile.all();
+      Range rows = tokens ? own_tokens(tile.row, tile.rows, r, ctx_.exchange.size()) : tile.all();
       auto columns_of = [&](const Inner& inner) {
         return tokens ? Range{0, inner.rank()}
                       : inner.linear->v_shares[static_cast<std::size_t>(r)];
@@ -328,9 +328,9 @@ class Group {
       job.epilogue = &store;
       run_jobs(ctx_, std::span(&job, 1), tile.row, tile.rows);
       tile.tickets[count++] = ctx_.ticket++;
-      ctx_.exchange.start(ctx_.member, collective_of(after_u_),
-                          static_cast<std::size_t>(tile.rows) * static_cast<std::size_t>(n) *
-                              sizeof(float));
+      ctx_.exchange.start(
+          ctx_.member, collective_of(after_u_),
+          static_cast<std::size_t>(tile.rows) * static_cast<std::size_t>(n) * sizeof(float));
     }
   }
 
@@ -341,9 +341,9 @@ class Group {
     for (std::size_t i = 0; i < count; ++i) ctx_.exchange.wait(ctx_.member, tile.tickets[i]);
     bool scattered = after_u_ == Exchange::kReduceScatter;
     bool tokens = scattered && ctx_.residual == ResidualLayout::kTokenShards;
-    Range rows = tokens ? own_tokens(tile.row, tile.rows, ctx_.exchange.rank(),
-                                     ctx_.exchange.size())
-                        : tile.all();
+    Range rows = tokens
+                     ? own_tokens(tile.row, tile.rows, ctx_.exchange.rank(), ctx_.exchange.size())
+                     : tile.all();
     int n = branch.linear->output_factor().n;
     Range columns = scattered && !tokens ? branch.linear->y_share : Range{0, n};
     auto sum = [&](Ticket ticket, int first, int cols, Buffer& out) {
@@ -356,8 +356,7 @@ class Group {
       ctx_.kernels.sum_parts_f32(parts.data(), ctx_.exchange.size(), n, rows.size(), cols, nullptr,
                                  out.as<float>(), cpu::kPanelRows);
     };
-    auto [begin, end] =
-        ctx_.member.share((columns.size() + cpu::kPanelRows - 1) / cpu::kPanelRows);
+    auto [begin, end] = ctx_.member.share((columns.size() + cpu::kPanelRows - 1) / cpu::kPanelRows);
     for (int panel = begin; panel < end; ++panel) {
       int first = panel * cpu::kPanelRows;
       int cols = std::min(cpu::kPanelRows, columns.size() - first);

@@ -41,7 +41,7 @@ struct TinyConfig {
   int max_position = 256;
   bool tied = true;
   bool bfloat16 = false;
-  bool low_rank = true;  // q, o, gate and down decomposed with odd ranks; k, v, up dense
+  bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
   bool all_low_rank = false;  // k, v and up too
 };
 
