@@ -81,8 +81,12 @@ class Group {
     if (input.sum_squares != nullptr && after_v_ == Exchange::kAllReduce) ++part_cols_;
   }
 
-  /// Whether something travels between begin() and complete().
-  bool exchanges() const { return after_v_ != Exchange::kNone || after_u_ != Exchange::kNone; }
+  /// Whether computing the next tile can hide what travels between begin() and complete(). Of the
+  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator takes.
+  bool overlaps() const {
+    if (after_u_ != Exchange::kNone) return branches_.front().second == nullptr;
+    return after_v_ != Exchange::kNone;
+  }
 
   /// All up to the exchange.
   Tile begin(int row, int rows) {
@@ -396,7 +400,7 @@ void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Acti
     Tile tile = group.begin(row, std::min(ctx.tile_tokens, m - row));
     if (under_way) group.complete(*under_way);
     under_way = tile;
-    if (!group.exchanges()) {
+    if (!group.overlaps()) {
       group.complete(tile);
       under_way.reset();
     }
