@@ -3,9 +3,9 @@
 Part 1 is real: two ranks of one thread each against one rank of two threads, on SmolLM2-135M
 (decomposed) and, with --large, on a 1.1B shape. Part 2 emulates links: the ranks of a random
 low-rank model are threads that share the cores, and their exchanges take as long as over the
-emulated link. The model is Llama-3-70B with every dimension divided by 4 (and fewer layers), and its
-ranks are far slower than GPUs; so the links are slowed until a layer's exchanges take the share of
-its time that they would take on H100s (see `emulated`). Every cell is predicted by the planner's
+emulated link. The model is Llama-3-70B with every dimension divided by 4 (and fewer layers), and
+its ranks are far slower than GPUs; so the links are slowed until a layer's exchanges take the share
+of its time that they would take on H100s (see `emulated`). Every cell is predicted by the planner's
 cost model for this machine's own rates, and verified first: all plans give the same greedy tokens.
 """
 
