@@ -130,8 +130,9 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
-  ranks = std::make_unique<RankGroup>(config, model, choose_plans(config, model, threads), threads,
-                                      max_model_len, progress);
+  PlanChoice choice = choose_plans(config, model, threads);
+  config.exchange_chunks = choice.prefill_chunks;
+  ranks = std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);
   Worker& worker = ranks->rank(0);

@@ -46,8 +46,12 @@ class Group {
     after_u_ = branches.front().linear->exchange(ctx.step_kind).after_u;
   }
 
-  /// Whether something travels between begin() and complete().
-  bool exchanges() const { return z_.kind() != Exchange::kNone || after_u_ != Exchange::kNone; }
+  /// Whether computing the next tile can hide what travels between begin() and complete(). Of the
+  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator takes.
+  bool overlaps() const {
+    if (after_u_ != Exchange::kNone) return branches_.front().second == nullptr;
+    return z_.kind() != Exchange::kNone;
+  }
 
   /// All up to the exchange.
   Tile begin(int row, int rows) {
@@ -211,7 +215,7 @@ void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Acti
     Tile tile = group.begin(row, std::min(ctx.tile_tokens, m - row));
     if (under_way) group.complete(*under_way);
     under_way = tile;
-    if (!group.exchanges()) {
+    if (!group.overlaps()) {
       group.complete(tile);
       under_way.reset();
     }

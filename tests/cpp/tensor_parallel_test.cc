@@ -112,29 +112,86 @@ std::vector<Kind> kinds() {
   return all;
 }
 
+/// What Llama does not have: biases, norms of q and k, norms of what blocks add, LayerNorm, a plain
+/// MLP, learned positions.
+std::vector<Kind> family_kinds() {
+  std::vector<Kind> all;
+  for (std::string family : {"opt", "qwen2", "qwen3", "olmo2"}) {
+    test::TinyConfig config;
+    config.family = family;
+    config.hidden = 64;
+    config.intermediate = 144;
+    config.heads = 8;
+    config.tied = family == "opt";
+    config.all_low_rank = true;
+    all.push_back({family + "_ragged_ranks", config});
+    config.all_low_rank = false;
+    config.kv_heads = 4;
+    all.push_back({family + "_mixed", config});
+    config.low_rank = false;
+    all.push_back({family + "_dense", config});
+    config.low_rank = config.all_low_rank = true;
+    config.hidden = 48;
+    config.kv_heads = 1;
+    all.push_back({family + "_few_columns", config});
+  }
+  return all;
+}
+
 class TensorParallel : public testing::TestWithParam<std::string> {};
 
+void expect_same_as_one_rank(const Kind& kind, const std::string& plan) {
+  test::TinyModel model(kind.config);
+  Outcome one = run(model, "hidden_sharded", 1);
+  for (int ranks : {1, 2, 3, 4, 6, 8}) {
+    SCOPED_TRACE(kind.name + ", " + std::to_string(ranks) + " ranks");
+    Outcome many = run(model, plan, ranks);
+    EXPECT_LE(distance(many.logits, one.logits), 1e-5);
+    EXPECT_LE(distance(many.logprobs, one.logprobs), 1e-4);
+    EXPECT_EQ(many.tokens, one.tokens);
+  }
+}
+
 TEST_P(TensorParallel, EverySizeComputesWhatOneRankComputes) {
-  for (const Kind& kind : kinds()) {
-    test::TinyModel model(kind.config);
-    Outcome one = run(model, "hidden_sharded", 1);
-    for (int ranks : {1, 2, 3, 4, 6, 8}) {
-      Outcome many = run(model, GetParam(), ranks);
-      EXPECT_LE(distance(many.logits, one.logits), 1e-5) << kind.name << ", " << ranks << " ranks";
-      EXPECT_LE(distance(many.logprobs, one.logprobs), 1e-4)
-          << kind.name << ", " << ranks << " ranks";
-      EXPECT_EQ(many.tokens, one.tokens) << kind.name << ", " << ranks << " ranks";
-    }
+  for (const Kind& kind : kinds()) expect_same_as_one_rank(kind, GetParam());
+}
+
+TEST_P(TensorParallel, EveryFamilyComputesWhatItDoesOnOneRank) {
+  for (const Kind& kind : family_kinds()) expect_same_as_one_rank(kind, GetParam());
+}
+
+// z of rows whose mean is far from 0 is a small difference of large numbers, which bf16 must not
+// hold.
+TEST_P(TensorParallel, LayerNormOfShiftedRowsIsAsExactInBfloat16AsOnOneRank) {
+  test::TinyConfig config;
+  config.family = "opt";
+  config.hidden = 256;
+  config.heads = 8;
+  config.all_low_rank = true;
+  config.bfloat16 = true;  // float32 runs have the same weights
+  config.position_mean = 8.0f;
+  test::TinyModel model(config);
+  const std::vector<float> exact = run(model, "hidden_sharded", 1, "float32").logits;
+  const double one = distance(run(model, "hidden_sharded", 1, "bfloat16").logits, exact);
+  for (int ranks : {2, 3, 4, 8}) {
+    const double many = distance(run(model, GetParam(), ranks, "bfloat16").logits, exact);
+    EXPECT_LE(many, 1.1 * one) << ranks << " ranks";
   }
 }
 
 TEST_P(TensorParallel, RunsRepeatBitForBitWhateverTheThreadsAndBatches) {
-  test::TinyModel model(kinds()[0].config);
-  for (std::string dtype : {"float32", "bfloat16"}) {
-    Outcome one = run(model, GetParam(), 3, dtype);
-    EXPECT_EQ(one, run(model, GetParam(), 3, dtype));
-    EXPECT_EQ(one, run(model, GetParam(), 3, dtype, 2));
-    EXPECT_EQ(one, run(model, GetParam(), 3, dtype, 1, 5));
+  for (std::string family : {"llama", "opt", "olmo2"}) {
+    test::TinyConfig config = kinds()[0].config;
+    config.family = family;
+    test::TinyModel model(config);
+    for (std::string dtype : {"bfloat16", "float32"}) {
+      if (dtype == "float32" && family != "llama") continue;
+      SCOPED_TRACE(family + " " + dtype);
+      Outcome one = run(model, GetParam(), 3, dtype);
+      EXPECT_EQ(one, run(model, GetParam(), 3, dtype));
+      EXPECT_EQ(one, run(model, GetParam(), 3, dtype, 2));
+      EXPECT_EQ(one, run(model, GetParam(), 3, dtype, 1, 5));
+    }
   }
 }
 

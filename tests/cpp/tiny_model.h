@@ -41,7 +41,8 @@ struct TinyConfig {
   int kv_heads = 2;  // opt: as many as heads
   int head_dim = 8;
   int max_position = 256;
-  int window = 0;  // mistral
+  int window = 0;              // mistral
+  float position_mean = 0.0f;  // opt: of the position embeddings, so of the residual stream
   bool tied = true;
   bool bfloat16 = false;
   bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
@@ -147,6 +148,9 @@ class TinyModel {
     const TinyConfig& c = config_;
     add("model.decoder.embed_tokens.weight", {c.vocab, c.hidden}, 1.0f);
     add("model.decoder.embed_positions.weight", {c.max_position + 2, c.hidden}, 0.5f);
+    for (float& value : tensors_["model.decoder.embed_positions.weight"].values) {
+      value += c.position_mean;
+    }
     add_norm("model.decoder.final_layer_norm", c.hidden, true);
     for (int i = 0; i < c.layers; ++i) {
       std::string prefix = "model.decoder.layers." + std::to_string(i) + ".";
