@@ -42,6 +42,9 @@ LayerShape layer_of(const Ranks& r) {
 
 constexpr LayerNorms kLayerNorms{NormKind::kLayer, NormKind::kNone, QkNormKind::kNone};
 
+constexpr LayerNorms kPostNorms{NormKind::kNone, NormKind::kRms, QkNormKind::kFull};  // OLMo 2
+constexpr LayerNorms kHeadNorms{NormKind::kRms, NormKind::kNone, QkNormKind::kPerHead};
+
 constexpr Ranks kLowRank{11, 5, 7, 13, 17, 19, 23};
 constexpr Ranks kDense{0, 0, 0, 0, 0, 0, 0};
 constexpr Ranks kMixed{11, 0, 7, 0, 17, 0, 23};
@@ -88,6 +91,45 @@ const Case kCases[] = {
                                            {kAR, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAR, "gate_up", kAfterV, m * (36ull + 2) * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
+    {"hidden_sharded", kLowRank, kPostNorms, [](int m, int, int, int, int) {
+       return std::vector<PlannedExchange>{{kAR, "qkv", kAfterV, m * 23ull * 4},
+                                           {kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kAR, "attention_output", kAfterV, m * 13ull * 4},
+                                           {kAR, "attention_output", kAfterU, m * 4ull},
+                                           {kAR, "gate_up", kAfterV, m * 36ull * 4},
+                                           {kAR, "down", kAfterV, m * 23ull * 4},
+                                           {kAR, "down", kAfterU, m * 4ull}}; }},
+    {"hidden_sharded", kDense, kPostNorms, [](int m, int, int n, int i, int) {
+       const auto own = static_cast<std::uint64_t>(m * h(n, i) * 4);
+       return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
+                                           {kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kRS, "attention_output", kAfterU, m * 96ull * 4},
+                                           {kAR, "attention_output", kAfterU, m * 4ull},
+                                           {kAG, "gate_up", kBefore, own},
+                                           {kRS, "down", kAfterU, m * 96ull * 4},
+                                           {kAR, "down", kAfterU, m * 4ull}}; }},
+    {"two_collective", kLowRank, kPostNorms, [](int m, int, int, int, int) {
+       return std::vector<PlannedExchange>{{kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kAR, "attention_output", kAfterV, m * 13ull * 4},
+                                           {kAR, "down", kAfterV, m * 23ull * 4}}; }},
+    {"two_collective", kLowRank, kHeadNorms, [](int m, int, int, int, int) {
+       return std::vector<PlannedExchange>{{kAR, "attention_output", kAfterV, m * 13ull * 4},
+                                           {kAR, "down", kAfterV, m * 23ull * 4}}; }},
+    {"token_sharded", kDense, kPostNorms, [](int m, int t, int, int, int a) {
+       const auto own = static_cast<std::uint64_t>(t * 96 * a);
+       return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
+                                           {kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kRS, "attention_output", kAfterU, m * 96ull * 4},
+                                           {kAG, "gate_up", kBefore, own},
+                                           {kRS, "down", kAfterU, m * 96ull * 4}}; }},
+    {"naive", kLowRank, kPostNorms, [](int m, int, int, int, int) {
+       return std::vector<PlannedExchange>{{kAR, "query", kAfterU, m * 60ull * 4},
+                                           {kAR, "key", kAfterU, m * 30ull * 4},
+                                           {kAR, "value", kAfterU, m * 30ull * 4},
+                                           {kAR, "attention_output", kAfterU, m * 96ull * 4},
+                                           {kAR, "gate", kAfterU, m * 160ull * 4},
+                                           {kAR, "up", kAfterU, m * 160ull * 4},
+                                           {kAR, "down", kAfterU, m * 96ull * 4}}; }},
     {"two_collective", kLowRank, LayerNorms{}, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
