@@ -135,6 +135,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   ranks = std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);
+  counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading
   Worker& worker = ranks->rank(0);
 
   SchedulerConfig scheduler_config;

@@ -3,10 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <random>
 
+#include "comm/communicator.h"
 #include "deinfer/engine.h"
-#include "plan/tensor_parallel_plan.h"
+#include "model/planned_model.h"
+#include "plan/exchanges.h"
 #include "tiny_model.h"
 
 namespace deinfer {
@@ -198,6 +201,55 @@ TEST_P(TensorParallel, RunsRepeatBitForBitWhateverTheThreadsAndBatches) {
     if (kind.name != "opt_mixed" && kind.name != "olmo2_mixed") continue;
     test::TinyModel model(kind.config);
     EXPECT_EQ(run(model, GetParam(), 3, "bfloat16"), run(model, GetParam(), 3, "bfloat16", 2, 16));
+  }
+}
+
+/// Calls and bytes of rank 0, by kind of exchange.
+using Counts = std::map<std::string, std::pair<std::uint64_t, std::uint64_t>>;
+
+Counts counts_of(const Engine& engine) {
+  Counts counts;
+  for (const CollectiveStats& kind : engine.stats().collectives) {
+    counts[kind.name] = {kind.calls, kind.bytes};
+  }
+  return counts;
+}
+
+TEST_P(TensorParallel, StepsExchangeWhatThePlanSays) {
+  constexpr int kPrompt = 7, kRanks = 3;
+  std::vector<Kind> all = kinds();
+  for (const Kind& kind : family_kinds()) all.push_back(kind);
+  for (Kind& kind : all) {
+    SCOPED_TRACE(kind.name);
+    kind.config.head_dim =
+        32;  // naive sends q and k as they are packed for the rotation: no padding
+    test::TinyModel model(kind.config);
+    EngineConfig config;
+    config.model = model.path();
+    config.dtype = "bfloat16";
+    config.tensor_parallel_size = kRanks;
+    config.tensor_parallel_plan = GetParam();
+    config.num_threads = 1;
+    config.num_kv_blocks = 8;
+    Engine engine(config);
+    Counts expected = counts_of(engine);  // of loading
+    SamplingParams params;
+    params.temperature = 0.0f;
+    params.max_tokens = 2;
+    params.ignore_eos = true;
+    engine.submit(std::vector<TokenId>(kPrompt, 5), params);
+    const PlannedModel planned = planned_model(read_model_config(model.path()), 0.0, "bfloat16");
+    auto plan = make_plan(GetParam(), planned.shape, kRanks);
+    for (int tokens : {kPrompt, 1}) {
+      engine.step();
+      for (const PlannedExchange& exchange : step_exchanges(
+               *plan, planned.layers, {tokens, 0, 1}, 0, planned.activation_bytes, planned.norms)) {
+        auto& [calls, bytes] = expected[collective_name(exchange.kind)];
+        ++calls;
+        bytes += exchange.bytes;
+      }
+    }
+    EXPECT_EQ(counts_of(engine), expected);
   }
 }
 
