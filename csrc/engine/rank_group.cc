@@ -7,8 +7,11 @@
 namespace deinfer {
 
 RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
-                     int threads, int max_model_len, const LoadProgress& progress)
-    : plans_(plans), ranks_(plans[0]->size()), workers_(static_cast<std::size_t>(plans[0]->size())) {
+                     int threads, int max_model_len, const LoadProgress& progress,
+                     const CommunicatorWrapper& wrap)
+    : plans_(plans),
+      ranks_(plans[0]->size()),
+      workers_(static_cast<std::size_t>(plans[0]->size())) {
   int size = ranks_.size();
   RankShare first(plans, 0);
   std::size_t bytes = Decoder::exchange_bytes(model, first, config.max_num_batched_tokens);
@@ -23,6 +26,7 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
         communicator =
             make_emulated_link(std::move(communicator), parse_link_model(config.emulated_link));
       }
+      if (wrap) communicator = wrap(std::move(communicator));
       communicators_.push_back(std::move(communicator));
     }
   }
@@ -31,13 +35,15 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
     // Threads inherit the cores of the one that creates them, and memory comes from where it is
     // first touched.
     CoreBinding binding(rank, size, threads);
-    workers_[index] = std::make_unique<Worker>(config, model, RankShare(plans, rank),
-                                               std::move(communicators_[index]), threads,
-                                               max_model_len, rank == 0 ? progress : LoadProgress{});
+    workers_[index] = std::make_unique<Worker>(
+        config, model, RankShare(plans, rank), std::move(communicators_[index]), threads,
+        max_model_len, rank == 0 ? progress : LoadProgress{});
   });
 }
 
-void RankGroup::on_all(const std::function<void(int rank)>& fn) {
+void RankGroup::on_all(const std::function<void(int rank)>& fn) try {
+  // The ranks are out of step: all would find the communicator aborted, and none report.
+  if (failure_) std::rethrow_exception(failure_);
   ranks_.run([&](TeamMember& member) {
     auto index = static_cast<std::size_t>(member.id());
     try {
@@ -51,6 +57,9 @@ void RankGroup::on_all(const std::function<void(int rank)>& fn) {
       throw;
     }
   });
+} catch (...) {
+  if (!failure_) failure_ = std::current_exception();
+  throw;
 }
 
 void RankGroup::allocate_kv_cache(std::int64_t num_blocks) {

@@ -41,8 +41,10 @@ struct TinyConfig {
   int max_position = 256;
   bool tied = true;
   bool bfloat16 = false;
-  bool low_rank = true;  // q, o, gate and down decomposed with odd ranks; k, v, up dense
+  bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
   bool all_low_rank = false;  // k, v and up too
+  int mlp_rank = 0;           // of gate, up and down, where not 0
+  int vocab_period = 0;       // of an embedding whose rows repeat; 0: they do not
 };
 
 class TinyModel {
@@ -50,6 +52,7 @@ class TinyModel {
   explicit TinyModel(const TinyConfig& config = {}, std::uint32_t seed = 1) : config_(config) {
     random_.seed(seed);
     add("model.embed_tokens.weight", {config.vocab, config.hidden}, 1.0f);
+    if (config.vocab_period > 0) repeat_rows(tensors_["model.embed_tokens.weight"]);
     add_norm("model.norm.weight");
     if (!config.tied) add("lm_head.weight", {config.vocab, config.hidden}, 0.5f);
     int q = config.heads * config.head_dim;
@@ -63,11 +66,17 @@ class TinyModel {
       add_linear(prefix + "self_attn.v_proj", kv, config.hidden, config.all_low_rank ? 18 : 0);
       add_linear(prefix + "self_attn.o_proj", config.hidden, q, config.low_rank ? 17 + i : 0);
       add_linear(prefix + "mlp.gate_proj", config.intermediate, config.hidden,
-                 config.low_rank ? 33 : 0);
+                 config.mlp_rank > 0 ? config.mlp_rank
+                 : config.low_rank   ? 33
+                                     : 0);
       add_linear(prefix + "mlp.up_proj", config.intermediate, config.hidden,
-                 config.all_low_rank ? 20 + i : 0);
+                 config.mlp_rank > 0   ? config.mlp_rank
+                 : config.all_low_rank ? 20 + i
+                                       : 0);
       add_linear(prefix + "mlp.down_proj", config.hidden, config.intermediate,
-                 config.low_rank ? 1 + i : 0);
+                 config.mlp_rank > 0 ? config.mlp_rank
+                 : config.low_rank   ? 1 + i
+                                     : 0);
     }
     json_ = {{"model_type", config.low_rank ? "lowrank_llama" : "llama"},
              {"hidden_size", config.hidden},
@@ -131,6 +140,12 @@ class TinyModel {
     std::size_t count = 1;
     for (int extent : tensor.shape) count *= static_cast<std::size_t>(extent);
     for (std::size_t i = 0; i < count; ++i) tensor.values.push_back(normal(random_));
+  }
+  void repeat_rows(Tensor& tensor) const {
+    auto period = static_cast<std::size_t>(config_.vocab_period * tensor.shape[1]);
+    for (std::size_t i = period; i < tensor.values.size(); ++i) {
+      tensor.values[i] = tensor.values[i - period];
+    }
   }
   void add_norm(const std::string& name) {
     add(name, {config_.hidden}, 0.2f);
