@@ -1,6 +1,7 @@
 // A rank that fails, anywhere: the others come free, its own message surfaces, and the process goes
 // on with new ranks.
 #include <gtest/gtest.h>
+#include <malloc.h>
 #include <sys/resource.h>
 
 #include <atomic>
@@ -192,8 +193,10 @@ constexpr bool kLimitsWork = true;
 
 TEST_F(TensorParallelAbort, AnEngineRethrowsItsFirstFailureAndANewOneWorks) {
   if (!kLimitsWork) GTEST_SKIP();
+  mallopt(M_MMAP_THRESHOLD, 1 << 20);  // what is freed must not serve larger requests
   test::TinyConfig large = tiny_config();
-  large.vocab = 20000;
+  large.tied = true;
+  large.vocab = 40000;
   test::TinyModel model(large);
   EngineConfig config = config_for("two_collective", 3);
   config.model = model.path();
@@ -203,14 +206,14 @@ TEST_F(TensorParallelAbort, AnEngineRethrowsItsFirstFailureAndANewOneWorks) {
   params.max_tokens = 2;
   params.ignore_eos = true;
   params.prompt_logits = true;
-  std::vector<TokenId> prompt(100, 5);
+  std::vector<TokenId> prompt(250, 5);
   {
     Engine engine(config);
     engine.submit(prompt, params);
     rlimit before;
     getrlimit(RLIMIT_AS, &before);
     rlimit none{1 << 20, before.rlim_max};
-    setrlimit(RLIMIT_AS, &none);  // logits of the prompt take 8 MB
+    setrlimit(RLIMIT_AS, &none);  // logits of the prompt take 40 MB
     std::string error = error_of([&] { engine.step(); });
     setrlimit(RLIMIT_AS, &before);
     EXPECT_EQ(error, std::bad_alloc().what());

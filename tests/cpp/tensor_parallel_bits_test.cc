@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -101,6 +102,18 @@ TEST_P(TensorParallelBits, TilesAndThreadsChangeNothing) {
   }
 }
 
+/// Whether two results differ by rounding only.
+void expect_near(const std::vector<float>& logits, const std::vector<float>& expected,
+                 const std::string& what) {
+  ASSERT_EQ(logits.size(), expected.size()) << what;
+  float worst = 0.0f;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    float difference = std::abs(logits[i] - expected[i]);
+    worst = difference <= worst ? worst : difference;  // NaN too
+  }
+  EXPECT_LT(worst, 1e-3f) << what;
+}
+
 // Ranks may have no column of the MLP, and no row of V.
 TEST_P(TensorParallelBits, EmptySharesTakePartInExchanges) {
   test::TinyConfig config = tiny_config();
@@ -112,13 +125,50 @@ TEST_P(TensorParallelBits, EmptySharesTakePartInExchanges) {
   std::vector<float> expected = all_logits(*one, work.batch);
   for (int size : {3, 4, 8}) {
     auto ranks = test::make_ranks(config_for(model, GetParam(), size, 2));
-    std::vector<float> logits = all_logits(*ranks, work.batch);
-    ASSERT_EQ(logits.size(), expected.size());
-    float worst = 0.0f;
-    for (std::size_t i = 0; i < logits.size(); ++i) {
-      worst = std::max(worst, std::abs(logits[i] - expected[i]));
+    expect_near(all_logits(*ranks, work.batch), expected, std::to_string(size) + " ranks");
+  }
+}
+
+// Contributions have room for one row of logits at least.
+TEST_P(TensorParallelBits, LargeVocabulariesTravelRowByRow) {
+  test::TinyConfig config = tiny_config();
+  config.vocab = 5000;
+  test::TinyModel model(config);
+  test::RankBatch work({6, 2});
+  auto one = test::make_ranks(config_for(model, GetParam(), 1));
+  std::vector<float> expected = all_logits(*one, work.batch);
+  for (int size : {2, 3}) {
+    EngineConfig engine = config_for(model, GetParam(), size);
+    engine.max_num_batched_tokens = 8;
+    auto ranks = test::make_ranks(engine);
+    Worker& worker = ranks->rank(0);
+    EXPECT_EQ(worker.decoder().logit_rows(worker.communicator().max_bytes()), 1);
+    expect_near(all_logits(*ranks, work.batch), expected, std::to_string(size) + " ranks");
+  }
+}
+
+TEST(TensorParallelSteps, PlansThatPlaceWeightsAlikeTakeTurns) {
+  test::TinyConfig config = tiny_config();
+  config.all_low_rank = false;
+  test::TinyModel model(config);
+  ModelShape shape = model_shape(read_model_config(model.path()));
+  test::RankBatch prompts({20, 30, 7});
+  test::RankBatch decodes({1, 1, 1}, {20, 30, 7});
+  test::RankBatch more({3, 1}, {21, 31});
+  auto run = [&](RankGroup& ranks) {
+    std::vector<float> logits;
+    for (const test::RankBatch* work : {&prompts, &decodes, &more}) {
+      std::vector<float> step = all_logits(ranks, work->batch);
+      logits.insert(logits.end(), step.begin(), step.end());
     }
-    EXPECT_LT(worst, 1e-3f) << size << " ranks";
+    return logits;
+  };
+  std::vector<float> expected = run(*test::make_ranks(config_for(model, "token_sharded", 1)));
+  for (int size : {2, 3, 8}) {
+    StepPlans plans{make_plan("two_collective", shape, size),
+                    make_plan("token_sharded", shape, size)};
+    EngineConfig engine = config_for(model, "auto", size, 2);
+    expect_near(run(*test::make_ranks(engine, plans)), expected, std::to_string(size) + " ranks");
   }
 }
 
