@@ -105,7 +105,9 @@ GroupInput ResidualStream::normed(ExecutionContext& ctx, int m, const std::vecto
       input.x = normed_.view();
       for_each_tile(ctx, m, [&](int row, int count) {
         Range own = own_tokens(row, count, ctx.exchange.rank(), ctx.exchange.size());
-        rms_norm_rows(ctx, own.begin, own.end, hidden_, rows(), ld(), gain.data(), eps, input.x);
+        auto [begin, end] = ctx.member.share(own.size());
+        rms_norm_rows(ctx, own.begin + begin, own.begin + end, hidden_, rows(), ld(), gain.data(),
+                      eps, input.x);
       });
       ctx.member.barrier();
       if (gather) gather_tokens(ctx, m);

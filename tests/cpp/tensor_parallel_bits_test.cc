@@ -91,8 +91,8 @@ TEST_P(TensorParallelBits, TilesAndThreadsChangeNothing) {
     for (int size : {2, 3}) {
       auto ranks = test::make_ranks(config_for(model, GetParam(), size));
       std::vector<float> whole = all_logits(*ranks, work.batch);
-      for (int chunks : {2, 3, 5}) {
-        for (int threads : {1, 2, 3}) {
+      for (int chunks : {2, 5}) {
+        for (int threads : {1, 2}) {
           auto tiled = test::make_ranks(config_for(model, GetParam(), size, chunks), threads);
           EXPECT_EQ(all_logits(*tiled, work.batch), whole)
               << size << " ranks of " << threads << " threads, " << chunks << " chunks";
