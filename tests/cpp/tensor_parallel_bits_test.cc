@@ -129,6 +129,23 @@ TEST_P(TensorParallelBits, EmptySharesTakePartInExchanges) {
   }
 }
 
+TEST_P(TensorParallelBits, BiasesAreAddedOnce) {
+  test::TinyConfig config = tiny_config();
+  config.biases = true;
+  config.head_dim = 12;  // half a head is no multiple of 16: tiles of Q and K are padded
+  test::RankBatch work({20, 1});
+  for (bool all_low_rank : {true, false}) {
+    config.all_low_rank = all_low_rank;
+    test::TinyModel model(config);
+    auto one = test::make_ranks(config_for(model, GetParam(), 1));
+    std::vector<float> expected = all_logits(*one, work.batch);
+    for (int size : {2, 3, 8}) {
+      auto ranks = test::make_ranks(config_for(model, GetParam(), size));
+      expect_near(all_logits(*ranks, work.batch), expected, std::to_string(size) + " ranks");
+    }
+  }
+}
+
 // Contributions have room for one row of logits at least.
 TEST_P(TensorParallelBits, LargeVocabulariesTravelRowByRow) {
   test::TinyConfig config = tiny_config();

@@ -44,6 +44,7 @@ struct TinyConfig {
   bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
   bool all_low_rank = false;  // k, v and up too
   int mlp_rank = 0;           // of gate, up and down, where not 0
+  bool biases = false;   // of all linears of the layers
   int vocab_period = 0;       // of an embedding whose rows repeat; 0: they do not
 };
 
@@ -152,6 +153,7 @@ class TinyModel {
     for (float& value : tensors_[name].values) value += 1.0f;
   }
   void add_linear(const std::string& name, int n, int k, int rank) {
+    if (config_.biases) add(name + ".bias", {n}, 0.5f);
     auto deviation = [](int fan_in) { return 1.0f / std::sqrt(static_cast<float>(fan_in)); };
     if (rank == 0) {
       add(name + ".weight", {n, k}, deviation(k));
