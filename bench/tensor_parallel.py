@@ -3,10 +3,10 @@
 Part 1 is real: two ranks of one thread each against one rank of two threads, on SmolLM2-135M
 (decomposed) and, with --large, on a 1.1B shape. Part 2 emulates links: the ranks of a random
 low-rank model are threads that share the cores, and their exchanges take as long as over the
-emulated link. A GPU reads its memory about a hundred times faster than a rank does here, so the
-links are slowed by the same factor (--slowdown times the number of ranks; measured by default): what remains is the ratio of
-computation to exchange that the GPUs would have. Every cell is predicted by the planner's cost
-model for this machine's own rates, and verified first: all plans give the same greedy tokens.
+emulated link. The model is Llama-3-70B with every dimension divided by 4 (and fewer layers), and
+its ranks are far slower than GPUs; so the links are slowed until a layer's exchanges take the share
+of its time that they would take on H100s (see `emulated`). Every cell is predicted by the planner's
+cost model for this machine's own rates, and verified first: all plans give the same greedy tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import ROOT, Check, environment, finish, summary
-from deinfer import LLM, SamplingParams, _C
+from deinfer import _C, LLM, SamplingParams
 from native_cpu import Peak, Stream, Team
 from synthetic import LLAMA_1B, write_synthetic
 
@@ -30,17 +30,18 @@ PLANS = ["dense", "naive", "rank_gather", "hidden_sharded", "two_collective", "t
 GPU_BYTES_PER_S = 3.0e12  # what an H100 streams; research/cost.py
 # Fused exchanges (research/kernels.md): latency in s, bytes/s.
 LINKS = {"nvlink": (3e-6, 405e9), "pcie": (8e-6, 25e9)}
+SCALE = 0.25  # of every dimension of Llama-3-70B
 SMALL: dict[str, Any] = {
     **LLAMA_1B,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 64,
     "num_key_value_heads": 8,
-    "vocab_size": 8000,
+    "vocab_size": 2048,
 }
 KEEP = 0.4
-PROMPT = 16  # tokens before decoding
+PROMPT = 4  # tokens before decoding
 PREFILL = 512
 
 
@@ -55,9 +56,9 @@ class Work:
 
 
 WORKS = [
-    Work("decode:1", 1, PROMPT, 12),
+    Work("decode:1", 1, PROMPT, 16),
     Work("decode:16", 16, PROMPT, 8),
-    Work("decode:128", 128, PROMPT, 4),
+    Work("decode:128", 128, PROMPT, 3),
     Work(f"prefill:{PREFILL}", 1, PREFILL, 0),
 ]
 
@@ -136,6 +137,16 @@ def rates(threads: int) -> tuple[float, float]:
     return bandwidth, peak.flops / statistics.median(peak.run(40)[8:])
 
 
+def emulated(link: str, size: int, bytes_per_s: float) -> str:
+    """A link of H100s as "latency_us:GB_per_s" for `size` ranks that share `bytes_per_s`.
+
+    Weights go with the square of the dimensions, what travels with the dimensions.
+    """
+    latency, bandwidth = LINKS[link]
+    slower = GPU_BYTES_PER_S / (bytes_per_s / size) * SCALE**2  # a layer's time here, on an H100
+    return f"{latency * slower * 1e6:.3f}:{bandwidth * SCALE / slower / 1e9:.6f}"
+
+
 def predict(path: Path, size: int, link: str, chunks: int, machine: tuple[float, float]) -> Any:
     """The planner's report, with ranks that share this machine's cores."""
     bandwidth, flops = (rate / size for rate in machine)
@@ -174,14 +185,13 @@ class Cell:
 
 
 def emulate(
-    path: Path, sizes: list[int], rounds: int, slowdown: float, machine: tuple[float, float]
+    path: Path, sizes: list[int], rounds: int, machine: tuple[float, float]
 ) -> tuple[list[Cell], dict[str, Any]]:
     """All cells, without overlap; and prefill without link, with overlap and without."""
     cells = []
     overlap: dict[str, Any] = {}
-    for (name, (latency, bandwidth)), size in itertools.product(LINKS.items(), sizes):
-        factor = slowdown * size  # ranks share the cores' rate
-        link = f"{latency * factor * 1e6:.3f}:{bandwidth / factor / 1e9:.6f}"
+    for name, size in itertools.product(LINKS, sizes):
+        link = emulated(name, size, machine[0])
         report = predict(path, size, link, 1, machine)
         predicted = {
             plan.plan: {phase.phase: phase.seconds for phase in plan.phases}
@@ -199,7 +209,7 @@ def emulate(
                 times = [step_seconds(llm, work, seed) for seed in range(rounds + 1)][1:]
                 measured.setdefault(plan, {})[work.name] = statistics.median(times)
             del llm
-            if plan in ("hidden_sharded", "token_sharded", "rank_gather"):
+            if plan in ("hidden_sharded", "token_sharded"):
                 overlap[f"{name}, {size} ranks, {plan}"] = hidden(path, size, plan, link, rounds)
         for work in WORKS:
             cells.append(
@@ -214,7 +224,9 @@ def emulate(
             )
             row = " ".join(f"{measured[p][work.name] * 1e3:8.2f}" for p in PLANS)
             guess = " ".join(f"{predicted[p][work.name] * 1e3:8.2f}" for p in PLANS)
-            print(f"{name:7} N={size} {work.name:12} measured {row} | predicted {guess}", flush=True)
+            print(
+                f"{name:7} N={size} {work.name:12} measured {row} | predicted {guess}", flush=True
+            )
     return cells, overlap
 
 
@@ -265,7 +277,6 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="also the 1.1B shape in part 1")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--slowdown", type=float, help="of the links, per rank; default: measured")
     parser.add_argument("--check", action="store_true", help="fail when a target is missed")
     parser.add_argument("--out", type=Path, help="default: bench/results/tensor_parallel.json")
     options = parser.parse_args()
@@ -284,17 +295,16 @@ def main() -> None:
             label = f"{name}, {phase}: 2 ranks x 1 thread / 1 rank x 2"
             checks.append(Check(label, ratio["median"], 1.10, at_least=False))
 
-    small = write_synthetic(ROOT / "build/llama-small-keep0.4", SMALL, KEEP)
+    small = write_synthetic(ROOT / "build/llama-70b-quarter-keep0.4", SMALL, KEEP)
     machine = rates(torch.get_num_threads())
-    slowdown = options.slowdown or GPU_BYTES_PER_S / machine[0]
     results |= {
         "bytes_per_s": machine[0],
         "flops_per_s": machine[1],
-        "slowdown": slowdown,
+        "links": {name: emulated(name, 1, machine[0]) for name in LINKS},
         "plans": PLANS,
         "keep": KEEP,
     }
-    cells, overlap = emulate(small, options.sizes, options.rounds, slowdown, machine)
+    cells, overlap = emulate(small, options.sizes, options.rounds, machine)
     results["cells"] = [dataclasses.asdict(cell) for cell in cells]
     results["overlap"] = overlap
     finish("tensor_parallel", results, checks + checks_of(cells, overlap), options.out,

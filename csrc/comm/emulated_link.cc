@@ -102,9 +102,12 @@ class EmulatedLink final : public Communicator {
         started = std::max(started, header.started);
         bytes = std::max(bytes, header.bytes);
       }
+      // The next exchange's data follow at once; only data occupy the link, latency does not.
       double seconds = exchange_seconds(link_, header.kind, bytes, size());
-      link_free_ = std::max(started, link_free_) + nanoseconds(std::llround(seconds * 1e9));
-      ends_[timed_ % kMaxInFlight] = link_free_;
+      double occupied = exchange_seconds({0, link_.bytes_per_s}, header.kind, bytes, size());
+      nanoseconds begin = std::max(started, link_free_);
+      link_free_ = begin + nanoseconds(std::llround(occupied * 1e9));
+      ends_[timed_ % kMaxInFlight] = begin + nanoseconds(std::llround(seconds * 1e9));
     }
     // A ticket of long ago: finished.
     if (ticket + kMaxInFlight < timed_) return nanoseconds::zero();
@@ -116,7 +119,7 @@ class EmulatedLink final : public Communicator {
   std::byte* slot_ = nullptr;  // between contribution() and start()
   std::mutex mutex_;           // of what follows
   Ticket timed_ = 0;           // exchanges whose ends are known
-  nanoseconds link_free_{0};   // the end of the last of them, on the steady clock
+  nanoseconds link_free_{0};   // when the data of the last of them are through, steady clock
   std::array<nanoseconds, kMaxInFlight> ends_{};
 };
 
@@ -124,7 +127,7 @@ class EmulatedLink final : public Communicator {
 
 std::unique_ptr<Communicator> make_emulated_link(std::unique_ptr<Communicator> inner,
                                                  const LinkModel& link) {
-  check_link(link);
+  check_link(link, str_cat(link.latency_s * 1e6, ":", link.bytes_per_s * 1e-9));
   check_argument(inner->max_bytes() >= kHeaderBytes,
                  "link: the communicator must have contributions of at least ", kHeaderBytes,
                  " bytes, it has ", inner->max_bytes());

@@ -29,11 +29,11 @@ double parse_number(std::string_view text, std::string_view what, std::string_vi
 
 }  // namespace
 
-void check_link(const LinkModel& link) {
-  check_argument(std::isfinite(link.latency_s) && link.latency_s >= 0,
-                 "link: the latency must be at least 0, got ", link.latency_s * 1e6, " us");
-  check_argument(std::isfinite(link.bytes_per_s) && link.bytes_per_s > 0,
-                 "link: the bandwidth must be above 0, got ", link.bytes_per_s * 1e-9, " GB/s");
+void check_link(const LinkModel& link, std::string_view text) {
+  check_argument(std::isfinite(link.latency_s) && link.latency_s >= 0, "link \"", text,
+                 "\": the latency must be at least 0, got ", link.latency_s * 1e6, " us");
+  check_argument(std::isfinite(link.bytes_per_s) && link.bytes_per_s > 0, "link \"", text,
+                 "\": the bandwidth must be above 0, got ", link.bytes_per_s * 1e-9, " GB/s");
 }
 
 LinkModel parse_link_model(std::string_view text) {
@@ -45,7 +45,7 @@ LinkModel parse_link_model(std::string_view text) {
                  "\": must be nvlink, pcie, ethernet or \"latency_us:GB_per_s\"");
   LinkModel link{parse_number(text.substr(0, colon), "the latency in us", text) * 1e-6,
                  parse_number(text.substr(colon + 1), "the bandwidth in GB/s", text) * 1e9};
-  check_link(link);
+  check_link(link, text);
   return link;
 }
 

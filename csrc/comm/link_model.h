@@ -20,9 +20,9 @@ struct LinkModel {
 /// with GB = 10^9 bytes. Throws kInvalidArgument naming the value that is wrong.
 LinkModel parse_link_model(std::string_view text);
 
-/// Throws kInvalidArgument unless latency is finite and not negative, bandwidth finite and
-/// positive.
-void check_link(const LinkModel& link);
+/// Throws kInvalidArgument naming `text` unless latency is finite and not negative, bandwidth
+/// finite and positive.
+void check_link(const LinkModel& link, std::string_view text);
 
 /// Seconds from the last rank's start of an exchange to its end; `bytes` is one rank's
 /// contribution. An all-reduce is the better of one shot (everyone sends all to everyone) and two

@@ -92,8 +92,10 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
-  ranks = std::make_unique<RankGroup>(config, model, choose_plans(config, model, threads), threads,
-                                      max_model_len, progress);
+  PlanChoice choice = choose_plans(config, model, threads);
+  config.exchange_chunks = choice.prefill_chunks;
+  ranks =
+      std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);
 
@@ -104,7 +106,8 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler_config.num_blocks = static_cast<int>(blocks);
   scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
   scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
-  for (int i = 0; i < threads; ++i) samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
+  for (int i = 0; i < threads; ++i)
+    samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks};
   info = describe_model(model, *ranks, max_model_len, blocks);
 }

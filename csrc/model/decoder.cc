@@ -88,9 +88,10 @@ DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, D
   loader.set_dtype(dtype);
   cpu::PackedMatrix embedding =
       loader.embedding(config.tie_word_embeddings ? dtype : weights.activations,
-                    "model.embed_tokens.weight", config.vocab_size, config.hidden_size);
+                       "model.embed_tokens.weight", config.vocab_size, config.hidden_size);
   for (int i = 0; i < config.num_layers; ++i) {
-    weights.layers.push_back(load_layer(config, share, "model.layers." + std::to_string(i) + ".", loader));
+    weights.layers.push_back(
+        load_layer(config, share, "model.layers." + std::to_string(i) + ".", loader));
   }
   weights.final_norm = loader.vector("model.norm.weight", config.hidden_size);
   if (config.tie_word_embeddings) {
@@ -150,13 +151,14 @@ std::size_t Decoder::exchange_bytes(const ModelConfig& config, const RankShare& 
 
 int Decoder::logit_rows(std::size_t exchange_bytes) const {
   if (share_.size == 1) return kLogitRows;
-  std::size_t rows = exchange_bytes / float_bytes(1, std::max(config_.vocab_size, config_.hidden_size));
+  std::size_t rows =
+      exchange_bytes / float_bytes(1, std::max(config_.vocab_size, config_.hidden_size));
   return static_cast<int>(std::clamp<std::size_t>(rows, 1, kLogitRows));
 }
 
 KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
-  return {config_.num_layers, share_.heads.kv_heads.size(), config_.head_dim,
-          block_size,         num_blocks,                   weights_.activations};
+  return {config_.num_layers, share_.heads.kv_heads.size(), config_.head_dim, block_size,
+          num_blocks,         weights_.activations};
 }
 
 std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
@@ -192,8 +194,8 @@ void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const D
   qkv.angles = {cos_.as<float>(), sin_.as<float>(), angle_cols_};
   lowrank_qkv(ctx, m, x, layer.query, layer.key, layer.value, z_.view(), qkv);
   attention_.run(ctx, batch, qkv.q, qkv.ldq, kv, attended_.view());
-  lowrank_linear_add(ctx, m, GroupInput(attended_.view()), layer.output, z_.view(), residual_.rows(),
-                     residual_.ld());
+  lowrank_linear_add(ctx, m, GroupInput(attended_.view()), layer.output, z_.view(),
+                     residual_.rows(), residual_.ld());
 }
 
 void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
@@ -214,8 +216,8 @@ void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, 
                           TokenId* tokens) {
   Activations x = residual_.wanted(ctx, count, batch.argmax_rows.data() + first, batch.num_tokens(),
                                    weights_.final_norm, config_.rms_norm_eps);
-  output_most_likely(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies, maxima_,
-                     best_value_.data(), tokens);
+  output_most_likely(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies,
+                     maxima_, best_value_.data(), tokens);
 }
 
 }  // namespace deinfer

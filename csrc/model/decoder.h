@@ -65,8 +65,8 @@ class Decoder {
   /// Computes the final hidden states of all tokens and writes their K and V.
   void forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache);
 
-  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(), on
-  /// rank 0; on other ranks `out` is working memory of the same size.
+  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(),
+  /// on rank 0; on other ranks `out` is working memory of the same size.
   void logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out);
 
   /// tokens[i] = the most likely token of batch.argmax_rows[first + i] for i in [0, count), the

@@ -67,8 +67,8 @@ void WeightLoader::used(const std::string& tensor, std::uint64_t elements) {
 
 cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
                                           const std::vector<std::int32_t>& row_map) {
-  int packed_rows = static_cast<int>(row_map.empty() ? static_cast<std::size_t>(part.rows)
-                                                     : row_map.size());
+  int packed_rows =
+      static_cast<int>(row_map.empty() ? static_cast<std::size_t>(part.rows) : row_map.size());
   if (packed_rows == 0) return {};
   bool free_choice = row_map.empty() && dtype != DType::kInt8;
   int panel_rows = free_choice ? choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;

@@ -50,8 +50,8 @@ class WeightLoader {
   std::uint64_t parameters() const { return parameters_; }
 
  private:
-  cpu::PackedMatrix multiply_out(const std::string& v, const std::string& u, int n, int k,
-                                 int rank, const LinearPlacement& place,
+  cpu::PackedMatrix multiply_out(const std::string& v, const std::string& u, int n, int k, int rank,
+                                 const LinearPlacement& place,
                                  const std::vector<std::int32_t>& row_map);
   cpu::PackedMatrix pack_part(DType dtype, const TensorView& part,
                               const std::vector<std::int32_t>& row_map);

@@ -59,8 +59,8 @@ struct ThreadScratch {
   Buffer tile_a;
   Buffer tile_b;
   Buffer attention;
-  ActivationBuffer normed;  // [normed_rows, hidden]
-  int normed_rows = 0;      // up to so many rows are normalised by every thread for itself
+  ActivationBuffer normed;         // [normed_rows, hidden]
+  int normed_rows = 0;             // up to so many rows are normalised by every thread for itself
   std::vector<float> sum_squares;  // [normed_rows]
   std::vector<float> row;          // [hidden]
 };

@@ -24,7 +24,8 @@ Collective collective_of(Exchange exchange) {
   }
 }
 
-/// Writes the first n columns of tiles to rows of memory; out is where row `row0` of the batch goes.
+/// Writes the first n columns of tiles to rows of memory; out is where row `row0` of the batch
+/// goes.
 class StoreColumns final : public Epilogue {
  public:
   StoreColumns() = default;
@@ -263,8 +264,7 @@ class Group {
   void gather_z(const Tile& tile) {
     bool tokens = ctx_.residual == ResidualLayout::kTokenShards;
     for (int r = 0; r < ctx_.exchange.size(); ++r) {
-      Range rows = tokens ? own_tokens(tile.row, tile.rows, r, ctx_.exchange.size())
-                          : tile.all();
+      Range rows = tokens ? own_tokens(tile.row, tile.rows, r, ctx_.exchange.size()) : tile.all();
       auto columns_of = [&](const Inner& inner) {
         return tokens ? Range{0, inner.rank()}
                       : inner.linear->v_shares[static_cast<std::size_t>(r)];
@@ -328,9 +328,9 @@ class Group {
       job.epilogue = &store;
       run_jobs(ctx_, std::span(&job, 1), tile.row, tile.rows);
       tile.tickets[count++] = ctx_.ticket++;
-      ctx_.exchange.start(ctx_.member, collective_of(after_u_),
-                          static_cast<std::size_t>(tile.rows) * static_cast<std::size_t>(n) *
-                              sizeof(float));
+      ctx_.exchange.start(
+          ctx_.member, collective_of(after_u_),
+          static_cast<std::size_t>(tile.rows) * static_cast<std::size_t>(n) * sizeof(float));
     }
   }
 
@@ -341,9 +341,9 @@ class Group {
     for (std::size_t i = 0; i < count; ++i) ctx_.exchange.wait(ctx_.member, tile.tickets[i]);
     bool scattered = after_u_ == Exchange::kReduceScatter;
     bool tokens = scattered && ctx_.residual == ResidualLayout::kTokenShards;
-    Range rows = tokens ? own_tokens(tile.row, tile.rows, ctx_.exchange.rank(),
-                                     ctx_.exchange.size())
-                        : tile.all();
+    Range rows = tokens
+                     ? own_tokens(tile.row, tile.rows, ctx_.exchange.rank(), ctx_.exchange.size())
+                     : tile.all();
     int n = branch.linear->output_factor().n;
     Range columns = scattered && !tokens ? branch.linear->y_share : Range{0, n};
     const std::vector<std::int32_t>& map = branch.linear->y_map;

@@ -32,9 +32,9 @@ struct GroupInput {
   float eps = 0.0f;
 };
 
-/// Runs the branches for m tokens: all V factors in one pass over x, the exchange of z that the plan
-/// asks for, all U factors with their epilogues; tokens in chunks of kTileTokens. z is a buffer of m
-/// rows and enough columns for the z of all linears. A linear whose output is exchanged
+/// Runs the branches for m tokens: all V factors in one pass over x, the exchange of z that the
+/// plan asks for, all U factors with their epilogues; tokens in chunks of kTileTokens. z is a
+/// buffer of m rows and enough columns for the z of all linears. A linear whose output is exchanged
 /// (`after_u`) must be alone in its group, but for a pair that one epilogue combines. Collective;
 /// results are visible to all threads of the rank.
 void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Activations& z,

@@ -178,8 +178,9 @@ void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
 
 }  // namespace
 
-void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& linear,
-                    const Activations& z, float* out, std::ptrdiff_t ldo) {
+void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, float* out,
+                    std::ptrdiff_t ldo) {
   linear_to_f32(ctx, m, input, linear, z, out, ldo, false);
 }
 
@@ -190,8 +191,8 @@ void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
 }
 
 void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
-                    const LowRankLinear& linear, const Activations& z,
-                    std::span<RowMaximum> maxima, float* value, int* index) {
+                    const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
+                    float* value, int* index) {
   RowMaximum& mine = maxima[static_cast<std::size_t>(ctx.member.id())];
   std::fill_n(mine.value.begin(), m, -std::numeric_limits<float>::infinity());
   std::fill_n(mine.index.begin(), m, 0);

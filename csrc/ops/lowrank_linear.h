@@ -16,8 +16,9 @@
 namespace deinfer {
 
 /// out[m, n] = linear(x[m, k]), fp32, row stride ldo elements.
-void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& linear,
-                    const Activations& z, float* out, std::ptrdiff_t ldo);
+void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, float* out,
+                    std::ptrdiff_t ldo);
 
 /// residual[m, n] += linear(x[m, k]).
 void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
@@ -31,11 +32,11 @@ struct RowMaximum {
 };
 
 /// value[i] = the largest element of linear(x_i), i in [0, m), and index[i] = its place, the lowest
-/// of equal ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m rows
-/// each; m is at most kTileTokens.
-void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& linear,
-                    const Activations& z, std::span<RowMaximum> maxima, float* value,
-                    int* index);
+/// of equal ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m
+/// rows each; m is at most kTileTokens.
+void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
+                    float* value, int* index);
 
 /// out[m, n] = silu(gate(x)) * up(x) in the activation type.
 void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,

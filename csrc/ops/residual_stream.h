@@ -27,8 +27,8 @@ class ResidualStream {
 
   /// x[i] = the row tokens[i] of the embedding, of which this rank's `table` has the rows
   /// `vocabulary`.
-  void embed(ExecutionContext& ctx, std::span<const TokenId> tokens,
-             const cpu::PackedMatrix& table, Range vocabulary);
+  void embed(ExecutionContext& ctx, std::span<const TokenId> tokens, const cpu::PackedMatrix& table,
+             Range vocabulary);
 
   /// RMSNorm of x with gain[hidden], as the linears of a group read it; `gather` also fills
   /// GroupInput::gathered under sharded layouts. Valid until the next call on this thread.

@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
-#include "plan/exchanges.h"
 #include "comm/link_model.h"
+#include "plan/exchanges.h"
 
 namespace deinfer {
 

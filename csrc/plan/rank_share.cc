@@ -21,8 +21,8 @@ RankShare::RankShare(const StepPlans& step_plans, int own_rank)
   intermediate = up.u_rows.size();
   for (int r = 0; r < size; ++r) vocabularies.push_back(plan.vocab_share(r));
   for (std::size_t kind = 0; kind < kNumStepKinds; ++kind) {
-    check_argument(plans[kind]->size() == size, "plans of ", size, " and of ",
-                   plans[kind]->size(), " ranks cannot take turns");
+    check_argument(plans[kind]->size() == size, "plans of ", size, " and of ", plans[kind]->size(),
+                   " ranks cannot take turns");
     // What a single rank has is never a shard.
     residual[kind] = size == 1 ? ResidualLayout::kReplicated : plans[kind]->residual();
   }

@@ -151,8 +151,8 @@ TEST(CostModel, EveryPlanIsTheSameOnOneRankButForItsOperations) {
   const PlannedModel model = llama(k8B, 4, 0.5);
   const Hardware hw = parse_hardware("h100");
   const Phase phase{false, 16, 1024};
-  const StepCost expected =
-      step_cost(model, *make_plan("hidden_sharded", k8B, 1), hw, parse_link_model("pcie"), phase, 1);
+  const StepCost expected = step_cost(model, *make_plan("hidden_sharded", k8B, 1), hw,
+                                      parse_link_model("pcie"), phase, 1);
   for (std::string_view name : plan_names()) {
     if (name == "dense") continue;
     const StepCost cost =

@@ -21,7 +21,7 @@ struct Outcome {
 
 /// Prompt logits, greedy tokens and sampled tokens with log-probabilities of a few requests.
 Outcome run(const test::TinyModel& model, const std::string& plan, int ranks,
-        const std::string& dtype = "float32", int threads = 1, int budget = 64) {
+            const std::string& dtype = "float32", int threads = 1, int budget = 64) {
   EngineConfig config;
   config.model = model.path();
   config.dtype = dtype;

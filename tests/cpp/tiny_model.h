@@ -44,7 +44,7 @@ struct TinyConfig {
   bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
   bool all_low_rank = false;  // k, v and up too
   int mlp_rank = 0;           // of gate, up and down, where not 0
-  bool biases = false;   // of all linears of the layers
+  bool biases = false;        // of all linears of the layers
   int vocab_period = 0;       // of an embedding whose rows repeat; 0: they do not
 };
 

@@ -49,22 +49,38 @@ def prompts() -> list[list[int]]:
     ]
 
 
+def write_decomposed(path: Path, *, keep: float | None, layers: range) -> Path:
+    """Decompose the matrices of some layers.
+
+    `keep`: the share of the parameters that stays, by a quick truncation; None: all but a few
+    singular values, which hardly changes the model.
+    """
+    tensors = read_tensors(MODEL)
+    torch.manual_seed(0)
+    factors = {}
+    for i, name in enumerate(linear_names(read_config(MODEL))):
+        if int(name.split(".")[2]) not in layers:
+            continue
+        weight = tensors[f"{name}.weight"].float()
+        n, k = weight.shape
+        if keep is None:
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            rank = len(s) - 7 - i % 5
+            u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        else:
+            u, s, v = torch.svd_lowrank(weight, q=int(keep * n * k / (n + k)), niter=1)
+            vh = v.T
+        root = s.sqrt()
+        factors[name] = Factors(u=u * root, v=root[:, None] * vh)
+    write_checkpoint(MODEL, path, factors, {"method": "svd"})
+    return path
+
+
 @pytest.fixture(scope="module")
 def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every matrix at the rank that keeps 0.8 of its parameters, odd ranks included."""
     path = tmp_path_factory.mktemp("decomposed") / "model"
-    tensors = read_tensors(MODEL)
-    torch.manual_seed(0)
-    factors = {}
-    for name in linear_names(read_config(MODEL)):
-        weight = tensors[f"{name}.weight"].float()
-        n, k = weight.shape
-        rank = int(0.8 * n * k / (n + k))
-        u, s, v = torch.svd_lowrank(weight, q=rank, niter=1)
-        root = s.sqrt()
-        factors[name] = Factors(u=u * root, v=root[:, None] * v.T)
-    write_checkpoint(MODEL, path, factors, {"method": "svd_lowrank"})
-    return path
+    return write_decomposed(path, keep=0.8, layers=range(30))
 
 
 def load(path: Path, plan: str, size: int, dtype: str) -> LLM:
@@ -98,19 +114,21 @@ def test_float32_greedy_tokens(
     assert generate(load(decomposed, plan, size, "float32"), prompts) == answers
 
 
-def test_bfloat16_error_is_that_of_one_rank(decomposed: Path, prompts: list[list[int]]) -> None:
+def test_bfloat16_error_is_that_of_one_rank(tmp_path: Path, prompts: list[list[int]]) -> None:
+    # Not the truncated model, which makes noise of roundings.
+    path = write_decomposed(tmp_path / "model", keep=None, layers=range(0, 30, 5))
     with torch.no_grad():
-        model = load_reference(decomposed, torch.float64)
+        model = load_reference(path, torch.float64)
         exact = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
 
     def error(plan: str, size: int) -> float:
-        llm = load(decomposed, plan, size, "bfloat16")
+        llm = load(path, plan, size, "bfloat16")
         pairs = zip(prompts, exact, strict=True)
         return float(np.mean([relative_error(llm.prompt_logits(p), e) for p, e in pairs]))
 
     alone = error("auto", 1)
-    for plan in PLANS:
-        assert error(plan, 4) <= 1.1 * alone, plan
+    errors = {plan: error(plan, 4) for plan in PLANS}
+    assert max(errors.values()) <= 1.1 * alone, (errors, alone)
 
 
 def test_what_ranks_hold(decomposed: Path) -> None:

@@ -25,14 +25,14 @@ struct EngineConfig {
                                  // checkpoints, else float32 (so that no weight loses bits)
   int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
-  std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s": the
-                              // ranks' exchanges take as long as over such a link
-  int exchange_chunks = 0;    // parts in which the tokens of a long batch pass through the ranks, so
-                              // that the exchange of one hides behind the next; 0: chosen by length
-  int num_threads = 0;               // CPU threads per rank; 0: the cores of the affinity mask, or
-                                     // the CPU quota if less, / ranks
-  int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
-  int max_num_seqs = 256;            // samples in one batch
+  std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s":
+                              // the ranks' exchanges take as long as over such a link
+  int exchange_chunks = 0;  // parts in which the tokens of a long batch pass through the ranks, so
+                            // that the exchange of one hides behind the next; 0: chosen by length
+  int num_threads = 0;      // CPU threads per rank; 0: the cores of the affinity mask, or
+                            // the CPU quota if less, / ranks
+  int max_model_len = 0;    // tokens per sequence; 0: the model's own limit
+  int max_num_seqs = 256;   // samples in one batch
   int max_num_batched_tokens = 512;  // tokens in one step
   int block_size = 16;               // tokens per KV block, a multiple of 16
   std::int64_t num_kv_blocks = 0;    // 0: from kv_cache_bytes
@@ -91,7 +91,7 @@ struct ModelInfo {
 
 /// One rank's exchanges of a kind since the engine began.
 struct CollectiveStats {
-  std::string name;              // "all_reduce", "all_gather", ...
+  std::string name;  // "all_reduce", "all_gather", ...
   std::uint64_t calls = 0;
   std::uint64_t bytes = 0;       // contributed
   std::uint64_t wire_bytes = 0;  // sent, by the formulas of csrc/comm/communicator.h
