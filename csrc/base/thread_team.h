@@ -111,7 +111,7 @@ class TeamMember {
 /// between calls. One thread at a time may call run().
 class ThreadTeam {
  public:
-  /// Throws kInvalidArgument when size < 1.
+  /// Throws kInvalidArgument when size < 1, kOutOfMemory when the OS gives no more threads.
   explicit ThreadTeam(int size);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
@@ -123,6 +123,7 @@ class ThreadTeam {
   void run(const std::function<void(TeamMember&)>& fn);
 
  private:
+  void stop();
   void work(int id);
   void execute(int id);
 

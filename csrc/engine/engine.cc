@@ -3,15 +3,14 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <mutex>
 #include <unordered_map>
 
 #include "base/check.h"
 #include "base/cpu_topology.h"
+#include "engine/engine_info.h"
 #include "engine/plan_choice.h"
-#include "engine/rank_group.h"
 #include "engine/request.h"
 #include "scheduler/scheduler.h"
 
@@ -22,43 +21,6 @@ std::int64_t now_us() {
   return std::chrono::duration_cast<std::chrono::microseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-/// What the kernel says can be taken without swapping; 0 where it does not say.
-std::uint64_t available_memory() {
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key;
-  std::uint64_t kib = 0;
-  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
-    if (key == "MemAvailable:") return kib * 1024;
-  }
-  return 0;
-}
-
-/// Blocks of the KV pool: as configured, else from bytes, but no more than all seats can fill.
-std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
-                              int max_model_len) {
-  if (config.num_kv_blocks > 0) return config.num_kv_blocks;
-  std::uint64_t bytes = config.kv_cache_bytes;
-  if (bytes == 0) bytes = available_memory() / 4;
-  auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
-  if (config.kv_cache_bytes > 0 && blocks == 0) {
-    fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
-         " is less than one KV block of ", block_bytes, " bytes");
-  }
-  std::int64_t per_sequence = (max_model_len + config.block_size - 1) / config.block_size;
-  return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
-}
-
-std::vector<CollectiveStats> collective_stats(const Communicator& communicator) {
-  std::vector<CollectiveStats> stats;
-  for (std::size_t i = 0; i < kNumCollectives; ++i) {
-    const TrafficCounter& counter = communicator.traffic()[i];
-    if (counter.calls == 0) continue;
-    stats.push_back({collective_name(static_cast<Collective>(i)), counter.calls, counter.bytes,
-                     counter.wire_bytes});
-  }
-  return stats;
 }
 
 /// What a logits row is for.
@@ -132,11 +94,11 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
                     : std::max(1, available_cores() / config.tensor_parallel_size);
   PlanChoice choice = choose_plans(config, model, threads);
   config.exchange_chunks = choice.prefill_chunks;
-  ranks = std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
+  ranks =
+      std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);
   counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading
-  Worker& worker = ranks->rank(0);
 
   SchedulerConfig scheduler_config;
   scheduler_config.max_num_seqs = config.max_num_seqs;
@@ -145,33 +107,10 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler_config.num_blocks = static_cast<int>(blocks);
   scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
   scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
-  for (int i = 0; i < threads; ++i) samplers.emplace_back(worker.kernels(), model.vocab_size);
+  for (int i = 0; i < threads; ++i)
+    samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks};
-
-  const DecoderWeights& weights = worker.decoder().weights();
-  info.architecture = model.model_type;
-  info.dtype = dtype_name(weights.dtype);
-  info.isa = isa_name(worker.kernels().isa);
-  info.num_layers = model.num_layers;
-  info.hidden_size = model.hidden_size;
-  info.vocab_size = model.vocab_size;
-  info.max_model_len = max_model_len;
-  info.num_threads = threads;
-  info.parameters = worker.parameters();
-  info.tensor_parallel_size = ranks->size();
-  info.decode_plan = ranks->plans()[0]->name();
-  info.prefill_plan = ranks->plans()[1]->name();
-  for (int rank = 0; rank < ranks->size(); ++rank) {
-    info.rank_weight_bytes.push_back(ranks->rank(rank).decoder().weights().bytes());
-    info.weight_bytes += info.rank_weight_bytes.back();
-  }
-  info.num_kv_blocks = blocks;
-  info.kv_cache_bytes = ranks->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
-  for (const DecoderLayer& layer : weights.layers) {
-    for (const LowRankLinear* linear : layer.linears()) {
-      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
-    }
-  }
+  info = describe_model(model, *ranks, max_model_len, blocks);
 }
 
 RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params) {

@@ -7,7 +7,8 @@
 namespace deinfer {
 
 RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
-                     int threads, int max_model_len, const LoadProgress& progress)
+                     int threads, int max_model_len, const LoadProgress& progress,
+                     const CommunicatorWrapper& wrap)
     : plans_(plans),
       ranks_(plans[0]->size()),
       workers_(static_cast<std::size_t>(plans[0]->size())) {
@@ -25,6 +26,7 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
         communicator =
             make_emulated_link(std::move(communicator), parse_link_model(config.emulated_link));
       }
+      if (wrap) communicator = wrap(std::move(communicator));
       communicators_.push_back(std::move(communicator));
     }
   }
@@ -40,7 +42,9 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
   on_all([&](int index) { rank(index).share_norm_terms(); });
 }
 
-void RankGroup::on_all(const std::function<void(int rank)>& fn) {
+void RankGroup::on_all(const std::function<void(int rank)>& fn) try {
+  // The ranks are out of step: all would find the communicator aborted, and none report.
+  if (failure_) std::rethrow_exception(failure_);
   ranks_.run([&](TeamMember& member) {
     auto index = static_cast<std::size_t>(member.id());
     try {
@@ -54,6 +58,9 @@ void RankGroup::on_all(const std::function<void(int rank)>& fn) {
       throw;
     }
   });
+} catch (...) {
+  if (!failure_) failure_ = std::current_exception();
+  throw;
 }
 
 void RankGroup::allocate_kv_cache(std::int64_t num_blocks) {

@@ -80,7 +80,7 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
   bool prefill = std::any_of(batch.sequences.begin(), batch.sequences.end(),
                              [](const BatchSequence& run) { return run.num_rows > 1; });
   StepKind kind = prefill ? StepKind::kPrefill : StepKind::kDecode;
-  Ticket ticket = exchange_.size() > 1 ? exchange_.prepare() : 0;
+  Ticket ticket = exchange_.next_ticket();
   team_.run([&](TeamMember& member) {
     ExecutionContext ctx{kernels_,
                          member,

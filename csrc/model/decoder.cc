@@ -87,9 +87,8 @@ std::size_t Decoder::exchange_bytes(const ModelConfig& config, const RankShare& 
   }
   int columns = std::max(config.hidden_size, 2);
   for (const auto& [parent, sum] : ranks) columns = std::max(columns, sum + 2);
-  if (!share.plans[0]->merges_exchanges()) {  // whole outputs travel, q and k with padded heads
-    auto padded = static_cast<int>(rotary_row_map(1, config.head_dim).size());
-    columns = std::max({columns, config.intermediate_size, config.num_heads * padded});
+  if (!share.plans[0]->merges_exchanges()) {  // whole outputs travel
+    columns = std::max({columns, config.intermediate_size, config.num_heads * config.head_dim});
   }
   int tokens = std::min(max_tokens, kTileTokens);
   return std::max({float_bytes(tokens, columns), float_bytes(1, config.vocab_size),

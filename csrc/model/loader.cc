@@ -153,17 +153,21 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
     LinearPlacement own = share_.place(kind, role, shape);
     linear.exchanges[static_cast<std::size_t>(kind)] = {own.before, own.after_v, own.after_u};
   }
+  bool exchanged = place.after_u != Exchange::kNone;
+  const std::vector<std::int32_t> in_order;
+  const std::vector<std::int32_t>& packed_map = exchanged ? in_order : row_map;
+  if (exchanged) linear.y_map = row_map;
   if (multiplied) {
-    linear.w = multiply_out(v, u, n, k, rank, place, row_map);
+    linear.w = multiply_out(v, u, n, k, rank, place, packed_map);
   } else if (is_low_rank) {
     linear.rank = rank;
     linear.v = pack(dtype_, v, rank, k, place.v_rows, place.v_cols, {});
-    linear.u = pack(dtype_, u, n, rank, place.u_rows, place.u_cols, row_map);
+    linear.u = pack(dtype_, u, n, rank, place.u_rows, place.u_cols, packed_map);
     for (int r = 0; r < share_.size; ++r) {
       linear.v_shares.push_back(share_.plans[0]->place(role, shape, r).v_rows);
     }
   } else {
-    linear.w = pack(dtype_, dense, n, k, place.u_rows, place.u_cols, row_map);
+    linear.w = pack(dtype_, dense, n, k, place.u_rows, place.u_cols, packed_map);
   }
   bool scattered = place.after_u == Exchange::kReduceScatter && !share_.hidden.empty();
   linear.y_share = scattered ? share_.hidden[static_cast<std::size_t>(share_.rank)] : place.u_rows;
@@ -174,9 +178,9 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
     if (!source_.contains(bias)) continue;
     check_argument(linear.bias.empty(), "checkpoint has both ", name, ".bias and ", bias);
     std::vector<float> values = vector(bias, n);
-    auto padded = static_cast<std::size_t>(linear.output_factor().n_pad + cpu::kPanelRows);
-    linear.bias.assign(padded, 0.0f);
     int rows = scattered ? linear.y_share.size() : linear.output_factor().n;
+    if (!linear.y_map.empty()) rows = static_cast<int>(linear.y_map.size());
+    linear.bias.assign(static_cast<std::size_t>(rows + 2 * cpu::kPanelRows), 0.0f);
     for (int i = 0; i < rows; ++i) {
       auto row = static_cast<std::size_t>(i);
       std::int32_t source_row = row_map.empty() ? i : row_map[row];

@@ -74,7 +74,7 @@ struct ExecutionContext {
   TeamMember& member;
   ThreadScratch& scratch;
   TeamExchange& exchange;
-  Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::prepare()
+  Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::next_ticket()
   StepKind step_kind = StepKind::kDecode;
   ResidualLayout residual = ResidualLayout::kReplicated;  // in this kind of step
   int tile_tokens = kTileTokens;  // tokens that pass together, up to kTileTokens: the exchange of

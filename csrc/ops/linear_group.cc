@@ -47,7 +47,8 @@ class Group {
   }
 
   /// Whether computing the next tile can hide what travels between begin() and complete(). Of the
-  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator takes.
+  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator
+  /// takes.
   bool overlaps() const {
     if (after_u_ != Exchange::kNone) return branches_.front().second == nullptr;
     return z_.kind() != Exchange::kNone;
@@ -176,20 +177,32 @@ class Group {
                      : tile.all();
     int n = branch.linear->output_factor().n;
     Range columns = scattered && !tokens ? branch.linear->y_share : Range{0, n};
-    auto sum = [&](Ticket ticket, int first, int cols, Buffer& out) {
+    const std::vector<std::int32_t>& map = branch.linear->y_map;
+    int outputs = map.empty() ? columns.size() : static_cast<int>(map.size());
+    auto sum_columns = [&](Ticket ticket, int column, int cols, float* out) {
       std::array<const float*, Communicator::kMaxRanks> parts;
       for (int r = 0; r < ctx_.exchange.size(); ++r) {
         parts[static_cast<std::size_t>(r)] = ctx_.floats_from(r, ticket) +
                                              std::ptrdiff_t{rows.begin - tile.row} * n +
-                                             columns.begin + first;
+                                             columns.begin + column;
       }
       ctx_.kernels.sum_parts_f32(parts.data(), ctx_.exchange.size(), n, rows.size(), cols, nullptr,
-                                 out.as<float>(), cpu::kPanelRows);
+                                 out, cpu::kPanelRows);
     };
-    auto [begin, end] = ctx_.member.share((columns.size() + cpu::kPanelRows - 1) / cpu::kPanelRows);
+    auto sum = [&](Ticket ticket, int first, int cols, Buffer& sums) {
+      auto* out = sums.as<float>();
+      if (map.empty()) return sum_columns(ticket, first, cols, out);
+      const std::int32_t* from = map.data() + first;
+      for (int i = 0, run = 1; i < cols; i += run, run = 1) {
+        if (from[i] < 0) continue;
+        while (i + run < cols && from[i + run] == from[i] + run) ++run;
+        sum_columns(ticket, from[i], run, out + i);
+      }
+    };
+    auto [begin, end] = ctx_.member.share((outputs + cpu::kPanelRows - 1) / cpu::kPanelRows);
     for (int panel = begin; panel < end; ++panel) {
       int first = panel * cpu::kPanelRows;
-      int cols = std::min(cpu::kPanelRows, columns.size() - first);
+      int cols = std::min(cpu::kPanelRows, outputs - first);
       sum(tile.tickets[0], first, cols, ctx_.scratch.tile_a);
       if (count == 2) sum(tile.tickets[1], first, cols, ctx_.scratch.tile_b);
       branch.epilogue->apply(ctx_.kernels, ctx_.scratch.tile_a.as<float>(),

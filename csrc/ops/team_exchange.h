@@ -1,9 +1,9 @@
 // A rank's exchanges with the others, made by its whole team.
 #pragma once
 
-#include <array>
 #include <atomic>
 
+#include "base/spin_wait.h"
 #include "base/thread_team.h"
 #include "comm/communicator.h"
 
@@ -11,8 +11,8 @@ namespace deinfer {
 
 /// One per rank, shared by its team. Every member makes the same calls with the same arguments and
 /// its own `member`; a member writes its part of send(), all start(), wait(), read their parts of
-/// from(), and finish(). Two exchanges may overlap: start() of the second before finish() of the
-/// first.
+/// from(), and finish(). Exchanges may overlap: start() of later ones before finish() of earlier
+/// ones, Communicator::kMaxInFlight in all.
 class TeamExchange {
  public:
   explicit TeamExchange(Communicator& communicator) : communicator_(communicator) {}
@@ -21,31 +21,31 @@ class TeamExchange {
   int size() const { return communicator_.size(); }
   std::size_t max_bytes() const { return communicator_.max_bytes(); }
 
-  /// Call it on one thread before the team runs. Returns the ticket of the next exchange, from
-  /// which every member counts.
-  Ticket prepare() {
-    acquire();
-    return ready_.load(std::memory_order_relaxed);
-  }
+  /// The ticket of the next exchange, from which every member counts. Call it on one thread before
+  /// the team runs.
+  Ticket next_ticket() const { return communicator_.next_ticket(); }
 
-  /// This rank's contribution to the exchange `ticket`.
-  std::byte* send(const TeamMember& member, Ticket ticket) const {
-    // Member 0 publishes it just after it has started the exchange before.
-    while (ready_.load(std::memory_order_acquire) < ticket) member.check_abort();
-    return slots_[ticket % slots_.size()];
+  /// This rank's contribution to the exchange `ticket`, the next to be started.
+  std::byte* send(const TeamMember& member, Ticket ticket) {
+    if (member.id() == 0 && sendable_.load(std::memory_order_relaxed) <= ticket) {
+      slot_ = communicator_.contribution(communicator_.max_bytes());
+      sendable_.store(ticket + 1, std::memory_order_release);
+    }
+    wait_beyond(sendable_, member, ticket);
+    return slot_;
   }
 
   /// Starts the next exchange when all members have written their parts of its `bytes`.
   void start(TeamMember& member, Collective kind, std::size_t bytes) {
     member.barrier();
     if (member.id() != 0) return;
-    communicator_.start(kind, bytes);
-    acquire();
+    Ticket ticket = communicator_.start(kind, bytes);
+    started_.store(ticket + 1, std::memory_order_release);
   }
 
   /// Returns when all ranks have started the exchange.
   void wait(const TeamMember& member, Ticket ticket) {
-    while (ready_.load(std::memory_order_acquire) <= ticket) member.check_abort();
+    wait_beyond(started_, member, ticket);
     communicator_.wait(ticket);
   }
   const std::byte* from(int rank, Ticket ticket) const {
@@ -59,15 +59,17 @@ class TeamExchange {
   }
 
  private:
-  void acquire() {
-    Ticket next = communicator_.next_ticket();
-    slots_[next % slots_.size()] = communicator_.contribution(communicator_.max_bytes());
-    ready_.store(next, std::memory_order_release);
+  static void wait_beyond(const std::atomic<Ticket>& count, const TeamMember& member,
+                          Ticket ticket) {
+    for (SpinWait spin; count.load(std::memory_order_acquire) <= ticket; spin.once()) {
+      member.check_abort();
+    }
   }
 
   Communicator& communicator_;
-  std::array<std::byte*, Communicator::kMaxInFlight + 1> slots_{};
-  std::atomic<Ticket> ready_{0};
+  std::byte* slot_ = nullptr;        // of the exchange sendable_ - 1
+  std::atomic<Ticket> sendable_{0};  // exchanges whose slots member 0 has taken
+  std::atomic<Ticket> started_{0};   // exchanges
 };
 
 }  // namespace deinfer

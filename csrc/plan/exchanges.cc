@@ -135,19 +135,20 @@ std::vector<PlannedExchange> head_exchanges(const TensorParallelPlan& plan, cons
   auto add = [&](Collective kind, std::string_view where, int m, int cols) {
     exchanges.push_back({kind, where, ExchangeStage::kEnd, count(m, cols) * sizeof(float)});
   };
-  const int wanted = rows.logit_rows + rows.argmax_rows;
-  if (wanted > 0) {
+  auto add_norm = [&](int wanted) {
     if (plan.residual() == ResidualLayout::kHiddenShards) {
       add(Collective::kAllGather, "final_norm", wanted, plan.hidden_share(rank).size());
     } else if (plan.residual() == ResidualLayout::kTokenShards) {
       // Ranks have different numbers of the wanted rows, which may be any: a sum over zeros.
       add(Collective::kAllReduce, "final_norm", wanted, plan.model().hidden_size);
     }
-  }
+  };
   if (rows.logit_rows > 0) {
+    add_norm(rows.logit_rows);
     add(Collective::kGather, "logits", rows.logit_rows, plan.vocab_share(rank).size());
   }
   if (rows.argmax_rows > 0) {
+    add_norm(rows.argmax_rows);
     add(Collective::kGather, "most_likely", rows.argmax_rows, 2);  // value and token
   }
   return exchanges;

@@ -72,11 +72,14 @@ struct StepRows {
 
 /// What the embedding exchanges, ahead of the layers.
 std::vector<PlannedExchange> embedding_exchanges(const TensorParallelPlan& plan, int tokens);
-/// What the final norm and the head exchange, after the layers.
+/// What the final norm and the head exchange, after the layers: rows whose logits are wanted by
+/// themselves, then the others.
 std::vector<PlannedExchange> head_exchanges(const TensorParallelPlan& plan, const StepRows& rows,
                                             int rank);
 
-/// All of one pass, in order: embedding, layers, final norm, logits, most likely tokens.
+/// All of one pass, in order: embedding, layers, head. Tokens that pass through the ranks in
+/// several tiles make the exchanges of the embedding and the layers for each of them, and so do
+/// those of the head for wanted rows that no single exchange holds.
 std::vector<PlannedExchange> step_exchanges(const TensorParallelPlan& plan,
                                             const std::vector<LayerShape>& layers,
                                             const StepRows& rows, int rank, int activation_bytes,

@@ -47,6 +47,9 @@ struct TinyConfig {
   bool bfloat16 = false;
   bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
   bool all_low_rank = false;  // k, v and up too
+  int mlp_rank = 0;           // of gate, up and down, where not 0
+  bool biases = false;        // of all linears of the layers
+  int vocab_period = 0;       // of an embedding whose rows repeat; 0: they do not
 };
 
 class TinyModel {
@@ -105,8 +108,9 @@ class TinyModel {
   void add_rotary() {
     const TinyConfig& c = config_;
     bool olmo2 = c.family == "olmo2";
-    bool biases = c.family == "qwen2";
+    bool biases = c.biases || c.family == "qwen2";
     add("model.embed_tokens.weight", {c.vocab, c.hidden}, 1.0f);
+    if (c.vocab_period > 0) repeat_rows(tensors_["model.embed_tokens.weight"]);
     add_norm("model.norm", c.hidden);
     if (!c.tied) add("lm_head.weight", {c.vocab, c.hidden}, 0.5f);
     int q = c.heads * c.head_dim;
@@ -123,10 +127,14 @@ class TinyModel {
       add_linear(prefix + "self_attn.q_proj", q, c.hidden, c.low_rank ? 7 : 0, biases);
       add_linear(prefix + "self_attn.k_proj", kv, c.hidden, c.all_low_rank ? 5 : 0, biases);
       add_linear(prefix + "self_attn.v_proj", kv, c.hidden, c.all_low_rank ? 18 : 0, biases);
-      add_linear(prefix + "self_attn.o_proj", c.hidden, q, c.low_rank ? 17 + i : 0);
-      add_linear(prefix + "mlp.gate_proj", c.intermediate, c.hidden, c.low_rank ? 33 : 0);
-      add_linear(prefix + "mlp.up_proj", c.intermediate, c.hidden, c.all_low_rank ? 20 + i : 0);
-      add_linear(prefix + "mlp.down_proj", c.hidden, c.intermediate, c.low_rank ? 1 + i : 0);
+      add_linear(prefix + "self_attn.o_proj", c.hidden, q, c.low_rank ? 17 + i : 0, c.biases);
+      auto mlp_rank = [&](int usual) { return c.mlp_rank > 0 ? c.mlp_rank : usual; };
+      add_linear(prefix + "mlp.gate_proj", c.intermediate, c.hidden, mlp_rank(c.low_rank ? 33 : 0),
+                 c.biases);
+      add_linear(prefix + "mlp.up_proj", c.intermediate, c.hidden,
+                 mlp_rank(c.all_low_rank ? 20 + i : 0), c.biases);
+      add_linear(prefix + "mlp.down_proj", c.hidden, c.intermediate,
+                 mlp_rank(c.low_rank ? 1 + i : 0), c.biases);
     }
     json_ = {{"hidden_size", c.hidden},
              {"intermediate_size", c.intermediate},
@@ -183,6 +191,12 @@ class TinyModel {
     std::size_t count = 1;
     for (int extent : tensor.shape) count *= static_cast<std::size_t>(extent);
     for (std::size_t i = 0; i < count; ++i) tensor.values.push_back(normal(random_));
+  }
+  void repeat_rows(Tensor& tensor) const {
+    auto period = static_cast<std::size_t>(config_.vocab_period * tensor.shape[1]);
+    for (std::size_t i = period; i < tensor.values.size(); ++i) {
+      tensor.values[i] = tensor.values[i - period];
+    }
   }
   void add_norm(const std::string& name, int n, bool bias = false) {
     add(name + ".weight", {n}, 0.2f);
