@@ -47,7 +47,8 @@ class Group {
   }
 
   /// Whether computing the next tile can hide what travels between begin() and complete(). Of the
-  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator takes.
+  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator
+  /// takes.
   bool overlaps() const {
     if (after_u_ != Exchange::kNone) return branches_.front().second == nullptr;
     return z_.kind() != Exchange::kNone;
