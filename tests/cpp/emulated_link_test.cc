@@ -108,14 +108,14 @@ TEST(EmulatedLink, NoRankIsThroughBeforeTheDeadline) {
   }
 }
 
-TEST(EmulatedLink, OneExchangeFollowsAnother) {
-  Ranks ranks = linked(2, LinkModel{10e-3, 1e9});
+TEST(EmulatedLink, DataOfOneExchangeFollowThoseOfAnother) {
+  Ranks ranks = linked(2, LinkModel{1e-3, 1e5});  // 1,000 bytes take 10 ms
   run_ranks(ranks, [&](Communicator& comm) {
     Clock::time_point before = Clock::now();
     for (int round = 1; round <= 2; ++round) {
-      Ticket first = start(comm, Collective::kBarrier, 0);
-      Ticket second = start(comm, Collective::kBarrier, 0);
-      Ticket third = start(comm, Collective::kBarrier, 0);
+      Ticket first = start(comm, Collective::kAllGather, 1000);
+      Ticket second = start(comm, Collective::kAllGather, 1000);
+      Ticket third = start(comm, Collective::kAllGather, 1000);
       // The second is not waited for, but the third comes after it all the same.
       if (round == 1) comm.wait(first);
       comm.wait(third);
@@ -126,12 +126,12 @@ TEST(EmulatedLink, OneExchangeFollowsAnother) {
 }
 
 TEST(EmulatedLink, FinishingWithoutWaitingTakesItsTimeOnTheLink) {
-  Ranks ranks = linked(2, LinkModel{10e-3, 1e9});
+  Ranks ranks = linked(2, LinkModel{1e-3, 1e5});
   run_ranks(ranks, [&](Communicator& comm) {
     Clock::time_point before = Clock::now();
-    for (int i = 0; i < 2; ++i) comm.finish(start(comm, Collective::kBarrier, 0));
+    for (int i = 0; i < 2; ++i) comm.finish(start(comm, Collective::kAllGather, 1000));
     comm.barrier();
-    EXPECT_GE(seconds_since(before), 30e-3);
+    EXPECT_GE(seconds_since(before), 21e-3);
   });
 }
 
@@ -149,7 +149,7 @@ TEST(EmulatedLink, ComputationHidesTheExchange) {
 }
 
 TEST(EmulatedLink, SeveralThreadsOfARankMayWait) {
-  Ranks ranks = linked(2, LinkModel{2e-3, 1e9});
+  Ranks ranks = linked(2, LinkModel{0, 4e3});  // 8 bytes take 2 ms
   run_ranks(ranks, [&](Communicator& comm) {
     for (int round = 0; round < 10; ++round) {
       Clock::time_point before = Clock::now();
@@ -166,6 +166,21 @@ TEST(EmulatedLink, SeveralThreadsOfARankMayWait) {
       comm.finish(first);
       comm.finish(second);
     }
+  });
+}
+
+TEST(EmulatedLink, LatenciesOverlap) {
+  Ranks ranks = linked(2, LinkModel{200e-3, 1e9});
+  run_ranks(ranks, [&](Communicator& comm) {
+    comm.barrier();
+    Clock::time_point before = Clock::now();
+    Ticket first = start(comm, Collective::kAllReduce, 64);
+    Ticket second = start(comm, Collective::kAllReduce, 64);
+    comm.wait(first);
+    comm.wait(second);
+    EXPECT_LT(seconds_since(before), 390e-3);
+    comm.finish(first);
+    comm.finish(second);
   });
 }
 

@@ -83,7 +83,7 @@ Traffic planned(const TensorParallelPlan& plan, const PlannedModel& model, const
   Traffic traffic{};
   for_each_part(tokens, tile, [&](int rows) {
     add(traffic,
-        step_exchanges(plan, model.layers, {rows, 0, 0}, rank, model.activation_bytes, model.norm),
+        step_exchanges(plan, model.layers, {rows, 0, 0}, rank, model.activation_bytes, model.norms),
         plan.size());
   });
   for_each_part(static_cast<int>(batch.logit_rows.size()), head_rows, [&](int rows) {

@@ -236,6 +236,38 @@ def test_memory(plan: Command, tmp_path: Path) -> None:
     assert unknown["choice"] is not None
 
 
+@pytest.mark.parametrize(
+    ("fields", "all_reduces"),
+    [
+        ({"model_type": "opt", "ffn_dim": 16384}, {"hidden_sharded": 4, "naive": 6}),
+        ({"model_type": "qwen3", "head_dim": 128}, {"hidden_sharded": 4, "naive": 7}),
+        # The norms of q and k over all heads, and of what blocks add over hidden shards.
+        (
+            {"model_type": "olmo2"},
+            {"hidden_sharded": 7, "naive": 7, "two_collective": 3, "dense": 3, "token_sharded": 1},
+        ),
+    ],
+)
+def test_families(
+    plan: Command, tmp_path: Path, fields: dict[str, Any], all_reduces: dict[str, int]
+) -> None:
+    path = write_config(tmp_path, {**LLAMA_7B, **fields})
+    report = plan.report(path, "--tp", 4, "--keep", 0.5)
+    assert report["choice"] is not None
+    counts = {entry["plan"]: entry["collectives_per_layer"] for entry in report["plans"]}
+    assert {name: counts[name].get("all_reduce", 0) for name in all_reduces} == all_reduces
+
+
+def test_ranks_by_the_names_of_the_family(plan: Command, tmp_path: Path) -> None:
+    ranks = {"model.decoder.layers.1.fc1": 8, "model.decoder.layers.0.self_attn.out_proj": 4}
+    path = write_config(tmp_path, {**TINY, "ffn_dim": 96, "model_type": "opt"}, ranks)
+    config = json.loads((path / "config.json").read_text())
+    config["model_type"] = "lowrank_opt"
+    config["low_rank"]["base_model_type"] = "opt"
+    (path / "config.json").write_text(json.dumps(config))
+    assert plan.report(path, "--tp", 2)["choice"] is not None
+
+
 def test_one_rank(plan: Command, tmp_path: Path) -> None:
     report = plan.report(write_config(tmp_path, LLAMA_7B), "--tp", 1, "--keep", 0.5)
     for entry in report["plans"]:
