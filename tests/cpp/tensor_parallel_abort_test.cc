@@ -196,7 +196,7 @@ TEST_F(TensorParallelAbort, AnEngineRethrowsItsFirstFailureAndANewOneWorks) {
   mallopt(M_MMAP_THRESHOLD, 1 << 20);  // what is freed must not serve larger requests
   test::TinyConfig large = tiny_config();
   large.tied = true;
-  large.vocab = 40000;
+  large.vocab = 70000;
   test::TinyModel model(large);
   EngineConfig config = config_for("two_collective", 3);
   config.model = model.path();
@@ -213,7 +213,7 @@ TEST_F(TensorParallelAbort, AnEngineRethrowsItsFirstFailureAndANewOneWorks) {
     rlimit before;
     getrlimit(RLIMIT_AS, &before);
     rlimit none{1 << 20, before.rlim_max};
-    setrlimit(RLIMIT_AS, &none);  // logits of the prompt take 40 MB
+    setrlimit(RLIMIT_AS, &none);  // the prompt's logits take more than an arena has, 64 MB
     std::string error = error_of([&] { engine.step(); });
     setrlimit(RLIMIT_AS, &before);
     EXPECT_EQ(error, std::bad_alloc().what());
