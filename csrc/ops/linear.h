@@ -35,10 +35,10 @@ struct LowRankLinear {
   std::vector<float> bias;  // in the packed row order, padded to 32; or empty
   int rank = 0;             // of the whole linear; 0 stands for the columns of u
   std::array<LinearExchanges, kNumStepKinds> exchanges;
-  std::vector<Range> v_shares;      // the rows of V that each rank has, where z is gathered
-  Range y_share;                    // the columns that this rank keeps of an exchanged output
-  NormTerms norm_terms;             // of what it reads; empty unless a LayerNorm is completed after V
-  int x_col = 0;                    // of a replicated input, the first column that W takes
+  std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
+  Range y_share;                // the columns that this rank keeps of an exchanged output
+  NormTerms norm_terms;         // of what it reads; empty unless a LayerNorm is completed after V
+  int x_col = 0;                // of a replicated input, the first column that W takes
   std::vector<std::int32_t> y_map;  // of an exchanged output, the order in which epilogues take its
                                     // columns (-1: padding, which does not travel); or empty
 

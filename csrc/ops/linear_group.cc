@@ -46,13 +46,8 @@ class Group {
     after_u_ = branches.front().linear->exchange(ctx.step_kind).after_u;
   }
 
-  /// Whether computing the next tile can hide what travels between begin() and complete(). Of the
-  /// two outputs of a pair (naive only) more exchanges would be under way than a communicator
-  /// takes.
-  bool overlaps() const {
-    if (after_u_ != Exchange::kNone) return branches_.front().second == nullptr;
-    return z_.kind() != Exchange::kNone;
-  }
+  /// Whether something travels between begin() and complete().
+  bool exchanges() const { return z_.kind() != Exchange::kNone || after_u_ != Exchange::kNone; }
 
   /// All up to the exchange.
   Tile begin(int row, int rows) {
@@ -228,7 +223,7 @@ void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Acti
     Tile tile = group.begin(row, std::min(ctx.tile_tokens, m - row));
     if (under_way) group.complete(*under_way);
     under_way = tile;
-    if (!group.overlaps()) {
+    if (!group.exchanges()) {
       group.complete(tile);
       under_way.reset();
     }
