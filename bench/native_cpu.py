@@ -1,4 +1,4 @@
-"""libdeinfer_bench by ctypes: our linears and the machine's limits, timed inside native code.
+"""libdeinfer_bench by ctypes: our operations and the machine's limits, timed in native code.
 
 Every `run(calls)` returns the seconds that each of its calls took.
 """
@@ -47,6 +47,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "workspace_destroy": (None, [c_void_p]),
     "workspace_output": (POINTER(c_float), [c_void_p]),
     "run": (c_int, [c_void_p, c_void_p, POINTER(c_void_p), c_int, POINTER(c_double)]),
+    "group_create": (c_void_p, [c_int, c_size_t]),
+    "group_destroy": (None, [c_void_p]),
+    "all_reduce": (c_int, [c_void_p, c_size_t, c_int, POINTER(c_double)]),
 }
 
 
@@ -223,3 +226,16 @@ class Rotation:
             output.numel() * output.element_size(),
         )
         return output
+
+
+class LocalRanks(_Handle):
+    """A group of ranks that are threads of this process: the calling thread and size - 1 others."""
+
+    def __init__(self, size: int, max_floats: int) -> None:
+        super().__init__("group", size, 4 * max_floats)
+
+    def all_reduce(self, floats: int, calls: int) -> list[float]:
+        """Sums so many floats over the ranks."""
+        times = (c_double * calls)()
+        _call("all_reduce", self.handle, floats, calls, times)
+        return [time * 1e-9 for time in times]

@@ -132,10 +132,12 @@ BENCH_API const float* bench_workspace_output(const Workspace* work) {
 BENCH_API int bench_run(Team* team, Workspace* work, const LowRankLinear* const* linears, int count,
                         double* nanoseconds) {
   return guarded(-1, [&] {
+    std::unique_ptr<Communicator> alone = make_single_communicator(0);
+    TeamExchange exchange(*alone);
     bench::time_steps(team->team, count, nanoseconds, [&](TeamMember& member, int i) {
       ExecutionContext ctx{team->kernels, member,
-                           team->scratch[static_cast<std::size_t>(member.id())]};
-      lowrank_linear(ctx, work->m, work->x.view(), *linears[i], work->z.view(),
+                           team->scratch[static_cast<std::size_t>(member.id())], exchange};
+      lowrank_linear(ctx, work->m, GroupInput(work->x.view()), *linears[i], work->z.view(),
                      work->out.as<float>(), work->n);
     });
     return 0;

@@ -70,7 +70,7 @@ int quota_cpus(const fs::path& root) {
   return least;
 }
 
-int available_cores() {
+std::vector<int> allowed_cpus() {
   cpu_set_t set;
   CPU_ZERO(&set);
   std::vector<int> cpus;
@@ -79,7 +79,11 @@ int available_cores() {
       if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
     }
   }
-  int cores = std::max(1, count_cores(cpus, "/"));
+  return cpus;
+}
+
+int available_cores() {
+  int cores = std::max(1, count_cores(allowed_cpus(), "/"));
   int quota = quota_cpus("/");
   return quota > 0 ? std::min(cores, quota) : cores;
 }

@@ -12,6 +12,9 @@ namespace deinfer {
 /// every barrier waits for them).
 int available_cores();
 
+/// The CPUs of the calling thread's affinity mask, ascending.
+std::vector<int> allowed_cpus();
+
 /// The physical cores among `cpus`, from sysfs' topology below `root`; a CPU that sysfs does not
 /// describe counts as a core of its own.
 int count_cores(const std::vector<int>& cpus, const std::filesystem::path& root);

@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <system_error>
 
 #include "base/check.h"
 
@@ -44,10 +45,18 @@ ThreadTeam::ThreadTeam(int size)
     : size_(size), barrier_(size), queues_(static_cast<std::size_t>(std::max(size, 1))) {
   check_argument(size >= 1, "thread team: size must be at least 1, got ", size);
   errors_.resize(static_cast<std::size_t>(size));
-  for (int id = 1; id < size; ++id) threads_.emplace_back([this, id] { work(id); });
+  try {
+    for (int id = 1; id < size; ++id) threads_.emplace_back([this, id] { work(id); });
+  } catch (const std::system_error& error) {
+    stop();
+    fail(ErrorCode::kOutOfMemory, "thread team: cannot start thread ", threads_.size() + 1, " of ",
+         size, ": ", error.what());
+  }
 }
 
-ThreadTeam::~ThreadTeam() {
+ThreadTeam::~ThreadTeam() { stop(); }
+
+void ThreadTeam::stop() {
   stop_.store(true, std::memory_order_release);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

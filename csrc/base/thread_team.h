@@ -22,6 +22,7 @@ class SpinBarrier {
   /// Throws TeamAborted when abort() was called.
   void wait();
   void abort() { aborted_.store(true, std::memory_order_release); }
+  bool aborted() const { return aborted_.load(std::memory_order_acquire); }
   void reset();
 
  private:
@@ -76,6 +77,10 @@ class TeamMember {
   void barrier() {
     if (size_ > 1) barrier_.wait();
   }
+  /// Throws TeamAborted when another member has failed; for waits other than barrier().
+  void check_abort() const {
+    if (barrier_.aborted()) throw TeamAborted{};
+  }
   /// This member's part [first, last) of n equal items.
   std::pair<int, int> share(int n) const {
     return {static_cast<int>(std::int64_t{n} * id_ / size_),
@@ -106,7 +111,7 @@ class TeamMember {
 /// between calls. One thread at a time may call run().
 class ThreadTeam {
  public:
-  /// Throws kInvalidArgument when size < 1.
+  /// Throws kInvalidArgument when size < 1, kOutOfMemory when the OS gives no more threads.
   explicit ThreadTeam(int size);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
@@ -118,6 +123,7 @@ class ThreadTeam {
   void run(const std::function<void(TeamMember&)>& fn);
 
  private:
+  void stop();
   void work(int id);
   void execute(int id);
 

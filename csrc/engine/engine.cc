@@ -3,15 +3,15 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <mutex>
 #include <unordered_map>
 
 #include "base/check.h"
 #include "base/cpu_topology.h"
+#include "engine/engine_info.h"
+#include "engine/plan_choice.h"
 #include "engine/request.h"
-#include "engine/worker.h"
 #include "scheduler/scheduler.h"
 
 namespace deinfer {
@@ -21,32 +21,6 @@ std::int64_t now_us() {
   return std::chrono::duration_cast<std::chrono::microseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-/// What the kernel says can be taken without swapping; 0 where it does not say.
-std::uint64_t available_memory() {
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key;
-  std::uint64_t kib = 0;
-  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
-    if (key == "MemAvailable:") return kib * 1024;
-  }
-  return 0;
-}
-
-/// Blocks of the KV pool: as configured, else from bytes, but no more than all seats can fill.
-std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
-                              int max_model_len) {
-  if (config.num_kv_blocks > 0) return config.num_kv_blocks;
-  std::uint64_t bytes = config.kv_cache_bytes;
-  if (bytes == 0) bytes = available_memory() / 4;
-  auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
-  if (config.kv_cache_bytes > 0 && blocks == 0) {
-    fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
-         " is less than one KV block of ", block_bytes, " bytes");
-  }
-  std::int64_t per_sequence = (max_model_len + config.block_size - 1) / config.block_size;
-  return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
 }
 
 /// What a logits row is for.
@@ -77,8 +51,7 @@ struct Engine::Impl {
   EngineConfig config;
   ModelConfig model;
   int max_model_len = 0;
-  std::unique_ptr<TensorParallelPlan> plan;
-  std::unique_ptr<Worker> worker;
+  std::unique_ptr<RankGroup> ranks;
   std::unique_ptr<Scheduler> scheduler;
   std::vector<Sampler> samplers;  // one per thread
   ModelInfo info;
@@ -116,14 +89,16 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
                  "max_model_len=", config.max_model_len,
                  " exceeds the model's max_position_embeddings=", model.max_position_embeddings);
   max_model_len = config.max_model_len > 0 ? config.max_model_len : model.max_position_embeddings;
-  plan = make_plan(config.tensor_parallel_plan, config.tensor_parallel_size);
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
-  worker = std::make_unique<Worker>(config, model, *plan, make_single_communicator(), threads,
-                                    max_model_len, progress);
-  std::int64_t blocks = choose_kv_blocks(config, worker->kv_block_bytes(), max_model_len);
-  worker->allocate_kv_cache(blocks);
+  PlanChoice choice = choose_plans(config, model, threads);
+  config.exchange_chunks = choice.prefill_chunks;
+  ranks =
+      std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
+  std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
+  ranks->allocate_kv_cache(blocks);
+  counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading
 
   SchedulerConfig scheduler_config;
   scheduler_config.max_num_seqs = config.max_num_seqs;
@@ -132,28 +107,10 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler_config.num_blocks = static_cast<int>(blocks);
   scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
   scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
-  for (int i = 0; i < threads; ++i) samplers.emplace_back(worker->kernels(), model.vocab_size);
+  for (int i = 0; i < threads; ++i)
+    samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks};
-
-  const DecoderWeights& weights = worker->decoder().weights();
-  info.architecture = model.model_type;
-  info.dtype = dtype_name(weights.dtype);
-  info.isa = isa_name(worker->kernels().isa);
-  info.num_layers = model.num_layers;
-  info.hidden_size = model.hidden_size;
-  info.vocab_size = model.vocab_size;
-  info.max_model_len = max_model_len;
-  info.num_threads = threads;
-  info.parameters = worker->parameters();
-  info.weight_bytes = weights.bytes();
-  info.num_kv_blocks = blocks;
-  info.kv_cache_bytes = worker->kv_block_bytes() * static_cast<std::uint64_t>(blocks);
-  for (const DecoderLayer& layer : weights.layers) {
-    for (const LowRankLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.output,
-                                        &layer.gate, &layer.up, &layer.down}) {
-      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
-    }
-  }
+  info = describe_model(model, *ranks, max_model_len, blocks);
 }
 
 RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params) {
@@ -334,7 +291,7 @@ std::vector<RequestOutput> Engine::Impl::step() {
       build_batch(scheduled);
       std::int64_t start = now_us();
       std::span<const TokenId> most_likely =
-          worker->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
+          ranks->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
             take_logits(member, first, count, logits);
           });
       execute_us += now_us() - start;
@@ -351,7 +308,9 @@ std::vector<RequestOutput> Engine::Impl::step() {
   }
   std::vector<RequestOutput> progressed;
   SchedulerStats stats = scheduler->stats();
+  std::vector<CollectiveStats> collectives = collective_stats(ranks->rank(0).communicator());
   std::lock_guard lock(mutex);
+  counters.collectives = std::move(collectives);
   counters.num_waiting = stats.num_waiting;
   counters.num_running = stats.num_running;
   counters.free_kv_blocks = stats.free_blocks + stats.cached_blocks;

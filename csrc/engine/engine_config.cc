@@ -25,6 +25,8 @@ void EngineConfig::validate() const {
                  "\" is unknown; use \"auto\", \"float32\", \"bfloat16\" or \"int8\"");
   check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
                  tensor_parallel_size);
+  check_argument(exchange_chunks >= 0 && exchange_chunks <= 64,
+                 "exchange_chunks must be in [0, 64], got ", exchange_chunks);
   check_argument(num_threads >= 0 && num_threads <= 1024, "num_threads must be in [0, 1024], got ",
                  num_threads);
   check_argument(max_model_len >= 0, "max_model_len must be at least 0, got ", max_model_len);

@@ -9,28 +9,35 @@ namespace {
 
 constexpr int kNormedElements = 4096;
 constexpr int kMaxNormedRows = 8;
+// Shorter tiles multiply less efficiently than what overlapping their exchanges gains.
+constexpr int kUsualTileTokens = 128;
+constexpr int kMinTileTokens = 16;
+constexpr int kMaxChunks = 4;
 
-DType resolve_dtype(const std::string& name, const WeightLoader& loader) {
-  if (name == "auto") return loader.checkpoint_dtype("model.embed_tokens.weight");
+DType resolve_dtype(const std::string& name, const ModelConfig& model, const WeightLoader& loader) {
+  if (name == "auto") return loader.checkpoint_dtype(model.names.embedding + ".weight");
   if (name == "int8") return DType::kInt8;
   return name == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
 }
 
 }  // namespace
 
-Worker::Worker(const EngineConfig& config, const ModelConfig& model, const TensorParallelPlan& plan,
+Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
                std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
                const LoadProgress& progress)
     : block_size_(config.block_size),
+      exchange_chunks_(config.exchange_chunks),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
+      exchange_(*communicator_),
+      residual_(share.residual),
       team_(threads) {
-  WeightLoader loader(config.model, model, plan, communicator_->rank(), communicator_->size(),
-                      team_, progress);
-  DecoderWeights weights = load_decoder(model, resolve_dtype(config.dtype, loader), loader);
+  WeightLoader loader(config.model, model, share, team_, progress);
+  DecoderWeights weights =
+      load_decoder(model, share, resolve_dtype(config.dtype, model, loader), loader);
   parameters_ = loader.parameters();
   BatchLimits limits{config.max_num_batched_tokens, max_model_len};
-  decoder_ = std::make_unique<Decoder>(model, std::move(weights), limits, threads);
+  decoder_ = std::make_unique<Decoder>(model, share, std::move(weights), limits, threads);
   scratch_.resize(static_cast<std::size_t>(threads));
   for (ThreadScratch& scratch : scratch_) {
     scratch.attention = Buffer(decoder_->attention_scratch(kernels_));
@@ -38,10 +45,14 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const Tenso
     scratch.normed_rows = std::clamp(kNormedElements / model.hidden_size, 1, kMaxNormedRows);
     scratch.normed =
         ActivationBuffer(decoder_->weights().activations, scratch.normed_rows, model.hidden_size);
+    scratch.statistics.resize(2 * static_cast<std::size_t>(scratch.normed_rows));
+    scratch.row.resize(static_cast<std::size_t>(model.hidden_size));
   }
   logits_ = Buffer(std::size_t{Decoder::kLogitRows} * static_cast<std::size_t>(model.vocab_size) *
                    sizeof(float));
 }
+
+void Worker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
 
 std::uint64_t Worker::kv_block_bytes() const {
   return decoder_->kv_cache_config(block_size_, 0).block_bytes();
@@ -51,23 +62,43 @@ void Worker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
 }
 
+int Worker::tile_tokens(int num_tokens) const {
+  if (exchange_.size() == 1) return kTileTokens;
+  int chunks = exchange_chunks_ > 0 ? std::min(exchange_chunks_, num_tokens / kMinTileTokens)
+                                    : std::min(kMaxChunks, num_tokens / kUsualTileTokens);
+  chunks = std::max({chunks, 1, (num_tokens + kTileTokens - 1) / kTileTokens});
+  return (num_tokens + chunks - 1) / chunks;
+}
+
 std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
   decoder_->plan(batch);
   most_likely_.resize(batch.argmax_rows.size());
   auto* logits = logits_.as<float>();
   int rows = static_cast<int>(batch.logit_rows.size());
   int argmax_rows = static_cast<int>(batch.argmax_rows.size());
+  int step = decoder_->logit_rows(communicator_->max_bytes());
+  bool prefill = std::any_of(batch.sequences.begin(), batch.sequences.end(),
+                             [](const BatchSequence& run) { return run.num_rows > 1; });
+  StepKind kind = prefill ? StepKind::kPrefill : StepKind::kDecode;
+  Ticket ticket = exchange_.next_ticket();
   team_.run([&](TeamMember& member) {
-    ExecutionContext ctx{kernels_, member, scratch_[static_cast<std::size_t>(member.id())]};
+    ExecutionContext ctx{kernels_,
+                         member,
+                         scratch_[static_cast<std::size_t>(member.id())],
+                         exchange_,
+                         ticket,
+                         kind,
+                         residual_[static_cast<std::size_t>(kind)],
+                         tile_tokens(batch.num_tokens())};
     decoder_->forward(ctx, batch, *cache_);
-    for (int first = 0; first < rows; first += Decoder::kLogitRows) {
-      int count = std::min(Decoder::kLogitRows, rows - first);
+    for (int first = 0; first < rows; first += step) {
+      int count = std::min(step, rows - first);
       decoder_->logits(ctx, batch, first, count, logits);
-      consume(member, first, count, logits);
+      if (communicator_->rank() == 0) consume(member, first, count, logits);
       member.barrier();
     }
-    for (int first = 0; first < argmax_rows; first += Decoder::kLogitRows) {
-      int count = std::min(Decoder::kLogitRows, argmax_rows - first);
+    for (int first = 0; first < argmax_rows; first += step) {
+      int count = std::min(step, argmax_rows - first);
       decoder_->most_likely(ctx, batch, first, count, most_likely_.data() + first);
     }
   });

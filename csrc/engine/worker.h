@@ -10,27 +10,31 @@
 #include "comm/communicator.h"
 #include "deinfer/engine.h"
 #include "model/decoder.h"
-#include "plan/tensor_parallel_plan.h"
 
 namespace deinfer {
 
 class Worker {
  public:
   /// Loads this rank's weights. `threads` is the size of its team.
-  Worker(const EngineConfig& config, const ModelConfig& model, const TensorParallelPlan& plan,
+  Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
          std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
          const LoadProgress& progress);
+
+  /// Completes the weights by what the other ranks know of theirs. All ranks must call it once all
+  /// are there, so that none waits for one that has failed to load.
+  void share_norm_terms();
 
   /// Sizes the KV cache; call it once before execute().
   void allocate_kv_cache(std::int64_t num_blocks);
 
   /// Receives logits[count, vocab] of the batch's logit rows first .. first + count. Called on
-  /// every thread of the team; may overwrite the logits of its own share of the rows.
+  /// every thread of rank 0's team; may overwrite the logits of its own share of the rows.
   using LogitsConsumer =
       std::function<void(TeamMember& member, int first, int count, float* logits)>;
 
-  /// Runs one batch and returns the most likely tokens of its argmax_rows, valid until the next
-  /// call. Errors of any thread surface here.
+  /// Runs one batch, which all ranks must do, and returns the most likely tokens of its argmax_rows
+  /// (on rank 0), valid until the next call. Errors of any thread surface here;
+  /// CommunicatorAborted when another rank has failed.
   std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume);
 
   std::uint64_t kv_block_bytes() const;
@@ -38,11 +42,17 @@ class Worker {
   const Decoder& decoder() const { return *decoder_; }
   const cpu::KernelTable& kernels() const { return kernels_; }
   int num_threads() const { return team_.size(); }
+  Communicator& communicator() { return *communicator_; }
 
  private:
+  int tile_tokens(int num_tokens) const;
+
   int block_size_;
+  int exchange_chunks_;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;
+  TeamExchange exchange_;
+  std::array<ResidualLayout, kNumStepKinds> residual_;
   ThreadTeam team_;
   std::uint64_t parameters_ = 0;
   std::unique_ptr<Decoder> decoder_;

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <map>
 
-#include "ops/embedding.h"
-#include "ops/norm.h"
+#include "ops/output_head.h"
+#include "ops/qk_norm.h"
 
 namespace deinfer {
 namespace {
@@ -24,118 +26,105 @@ int max_z_cols(const DecoderWeights& weights) {
   return std::max(cols, 1);
 }
 
-AttentionShape attention_shape(const ModelConfig& config) {
+/// Whether one of the linears wants its whole input from all ranks.
+bool gathers(StepKind kind, std::initializer_list<const LowRankLinear*> linears) {
+  return std::any_of(linears.begin(), linears.end(), [&](const LowRankLinear* linear) {
+    return linear->exchange(kind).before != Exchange::kNone;
+  });
+}
+
+AttentionShape attention_shape(const ModelConfig& config, const RankShare& share) {
   AttentionShape shape;
-  shape.heads = config.num_heads;
-  shape.kv_heads = config.num_kv_heads;
+  shape.heads = share.heads.heads.size();
+  shape.kv_heads = share.heads.kv_heads.size();
   shape.head_dim = config.head_dim;
+  shape.window = config.sliding_window;
   shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
   return shape;
 }
 
-DecoderLayer load_layer(const ModelConfig& config, const std::string& prefix,
-                        WeightLoader& loader) {
-  int hidden = config.hidden_size;
-  int query_size = config.num_heads * config.head_dim;
-  int kv_size = config.num_kv_heads * config.head_dim;
-  std::string attention = prefix + "self_attn.";
-  std::string mlp = prefix + "mlp.";
-  DecoderLayer layer;
-  layer.attention_norm = loader.vector(prefix + "input_layernorm.weight", hidden);
-  layer.query = loader.linear(attention + "q_proj", LinearRole::kQuery, query_size, hidden,
-                              rotary_row_map(config.num_heads, config.head_dim));
-  layer.key = loader.linear(attention + "k_proj", LinearRole::kKey, kv_size, hidden,
-                            rotary_row_map(config.num_kv_heads, config.head_dim));
-  layer.value = loader.linear(attention + "v_proj", LinearRole::kValue, kv_size, hidden);
-  layer.output =
-      loader.linear(attention + "o_proj", LinearRole::kAttentionOutput, hidden, query_size);
-  layer.mlp_norm = loader.vector(prefix + "post_attention_layernorm.weight", hidden);
-  layer.gate =
-      loader.linear(mlp + "gate_proj", LinearRole::kGate, config.intermediate_size, hidden);
-  layer.up = loader.linear(mlp + "up_proj", LinearRole::kUp, config.intermediate_size, hidden);
-  layer.down =
-      loader.linear(mlp + "down_proj", LinearRole::kDown, hidden, config.intermediate_size);
-  return layer;
+bool has_output_norms(const ModelConfig& config) {
+  return !config.names.attention_output_norm.empty() || !config.names.mlp_output_norm.empty();
 }
 
 }  // namespace
 
-std::size_t DecoderWeights::bytes() const {
-  std::size_t total = embedding.bytes() + head.bytes() + final_norm.size() * sizeof(float);
-  for (const DecoderLayer& layer : layers) {
-    for (const LowRankLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.output,
-                                        &layer.gate, &layer.up, &layer.down}) {
-      total += linear->bytes();
-    }
-    total += (layer.attention_norm.size() + layer.mlp_norm.size()) * sizeof(float);
-  }
-  return total;
-}
-
-DecoderWeights load_decoder(const ModelConfig& config, DType dtype, WeightLoader& loader) {
-  DecoderWeights weights;
-  weights.dtype = dtype;
-  weights.activations = dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-  loader.set_dtype(dtype);
-  cpu::PackedMatrix embedding =
-      loader.matrix(config.tie_word_embeddings ? dtype : weights.activations,
-                    "model.embed_tokens.weight", config.vocab_size, config.hidden_size);
-  for (int i = 0; i < config.num_layers; ++i) {
-    weights.layers.push_back(load_layer(config, "model.layers." + std::to_string(i) + ".", loader));
-  }
-  weights.final_norm = loader.vector("model.norm.weight", config.hidden_size);
-  if (config.tie_word_embeddings) {
-    weights.head.name = "model.embed_tokens";
-    weights.head.w = std::move(embedding);
-  } else {
-    weights.head =
-        loader.linear("lm_head", LinearRole::kHead, config.vocab_size, config.hidden_size);
-    weights.embedding = std::move(embedding);
-  }
-  loader.check_all_used();
-  return weights;
-}
-
-Decoder::Decoder(const ModelConfig& config, DecoderWeights weights, const BatchLimits& limits,
-                 int num_threads)
+Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeights weights,
+                 const BatchLimits& limits, int num_threads)
     : config_(config),
+      share_(share),
       weights_(std::move(weights)),
       rope_(config.rope, config.head_dim, limits.max_model_len),
-      attention_(attention_shape(config), num_threads),
+      attention_(attention_shape(config, share), num_threads),
       angle_cols_((config.head_dim / 2 + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes),
       cos_(float_bytes(limits.max_tokens, angle_cols_)),
       sin_(float_bytes(limits.max_tokens, angle_cols_)),
-      residual_(float_bytes(limits.max_tokens, config.hidden_size)),
-      query_(float_bytes(limits.max_tokens, config.num_heads * config.head_dim)),
-      normed_(weights_.activations, std::max(limits.max_tokens, kLogitRows), config.hidden_size),
-      attended_(weights_.activations, limits.max_tokens, config.num_heads * config.head_dim),
-      gated_(weights_.activations, limits.max_tokens, config.intermediate_size),
+      query_(float_bytes(limits.max_tokens, share.heads.heads.size() * config.head_dim)),
+      key_(float_bytes(config.qk_norm == QkNormKind::kNone ? 0 : limits.max_tokens,
+                       share.heads.kv_heads.size() * config.head_dim)),
+      residual_(config.hidden_size, share.hidden, weights_.activations,
+                {limits.max_tokens, kLogitRows, has_output_norms(config)}),
+      attended_(weights_.activations, limits.max_tokens,
+                share.heads.heads.size() * config.head_dim),
+      inner_(weights_.activations, limits.max_tokens, std::max(share.intermediate, 1)),
       z_(weights_.activations, std::max(limits.max_tokens, kLogitRows), max_z_cols(weights_)),
-      maxima_(static_cast<std::size_t>(num_threads)) {
+      maxima_(static_cast<std::size_t>(num_threads)),
+      best_value_(kLogitRows) {
   for (RowMaximum& maximum : maxima_) {
     maximum.value.resize(kLogitRows);
     maximum.index.resize(kLogitRows);
   }
 }
 
+std::size_t Decoder::exchange_bytes(const ModelConfig& config, const RankShare& share,
+                                    int max_tokens) {
+  if (share.size == 1) return 0;
+  // Linears that share an exchange have the same parent module; two more for norm statistics, which
+  // also travel alone.
+  std::map<std::string, int> ranks;
+  for (const auto& [name, rank] : config.lowrank_ranks) {
+    ranks[name.substr(0, name.rfind('.'))] += rank;
+  }
+  int columns = std::max(config.hidden_size, 2);
+  for (const auto& [parent, sum] : ranks) columns = std::max(columns, sum + 2);
+  if (!share.plans[0]->merges_exchanges()) {  // whole outputs travel
+    columns = std::max({columns, config.intermediate_size, config.num_heads * config.head_dim});
+  }
+  int tokens = std::min(max_tokens, kTileTokens);
+  return std::max({float_bytes(tokens, columns), float_bytes(1, config.vocab_size),
+                   float_bytes(kLogitRows, 2)});
+}
+
+int Decoder::logit_rows(std::size_t exchange_bytes) const {
+  if (share_.size == 1) return kLogitRows;
+  std::size_t rows =
+      exchange_bytes / float_bytes(1, std::max(config_.vocab_size, config_.hidden_size));
+  return static_cast<int>(std::clamp<std::size_t>(rows, 1, kLogitRows));
+}
+
 KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
-  return {config_.num_layers, config_.num_kv_heads, config_.head_dim,
-          block_size,         num_blocks,           weights_.activations};
+  return {config_.num_layers, share_.heads.kv_heads.size(), config_.head_dim, block_size,
+          num_blocks,         weights_.activations};
 }
 
 std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
-  return attention_scratch_bytes(kernels, attention_shape(config_));
+  return attention_scratch_bytes(kernels, attention_shape(config_, share_));
 }
 
 void Decoder::plan(const Batch& batch) { attention_.plan(batch); }
 
 void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache) {
-  auto [begin, end] = ctx.member.share(batch.num_tokens());
-  for (int i = begin; i < end; ++i) {
-    rope_.angles(batch.positions[static_cast<std::size_t>(i)], cos_.as<float>() + i * angle_cols_,
-                 sin_.as<float>() + i * angle_cols_);
+  if (config_.positions == PositionKind::kRotary) {
+    auto [begin, end] = ctx.member.share(batch.num_tokens());
+    for (int i = begin; i < end; ++i) {
+      rope_.angles(batch.positions[static_cast<std::size_t>(i)], cos_.as<float>() + i * angle_cols_,
+                   sin_.as<float>() + i * angle_cols_);
+    }
   }
-  embedding(ctx, batch.token_ids, weights_.token_embedding(), residual(), config_.hidden_size);
+  residual_.embed(ctx, batch.token_ids, weights_.token_embedding(), share_.vocabulary());
+  if (config_.positions == PositionKind::kLearned) {
+    residual_.add_positions(ctx, batch.positions, config_.position_offset, weights_.positions);
+  }
   for (int i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
     attention_block(ctx, batch, layer, cache.layer(i));
@@ -143,43 +132,64 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
   }
 }
 
-Activations Decoder::normed(ExecutionContext& ctx, int m, const std::vector<float>& gain,
-                            const int* rows) {
-  return rms_norm(ctx, m, config_.hidden_size, residual(), config_.hidden_size, gain.data(),
-                  config_.rms_norm_eps, normed_.view(), rows);
+void Decoder::add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
+                              const LowRankLinear& linear, const Norm& norm) {
+  if (norm.kind == NormKind::kNone) {
+    lowrank_linear_add(ctx, m, GroupInput(x), linear, z_.view(), residual_.rows(), residual_.ld());
+    return;
+  }
+  lowrank_linear(ctx, m, GroupInput(x), linear, z_.view(), residual_.branch(), residual_.ld());
+  residual_.add_branch(ctx, m, norm);
 }
 
 void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                               const KvLayer& kv) {
   int m = batch.num_tokens();
-  Activations x = normed(ctx, m, layer.attention_norm);
+  bool gather = gathers(ctx.step_kind, {&layer.query, &layer.key, &layer.value});
+  GroupInput x = residual_.normed(ctx, m, layer.attention_norm, gather);
   QkvOutput qkv;
   qkv.q = query_.as<float>();
-  qkv.ldq = std::ptrdiff_t{config_.num_heads} * config_.head_dim;
+  qkv.ldq = std::ptrdiff_t{share_.heads.heads.size()} * config_.head_dim;
   qkv.kv = kv;
   qkv.slots = batch.slots;
-  qkv.angles = {cos_.as<float>(), sin_.as<float>(), angle_cols_};
+  if (rotates_tiles(config_)) qkv.angles = angles();
+  if (config_.qk_norm != QkNormKind::kNone) {
+    qkv.k = key_.as<float>();
+    qkv.ldk = std::ptrdiff_t{share_.heads.kv_heads.size()} * config_.head_dim;
+  }
   lowrank_qkv(ctx, m, x, layer.query, layer.key, layer.value, z_.view(), qkv);
+  if (config_.qk_norm != QkNormKind::kNone) {
+    QkNorm norm{config_.qk_norm, layer.query_norm,  layer.key_norm,
+                share_.heads,    config_.num_heads, config_.num_kv_heads};
+    normalize_qk(ctx, m, norm, angles(), qkv);
+  }
   attention_.run(ctx, batch, qkv.q, qkv.ldq, kv, attended_.view());
-  lowrank_linear_add(ctx, m, attended_.view(), layer.output, z_.view(), residual(),
-                     config_.hidden_size);
+  add_to_residual(ctx, m, attended_.view(), layer.output, layer.attention_output_norm);
 }
 
 void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
-  Activations x = normed(ctx, m, layer.mlp_norm);
-  lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, z_.view(), gated_.view());
-  lowrank_linear_add(ctx, m, gated_.view(), layer.down, z_.view(), residual(), config_.hidden_size);
+  bool gather = gathers(ctx.step_kind, {&layer.gate, &layer.up});
+  GroupInput x = residual_.normed(ctx, m, layer.mlp_norm, gather);
+  if (config_.mlp == MlpKind::kGatedSilu) {
+    lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, z_.view(), inner_.view());
+  } else {
+    lowrank_relu(ctx, m, x, layer.up, z_.view(), inner_.view());
+  }
+  add_to_residual(ctx, m, inner_.view(), layer.down, layer.mlp_output_norm);
 }
 
 void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out) {
-  Activations x = normed(ctx, count, weights_.final_norm, batch.logit_rows.data() + first);
-  lowrank_linear(ctx, count, x, weights_.head, z_.view(), out, config_.vocab_size);
+  Activations x = residual_.wanted(ctx, count, batch.logit_rows.data() + first, batch.num_tokens(),
+                                   weights_.final_norm);
+  output_logits(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies, out);
 }
 
 void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
                           TokenId* tokens) {
-  Activations x = normed(ctx, count, weights_.final_norm, batch.argmax_rows.data() + first);
-  lowrank_argmax(ctx, count, x, weights_.head, z_.view(), maxima_, tokens);
+  Activations x = residual_.wanted(ctx, count, batch.argmax_rows.data() + first, batch.num_tokens(),
+                                   weights_.final_norm);
+  output_most_likely(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies,
+                     maxima_, best_value_.data(), tokens);
 }
 
 }  // namespace deinfer

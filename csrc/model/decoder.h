@@ -3,38 +3,15 @@
 
 #include <vector>
 
-#include "model/loader.h"
-#include "model/model_config.h"
+#include "model/decoder_weights.h"
 #include "ops/attention.h"
 #include "ops/batch.h"
 #include "ops/context.h"
 #include "ops/kv_cache.h"
 #include "ops/lowrank_linear.h"
+#include "ops/residual_stream.h"
 
 namespace deinfer {
-
-struct DecoderLayer {
-  std::vector<float> attention_norm, mlp_norm;  // [hidden]
-  LowRankLinear query, key, value, output;
-  LowRankLinear gate, up, down;
-};
-
-struct DecoderWeights {
-  DType dtype = DType::kFloat32;        // of the matrices; int8 stands for weights only
-  DType activations = DType::kFloat32;  // fp32 for fp32 weights, else bf16
-  cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
-  std::vector<DecoderLayer> layers;
-  std::vector<float> final_norm;  // [hidden]
-  LowRankLinear head;             // [vocab, hidden]
-
-  const cpu::PackedMatrix& token_embedding() const {
-    return embedding.empty() ? head.w : embedding;
-  }
-  std::size_t bytes() const;
-};
-
-/// Loads the weights of `config` in `dtype` (set on the loader).
-DecoderWeights load_decoder(const ModelConfig& config, DType dtype, WeightLoader& loader);
 
 /// The most a batch may hold.
 struct BatchLimits {
@@ -48,8 +25,19 @@ class Decoder {
   /// Rows that one call of logits() or most_likely() computes at most.
   static constexpr int kLogitRows = 128;
 
-  Decoder(const ModelConfig& config, DecoderWeights weights, const BatchLimits& limits,
-          int num_threads);
+  Decoder(const ModelConfig& config, const RankShare& share, DecoderWeights weights,
+          const BatchLimits& limits, int num_threads);
+
+  /// Completes the weights by what ranks know of theirs; all ranks must call it before forward().
+  void share_norm_terms(ThreadTeam& team, Communicator& communicator) {
+    deinfer::share_norm_terms(weights_, share_, team, communicator);
+  }
+
+  /// Bytes of the largest contribution to an exchange between ranks that `config` needs.
+  static std::size_t exchange_bytes(const ModelConfig& config, const RankShare& share,
+                                    int max_tokens);
+  /// Rows of logits() and most_likely() that fit an exchange of so many bytes.
+  int logit_rows(std::size_t exchange_bytes) const;
 
   /// Prepares for `batch` (at most max_tokens tokens); call it on one thread before forward().
   void plan(const Batch& batch);
@@ -57,11 +45,12 @@ class Decoder {
   /// Computes the final hidden states of all tokens and writes their K and V.
   void forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache);
 
-  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward().
+  /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(),
+  /// on rank 0; on other ranks `out` is working memory of the same size.
   void logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out);
 
   /// tokens[i] = the most likely token of batch.argmax_rows[first + i] for i in [0, count), the
-  /// lowest of equally likely ones, after forward().
+  /// lowest of equally likely ones, after forward(), on rank 0.
   void most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
                    TokenId* tokens);
 
@@ -74,20 +63,24 @@ class Decoder {
   void attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                        const KvLayer& kv);
   void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
-  Activations normed(ExecutionContext& ctx, int m, const std::vector<float>& gain,
-                     const int* rows = nullptr);
-  float* residual() { return residual_.as<float>(); }
+  /// residual += norm(linear(x)).
+  void add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
+                       const LowRankLinear& linear, const Norm& norm);
+  RotaryAngles angles() const { return {cos_.as<float>(), sin_.as<float>(), angle_cols_}; }
 
   ModelConfig config_;
+  RankShare share_;
   DecoderWeights weights_;
   Rope rope_;
   AttentionSchedule attention_;
   int angle_cols_;    // head_dim / 2, padded to 16
   Buffer cos_, sin_;  // [max_tokens, angle_cols]
-  Buffer residual_;   // [max_tokens, hidden] fp32
   Buffer query_;      // [max_tokens, heads, head_dim] fp32
-  ActivationBuffer normed_, attended_, gated_, z_;
+  Buffer key_;        // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
+  ResidualStream residual_;
+  ActivationBuffer attended_, inner_, z_;
   std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows
+  std::vector<float> best_value_;   // [kLogitRows]
 };
 
 }  // namespace deinfer

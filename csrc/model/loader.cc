@@ -23,6 +23,19 @@ TensorView part_of(const TensorView& whole, Range rows, Range cols) {
   return part;
 }
 
+float read_float(const TensorView& view, std::int64_t row, std::int64_t col) {
+  const std::byte* at = view.row(row) + static_cast<std::size_t>(col) * dtype_size(view.dtype);
+  switch (view.dtype) {
+    case DType::kFloat32: return *reinterpret_cast<const float*>(at);
+    case DType::kBFloat16: return to_float(*reinterpret_cast<const bf16*>(at));
+    default: return half_to_float(*reinterpret_cast<const std::uint16_t*>(at));
+  }
+}
+
+void read_floats(const TensorView& view, std::int64_t row, float* out) {
+  for (std::int64_t col = 0; col < view.cols; ++col) out[col] = read_float(view, row, col);
+}
+
 std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text = "[";
   for (std::int64_t extent : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
@@ -32,13 +45,10 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 }  // namespace
 
 WeightLoader::WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
-                           const TensorParallelPlan& plan, int rank, int size, ThreadTeam& team,
-                           Progress progress)
+                           const RankShare& share, ThreadTeam& team, Progress progress)
     : source_(io::WeightSource::open(directory)),
       config_(config),
-      plan_(plan),
-      rank_(rank),
-      size_(size),
+      share_(share),
       team_(team),
       progress_(std::move(progress)) {}
 
@@ -55,21 +65,58 @@ void WeightLoader::used(const std::string& tensor, std::uint64_t elements) {
   if (progress_) progress_(bytes_done_, source_.total_bytes());
 }
 
-cpu::PackedMatrix WeightLoader::pack(DType dtype, const std::string& tensor, int n, int k,
-                                     Range rows, Range cols,
-                                     const std::vector<std::int32_t>& row_map) {
-  TensorView whole = source_.matrix(tensor, n, k);
-  TensorView part = part_of(whole, rows, cols);
-  int packed_rows = row_map.empty() ? rows.size() : static_cast<int>(row_map.size());
+cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
+                                          const std::vector<std::int32_t>& row_map) {
+  int packed_rows =
+      static_cast<int>(row_map.empty() ? static_cast<std::size_t>(part.rows) : row_map.size());
+  if (packed_rows == 0) return {};
   bool free_choice = row_map.empty() && dtype != DType::kInt8;
   int panel_rows = free_choice ? choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
-  cpu::PackedMatrix packed =
-      cpu::allocate_packed(dtype, packed_rows, cols.size(), panel_rows, &arena_);
+  // A factor of which this rank has no column is zero: one column of padding.
+  int cols = std::max(static_cast<int>(part.cols), 1);
+  cpu::PackedMatrix packed = cpu::allocate_packed(dtype, packed_rows, cols, panel_rows, &arena_);
+  if (part.cols == 0) return packed;
   team_.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
     cpu::pack_rows(part, row_map, first, last, packed);
   });
+  return packed;
+}
+
+cpu::PackedMatrix WeightLoader::pack(DType dtype, const std::string& tensor, int n, int k,
+                                     Range rows, Range cols,
+                                     const std::vector<std::int32_t>& row_map) {
+  TensorView whole = source_.matrix(tensor, n, k);
+  cpu::PackedMatrix packed = pack_part(dtype, part_of(whole, rows, cols), row_map);
   used(tensor, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(k));
+  return packed;
+}
+
+cpu::PackedMatrix WeightLoader::multiply_out(const std::string& v, const std::string& u, int n,
+                                             int k, int rank, const LinearPlacement& place,
+                                             const std::vector<std::int32_t>& row_map) {
+  TensorView factor_u = part_of(source_.matrix(u, n, rank), place.u_rows, {0, rank});
+  TensorView factor_v = part_of(source_.matrix(v, rank, k), {0, rank}, place.u_cols);
+  auto rows = static_cast<std::size_t>(factor_u.rows);
+  auto cols = static_cast<std::size_t>(factor_v.cols);
+  std::vector<float> product(rows * cols, 0.0f);
+  team_.run([&](TeamMember& member) {
+    std::vector<float> v_row(cols);
+    std::vector<float> u_row(static_cast<std::size_t>(rank));
+    auto [first, last] = member.share(static_cast<int>(rows));
+    for (int j = 0; j < rank; ++j) {
+      read_floats(factor_v, j, v_row.data());
+      for (int i = first; i < last; ++i) {
+        float factor = read_float(factor_u, i, j);
+        float* out = product.data() + static_cast<std::size_t>(i) * cols;
+        for (std::size_t c = 0; c < cols; ++c) out[c] += factor * v_row[c];
+      }
+    }
+  });
+  TensorView whole{product.data(), DType::kFloat32, factor_u.rows, factor_v.cols, factor_v.cols};
+  cpu::PackedMatrix packed = pack_part(dtype_, whole, row_map);
+  used(v, static_cast<std::uint64_t>(rank) * static_cast<std::uint64_t>(k));
+  used(u, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(rank));
   return packed;
 }
 
@@ -99,36 +146,60 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
                  declared_rank == 0 ? "dense" : std::to_string(declared_rank), ", the tensors say ",
                  rank == 0 ? "dense" : std::to_string(rank));
 
-  LinearPlacement place = plan_.place(role, {n, k, rank}, rank_, size_);
-  if (place.after_v != Exchange::kNone || place.after_u != Exchange::kNone) {
-    fail(ErrorCode::kUnsupported, "plan ", plan_.name(), " exchanges after ", name,
-         ", which the decoder does not do yet");
+  bool multiplied = is_low_rank && share_.plans[0]->multiplies_out();
+  LinearShape shape{n, k, multiplied ? 0 : rank};
+  LinearPlacement place = share_.place(StepKind::kDecode, role, shape);
+  for (StepKind kind : {StepKind::kDecode, StepKind::kPrefill}) {
+    LinearPlacement own = share_.place(kind, role, shape);
+    linear.exchanges[static_cast<std::size_t>(kind)] = {own.before, own.after_v, own.after_u};
   }
-  if (is_low_rank) {
+  bool exchanged = place.after_u != Exchange::kNone;
+  const std::vector<std::int32_t> in_order;
+  const std::vector<std::int32_t>& packed_map = exchanged ? in_order : row_map;
+  if (exchanged) linear.y_map = row_map;
+  if (multiplied) {
+    linear.w = multiply_out(v, u, n, k, rank, place, packed_map);
+  } else if (is_low_rank) {
+    linear.rank = rank;
     linear.v = pack(dtype_, v, rank, k, place.v_rows, place.v_cols, {});
-    linear.u = pack(dtype_, u, n, rank, place.u_rows, place.u_cols, row_map);
+    linear.u = pack(dtype_, u, n, rank, place.u_rows, place.u_cols, packed_map);
+    for (int r = 0; r < share_.size; ++r) {
+      linear.v_shares.push_back(share_.plans[0]->place(role, shape, r).v_rows);
+    }
   } else {
-    linear.w = pack(dtype_, dense, n, k, place.u_rows, place.u_cols, row_map);
+    linear.w = pack(dtype_, dense, n, k, place.u_rows, place.u_cols, packed_map);
   }
+  bool scattered = place.after_u == Exchange::kReduceScatter && !share_.hidden.empty();
+  linear.y_share = scattered ? share_.hidden[static_cast<std::size_t>(share_.rank)] : place.u_rows;
+  // A linear that all-reduces its output while all ranks attend to all heads reads a replicated x.
+  bool whole_input = !share_.plans[0]->merges_exchanges() && share_.size > 1;
+  if (!is_low_rank && whole_input) linear.x_col = place.u_cols.begin;
   for (const std::string& bias : {name + ".bias", name + ".u.bias"}) {
     if (!source_.contains(bias)) continue;
     check_argument(linear.bias.empty(), "checkpoint has both ", name, ".bias and ", bias);
     std::vector<float> values = vector(bias, n);
-    auto padded = static_cast<std::size_t>(linear.output_factor().n_pad + cpu::kPanelRows);
-    linear.bias.assign(padded, 0.0f);
-    for (int i = 0; i < linear.output_factor().n; ++i) {
+    int rows = scattered ? linear.y_share.size() : linear.output_factor().n;
+    if (!linear.y_map.empty()) rows = static_cast<int>(linear.y_map.size());
+    linear.bias.assign(static_cast<std::size_t>(rows + 2 * cpu::kPanelRows), 0.0f);
+    for (int i = 0; i < rows; ++i) {
       auto row = static_cast<std::size_t>(i);
       std::int32_t source_row = row_map.empty() ? i : row_map[row];
       if (source_row >= 0) {
-        linear.bias[row] = values[static_cast<std::size_t>(place.u_rows.begin + source_row)];
+        linear.bias[row] = values[static_cast<std::size_t>(linear.y_share.begin + source_row)];
       }
     }
   }
   return linear;
 }
 
-cpu::PackedMatrix WeightLoader::matrix(DType dtype, const std::string& name, int n, int k) {
-  return pack(dtype, name, n, k, {0, n}, {0, k}, {});
+cpu::PackedMatrix WeightLoader::embedding(DType dtype, const std::string& name, int n, int k) {
+  return pack(dtype, name, n, k, share_.vocabulary(), {0, k}, {});
+}
+
+cpu::PackedMatrix WeightLoader::positions(DType dtype, const std::string& name, int n, int k) {
+  Range cols{0, k};
+  if (!share_.hidden.empty()) cols = share_.hidden[static_cast<std::size_t>(share_.rank)];
+  return pack(dtype, name, n, k, {0, n}, cols, {});
 }
 
 std::vector<float> WeightLoader::vector(const std::string& name, int n) {

@@ -12,7 +12,7 @@
 #include "io/weight_source.h"
 #include "model/model_config.h"
 #include "ops/lowrank_linear.h"
-#include "plan/tensor_parallel_plan.h"
+#include "plan/rank_share.h"
 
 namespace deinfer {
 
@@ -23,8 +23,7 @@ class WeightLoader {
   using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 
   WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
-               const TensorParallelPlan& plan, int rank, int size, ThreadTeam& team,
-               Progress progress);
+               const RankShare& share, ThreadTeam& team, Progress progress);
 
   /// The type that dtype="auto" stands for: bf16 when the embedding is bf16, else fp32.
   DType checkpoint_dtype(const std::string& embedding_name) const;
@@ -38,9 +37,11 @@ class WeightLoader {
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
                        const std::vector<std::int32_t>& row_map = {});
 
-  /// A matrix without plan: embedding tables. The caller chooses the type, as a table whose rows
-  /// are only looked up would lose bits in int8 and gain no time.
-  cpu::PackedMatrix matrix(DType dtype, const std::string& name, int n, int k);
+  /// The rows of this rank's share of an embedding table [vocabulary, k]. The caller chooses the
+  /// type, as a table whose rows are only looked up would lose bits in int8 and gain no time.
+  cpu::PackedMatrix embedding(DType dtype, const std::string& name, int n, int k);
+  /// A table [n, k] of positions; under hidden shards this rank's columns of it.
+  cpu::PackedMatrix positions(DType dtype, const std::string& name, int n, int k);
   std::vector<float> vector(const std::string& name, int n);
   bool contains(const std::string& name) const { return source_.contains(name); }
 
@@ -51,15 +52,18 @@ class WeightLoader {
   std::uint64_t parameters() const { return parameters_; }
 
  private:
+  cpu::PackedMatrix multiply_out(const std::string& v, const std::string& u, int n, int k, int rank,
+                                 const LinearPlacement& place,
+                                 const std::vector<std::int32_t>& row_map);
+  cpu::PackedMatrix pack_part(DType dtype, const TensorView& part,
+                              const std::vector<std::int32_t>& row_map);
   cpu::PackedMatrix pack(DType dtype, const std::string& tensor, int n, int k, Range rows,
                          Range cols, const std::vector<std::int32_t>& row_map);
   void used(const std::string& tensor, std::uint64_t elements);
 
   io::WeightSource source_;
   const ModelConfig& config_;
-  const TensorParallelPlan& plan_;
-  int rank_;
-  int size_;
+  const RankShare& share_;
   ThreadTeam& team_;
   Progress progress_;
   DType dtype_ = DType::kFloat32;

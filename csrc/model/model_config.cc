@@ -129,10 +129,46 @@ RopeConfig read_rope_config(const json& config, int max_position_embeddings) {
   return rope;
 }
 
-ModelConfig read_model_config(const std::filesystem::path& directory) {
-  json config = io::read_json(directory / "config.json");
-  check_argument(config.is_object(), (directory / "config.json").string(),
-                 ": expected a JSON object");
+ModelConfig read_rotary_model(const json& config, const RotaryDefaults& defaults) {
+  ModelConfig model;
+  model.hidden_size = json_int(config, "hidden_size", 1);
+  model.intermediate_size = json_int(config, "intermediate_size", 1);
+  model.num_layers = json_int(config, "num_hidden_layers", 1);
+  model.num_heads = json_int(config, "num_attention_heads", 1);
+  model.num_kv_heads = json_int(config, "num_key_value_heads", 1, model.num_heads);
+  int head_dim = defaults.head_dim > 0 ? defaults.head_dim : model.hidden_size / model.num_heads;
+  model.head_dim = json_int(config, "head_dim", 1, head_dim);
+  model.vocab_size = json_int(config, "vocab_size", 1);
+  model.max_position_embeddings =
+      json_int(config, "max_position_embeddings", 1, defaults.max_position_embeddings);
+  model.norm_eps = static_cast<float>(json_number(config, "rms_norm_eps", defaults.norm_eps));
+  model.tie_word_embeddings = json_bool(config, "tie_word_embeddings", false);
+  model.rope = read_rope_config(config, model.max_position_embeddings);
+  check_argument(model.head_dim % 2 == 0 && model.head_dim > 0,
+                 "config.json: head_dim=", model.head_dim, " must be even");
+  check_heads(model);
+  std::string activation = json_string(config, "hidden_act", "silu");
+  if (activation != "silu" && activation != "swish") {
+    fail(ErrorCode::kUnsupported, "config.json: hidden_act \"", activation,
+         "\" is not supported for ", json_string(config, "model_type", ""), "; supported is silu");
+  }
+  return model;
+}
+
+void check_heads(const ModelConfig& model) {
+  check_argument(model.num_heads % model.num_kv_heads == 0,
+                 "config.json: num_attention_heads=", model.num_heads,
+                 " is not a multiple of num_key_value_heads=", model.num_kv_heads);
+  check_argument(model.num_heads / model.num_kv_heads <= 64, "config.json: ", model.num_heads,
+                 " heads on ", model.num_kv_heads, " kv heads: at most 64 heads may share one");
+}
+
+ModelConfig read_model_config(const std::filesystem::path& path) {
+  const bool is_file = std::filesystem::is_regular_file(path);
+  const std::filesystem::path file = is_file ? path : path / "config.json";
+  const std::filesystem::path directory = file.parent_path();
+  json config = io::read_json(file);
+  check_argument(config.is_object(), file.string(), ": expected a JSON object");
   std::string model_type = json_string(config, "model_type", "");
   ModelConfig model = find_architecture(model_type).parse(config);
   model.model_type = model_type;

@@ -1,6 +1,7 @@
 // What a decoder-only model looks like, as read from config.json.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
@@ -9,9 +10,46 @@
 
 #include "deinfer/sampling_params.h"
 #include "model/rope.h"
+#include "plan/norms.h"
 
 namespace deinfer {
 
+enum class MlpKind : std::uint8_t {
+  kGatedSilu,  // down(silu(gate(x)) * up(x))
+  kRelu,       // down(max(up(x), 0))
+};
+
+enum class PositionKind : std::uint8_t {
+  kRotary,
+  kLearned,  // a vector per position, added to the token's embedding
+};
+
+/// Names of modules and norms in the checkpoint; the defaults are Llama's. An empty name: the model
+/// has no such norm.
+struct ModuleNames {
+  std::string embedding = "model.embed_tokens";
+  std::string positions;  // of learned ones
+  std::string layers = "model.layers";
+  std::string final_norm = "model.norm";
+  std::string head = "lm_head";
+  // Within a layer. A block is x + output_norm(block(norm(x))).
+  std::string attention_norm = "input_layernorm";
+  std::string attention_output_norm;
+  std::string query = "self_attn.q_proj";
+  std::string key = "self_attn.k_proj";
+  std::string value = "self_attn.v_proj";
+  std::string query_norm = "self_attn.q_norm";  // where qk_norm is not kNone
+  std::string key_norm = "self_attn.k_norm";
+  std::string output = "self_attn.o_proj";
+  std::string mlp_norm = "post_attention_layernorm";
+  std::string mlp_output_norm;
+  std::string gate = "mlp.gate_proj";  // of a gated MLP
+  std::string up = "mlp.up_proj";
+  std::string down = "mlp.down_proj";
+};
+
+/// The differences between architectures are values here: the decoder runs them all. Biases are not
+/// mentioned, as a linear has one when the checkpoint does.
 struct ModelConfig {
   std::string model_type;
   int hidden_size = 0;
@@ -22,17 +60,25 @@ struct ModelConfig {
   int head_dim = 0;
   int vocab_size = 0;
   int max_position_embeddings = 0;
-  float rms_norm_eps = 1e-6f;
+  NormKind norm = NormKind::kRms;
+  float norm_eps = 1e-6f;
+  QkNormKind qk_norm = QkNormKind::kNone;  // with rotary positions only
+  MlpKind mlp = MlpKind::kGatedSilu;
+  PositionKind positions = PositionKind::kRotary;
+  RopeConfig rope;          // of rotary positions
+  int position_offset = 0;  // rows of the table before that of position 0, of learned ones
+  int sliding_window = 0;   // positions a token sees, itself included; 0: all
   bool tie_word_embeddings = false;
-  RopeConfig rope;
+  ModuleNames names;
   std::vector<TokenId> eos_token_ids;        // of config.json and generation_config.json
   std::map<std::string, int> lowrank_ranks;  // module name -> rank, from the low_rank object
 };
 
-/// Reads config.json (and generation_config.json) of a checkpoint directory and lets the registered
-/// architecture interpret it. Throws kInvalidArgument naming the field and its value, kUnsupported
-/// for an architecture or feature that deinfer does not run.
-ModelConfig read_model_config(const std::filesystem::path& directory);
+/// Reads config.json (and generation_config.json beside it) and lets the registered architecture
+/// interpret it. `path` is a checkpoint directory or the config file itself. Throws
+/// kInvalidArgument naming the field and its value, kUnsupported for an architecture or feature
+/// that deinfer does not run.
+ModelConfig read_model_config(const std::filesystem::path& path);
 
 /// Field access that reports the field's name and what was found instead.
 int json_int(const nlohmann::json& object, const char* key, int minimum);
@@ -40,6 +86,20 @@ int json_int(const nlohmann::json& object, const char* key, int minimum, int fal
 double json_number(const nlohmann::json& object, const char* key, double fallback);
 bool json_bool(const nlohmann::json& object, const char* key, bool fallback);
 std::string json_string(const nlohmann::json& object, const char* key, const char* fallback);
+
+/// What config.json may leave out.
+struct RotaryDefaults {
+  int max_position_embeddings = 2048;
+  double norm_eps = 1e-6;
+  int head_dim = 0;  // 0: hidden_size / num_attention_heads
+};
+
+/// The fields that Llama and its relatives share: RMSNorm, rotary positions, grouped-query
+/// attention, SiLU-gated MLP, Llama's names.
+ModelConfig read_rotary_model(const nlohmann::json& config, const RotaryDefaults& defaults = {});
+
+/// Throws kInvalidArgument unless the numbers of heads fit each other and the kernels.
+void check_heads(const ModelConfig& model);
 
 /// rope_parameters (transformers 5) or rope_scaling and rope_theta (before).
 RopeConfig read_rope_config(const nlohmann::json& config, int max_position_embeddings);

@@ -9,8 +9,12 @@ namespace deinfer {
 namespace {
 
 constexpr std::array kArchitectures = {
-    Architecture{"llama", parse_llama},
-    Architecture{"lowrank_llama", parse_llama},
+    Architecture{"llama", parse_llama},     Architecture{"lowrank_llama", parse_llama},
+    Architecture{"mistral", parse_mistral}, Architecture{"lowrank_mistral", parse_mistral},
+    Architecture{"olmo2", parse_olmo2},     Architecture{"lowrank_olmo2", parse_olmo2},
+    Architecture{"opt", parse_opt},         Architecture{"lowrank_opt", parse_opt},
+    Architecture{"qwen2", parse_qwen2},     Architecture{"lowrank_qwen2", parse_qwen2},
+    Architecture{"qwen3", parse_qwen3},     Architecture{"lowrank_qwen3", parse_qwen3},
 };
 
 }  // namespace

@@ -19,5 +19,10 @@ const Architecture& find_architecture(std::string_view model_type);
 
 /// Llama 1/2/3.x and models of the same structure.
 ModelConfig parse_llama(const nlohmann::json& config);
+ModelConfig parse_mistral(const nlohmann::json& config);
+ModelConfig parse_olmo2(const nlohmann::json& config);
+ModelConfig parse_opt(const nlohmann::json& config);
+ModelConfig parse_qwen2(const nlohmann::json& config);
+ModelConfig parse_qwen3(const nlohmann::json& config);
 
 }  // namespace deinfer

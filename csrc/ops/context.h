@@ -1,6 +1,7 @@
 // What an operation needs to run on one thread of a rank's team.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -8,6 +9,8 @@
 #include "base/thread_team.h"
 #include "deinfer/tensor.h"
 #include "kernels/cpu/kernel_table.h"
+#include "ops/linear.h"
+#include "ops/team_exchange.h"
 
 namespace deinfer {
 
@@ -57,8 +60,10 @@ struct ThreadScratch {
   Buffer tile_a;
   Buffer tile_b;
   Buffer attention;
-  ActivationBuffer normed;  // [normed_rows, hidden]
-  int normed_rows = 0;      // up to so many rows are normalised by every thread for itself
+  ActivationBuffer normed;        // [normed_rows, hidden]
+  int normed_rows = 0;            // up to so many rows are normalised by every thread for itself
+  std::vector<float> statistics;  // [normed_rows, 2]
+  std::vector<float> row;         // [hidden]
 };
 
 /// Operations are collective: every thread of the team calls them with its own context, and they
@@ -68,6 +73,31 @@ struct ExecutionContext {
   const cpu::KernelTable& kernels;
   TeamMember& member;
   ThreadScratch& scratch;
+  TeamExchange& exchange;
+  Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::next_ticket()
+  StepKind step_kind = StepKind::kDecode;
+  ResidualLayout residual = ResidualLayout::kReplicated;  // in this kind of step
+  int tile_tokens = kTileTokens;  // tokens that pass together, up to kTileTokens: the exchange of
+                                  // some is hidden by computing the next
+
+  /// This rank's contribution to its next exchange, of fp32 numbers.
+  float* floats_to_send() const { return reinterpret_cast<float*>(exchange.send(member, ticket)); }
+  const float* floats_from(int rank, Ticket of) const {
+    return reinterpret_cast<const float*>(exchange.from(rank, of));
+  }
+  /// Starts it when all threads have written theirs, and waits for the other ranks.
+  Ticket exchange_floats(Collective kind, int rows, int cols) {
+    exchange.start(member, kind,
+                   static_cast<std::size_t>(rows) * static_cast<std::size_t>(cols) * sizeof(float));
+    exchange.wait(member, ticket);
+    return ticket++;
+  }
 };
+
+/// f(first row, rows) for the chunks in which m tokens pass through the layers.
+template <typename F>
+void for_each_tile(const ExecutionContext& ctx, int m, F f) {
+  for (int row = 0; row < m; row += ctx.tile_tokens) f(row, std::min(ctx.tile_tokens, m - row));
+}
 
 }  // namespace deinfer

@@ -3,32 +3,12 @@
 #include <algorithm>
 #include <limits>
 
-#include "ops/panel_jobs.h"
-
 namespace deinfer {
 namespace {
 
 const float* bias_at(const LowRankLinear& linear, int first) {
   return linear.bias.empty() ? nullptr : linear.bias.data() + first;
 }
-
-class StoreZ final : public Epilogue {
- public:
-  explicit StoreZ(Activations z) : z_(z) {}
-  void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
-             int cols) const override {
-    // Padding columns are stored too: they are exact zeros, which U's padding relies on.
-    Activations out = z_.rows_from(row).columns_from(first);
-    if (z_.dtype == DType::kFloat32) {
-      kernels.store_f32(tile, m, cols, nullptr, out.f32(), z_.ld);
-    } else {
-      kernels.store_bf16(tile, m, cols, nullptr, out.b16(), z_.ld);
-    }
-  }
-
- private:
-  Activations z_;
-};
 
 class StoreOutput final : public Epilogue {
  public:
@@ -84,6 +64,25 @@ class StoreGated final : public Epilogue {
  private:
   const LowRankLinear& gate_;
   const LowRankLinear& up_;
+  Activations out_;
+};
+
+class StoreRelu final : public Epilogue {
+ public:
+  StoreRelu(const LowRankLinear& linear, Activations out) : linear_(linear), out_(out) {}
+  void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
+             int cols) const override {
+    int valid = std::min(cols, linear_.output_factor().n - first);
+    Activations out = out_.rows_from(row).columns_from(first);
+    if (out_.dtype == DType::kFloat32) {
+      kernels.relu_f32(tile, m, valid, bias_at(linear_, first), out.f32(), out_.ld);
+    } else {
+      kernels.relu_bf16(tile, m, valid, bias_at(linear_, first), out.b16(), out_.ld);
+    }
+  }
+
+ private:
+  const LowRankLinear& linear_;
   Activations out_;
 };
 
@@ -157,13 +156,19 @@ class StoreKey final : public Epilogue {
   RotaryTile tile_;
 };
 
-class StoreValue final : public Epilogue {
+/// V, or K that is not rotated, to the cache.
+class StoreCached final : public Epilogue {
  public:
-  StoreValue(const LowRankLinear& linear, const QkvOutput& out) : linear_(linear), out_(out) {}
+  StoreCached(const LowRankLinear& linear, const QkvOutput& out, bool is_key)
+      : linear_(linear), out_(out), is_key_(is_key) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int cols) const override {
     const KvLayer& kv = out_.kv;
-    auto write = kv.dtype == DType::kFloat32 ? kernels.write_v_f32 : kernels.write_v_bf16;
+    bool f32 = kv.dtype == DType::kFloat32;
+    auto write_v = f32 ? kernels.write_v_f32 : kernels.write_v_bf16;
+    auto write_k = f32 ? kernels.write_k_f32 : kernels.write_k_bf16;
+    auto write = is_key_ ? write_k : write_v;
+    std::byte* pool = is_key_ ? kv.k : kv.v;
     auto element = static_cast<std::ptrdiff_t>(dtype_size(kv.dtype));
     int valid = std::min(cols, linear_.output_factor().n - first);
     for (int i = 0; i < m; ++i) {
@@ -177,7 +182,7 @@ class StoreValue final : public Epilogue {
         int d0 = (first + j) % kv.head_dim;
         int count = std::min(valid - j, kv.head_dim - d0);
         write(values + j, count, d0, kv.head_dim, slot.offset,
-              kv.v + kv.offset(slot.block, head) * element);
+              pool + kv.offset(slot.block, head) * element);
         j += count;
       }
     }
@@ -186,89 +191,40 @@ class StoreValue final : public Epilogue {
  private:
   const LowRankLinear& linear_;
   const QkvOutput& out_;
+  bool is_key_;
 };
 
-/// Collects the jobs of linears that share x; z columns are handed out in order.
-class JobList {
- public:
-  JobList(const Activations& x, const Activations& z) : x_(x), z_(z) {}
-
-  void add(const LowRankLinear& linear, const Epilogue& epilogue) {
-    if (linear.is_low_rank()) {
-      Activations z = add_v(linear);
-      from_z_[num_from_z_++] = {&linear.u, z, &epilogue, nullptr, {}};
-    } else {
-      from_x_[num_from_x_++] = {&linear.w, x_, &epilogue, nullptr, {}};
-    }
-  }
-
-  void add_pair(const LowRankLinear& first, const LowRankLinear& second, const Epilogue& epilogue) {
-    Activations first_x = first.is_low_rank() ? add_v(first) : x_;
-    Activations second_x = second.is_low_rank() ? add_v(second) : x_;
-    PanelJob job{&first.output_factor(), first_x, &epilogue, &second.output_factor(), second_x};
-    if (first.is_low_rank() || second.is_low_rank()) {
-      from_z_[num_from_z_++] = job;
-    } else {
-      from_x_[num_from_x_++] = job;
-    }
-  }
-
-  void run(ExecutionContext& ctx, int m) const {
-    run_stages(ctx, m, std::span(from_x_, num_from_x_), std::span(from_z_, num_from_z_));
-  }
-
- private:
-  static constexpr std::size_t kMaxLinears = 3;
-
-  Activations add_v(const LowRankLinear& linear) {
-    Activations z = z_.columns_from(z_cols_);
-    z_cols_ += linear.z_cols();
-    store_z_[num_z_] = StoreZ(z);
-    from_x_[num_from_x_++] = {&linear.v, x_, &store_z_[num_z_++], nullptr, {}};
-    return z;
-  }
-
-  Activations x_;
-  Activations z_;
-  int z_cols_ = 0;
-  StoreZ store_z_[kMaxLinears] = {StoreZ({}), StoreZ({}), StoreZ({})};
-  PanelJob from_x_[kMaxLinears];
-  PanelJob from_z_[kMaxLinears];
-  std::size_t num_z_ = 0;
-  std::size_t num_from_x_ = 0;
-  std::size_t num_from_z_ = 0;
-};
-
-void linear_to_f32(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
-                   const Activations& z, float* out, std::ptrdiff_t ldo, bool add) {
+void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
+                   const LowRankLinear& linear, const Activations& z, float* out,
+                   std::ptrdiff_t ldo, bool add) {
   StoreOutput epilogue(linear, out, ldo, add);
-  JobList jobs(x, z);
-  jobs.add(linear, epilogue);
-  jobs.run(ctx, m);
+  Branch branch{&linear, &epilogue, nullptr};
+  run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
 }  // namespace
 
-void lowrank_linear(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
-                    const Activations& z, float* out, std::ptrdiff_t ldo) {
-  linear_to_f32(ctx, m, x, linear, z, out, ldo, false);
+void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, float* out,
+                    std::ptrdiff_t ldo) {
+  linear_to_f32(ctx, m, input, linear, z, out, ldo, false);
 }
 
-void lowrank_linear_add(ExecutionContext& ctx, int m, const Activations& x,
+void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
                         const LowRankLinear& linear, const Activations& z, float* residual,
                         std::ptrdiff_t ldr) {
-  linear_to_f32(ctx, m, x, linear, z, residual, ldr, true);
+  linear_to_f32(ctx, m, input, linear, z, residual, ldr, true);
 }
 
-void lowrank_argmax(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
-                    const Activations& z, std::span<RowMaximum> maxima, int* index) {
+void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
+                    float* value, int* index) {
   RowMaximum& mine = maxima[static_cast<std::size_t>(ctx.member.id())];
   std::fill_n(mine.value.begin(), m, -std::numeric_limits<float>::infinity());
   std::fill_n(mine.index.begin(), m, 0);
   TakeMaximum epilogue(linear, mine);
-  JobList jobs(x, z);
-  jobs.add(linear, epilogue);
-  jobs.run(ctx, m);
+  Branch branch{&linear, &epilogue, nullptr};
+  run_group(ctx, m, input, z, std::span(&branch, 1));
   auto [begin, end] = ctx.member.share(m);
   for (int i = begin; i < end; ++i) {
     auto row = static_cast<std::size_t>(i);
@@ -278,31 +234,48 @@ void lowrank_argmax(ExecutionContext& ctx, int m, const Activations& x, const Lo
       bool lower = other.index[row] < best->index[row];
       if (other.value[row] > best->value[row] || (equal && lower)) best = &other;
     }
+    value[i] = best->value[row];
     index[i] = best->index[row];
   }
   ctx.member.barrier();
 }
 
-void lowrank_gated_mlp(ExecutionContext& ctx, int m, const Activations& x,
+void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
                        const LowRankLinear& gate, const LowRankLinear& up, const Activations& z,
                        const Activations& out) {
   StoreGated epilogue(gate, up, out);
-  JobList jobs(x, z);
-  jobs.add_pair(gate, up, epilogue);
-  jobs.run(ctx, m);
+  Branch branch{&gate, &epilogue, &up};
+  run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
-void lowrank_qkv(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& query,
+void lowrank_relu(ExecutionContext& ctx, int m, const GroupInput& input,
+                  const LowRankLinear& linear, const Activations& z, const Activations& out) {
+  StoreRelu epilogue(linear, out);
+  Branch branch{&linear, &epilogue, nullptr};
+  run_group(ctx, m, input, z, std::span(&branch, 1));
+}
+
+void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& query,
                  const LowRankLinear& key, const LowRankLinear& value, const Activations& z,
                  const QkvOutput& out) {
-  StoreQuery store_query(query, out);
-  StoreKey store_key(key, out);
-  StoreValue store_value(value, out);
-  JobList jobs(x, z);
-  jobs.add(query, store_query);
-  jobs.add(key, store_key);
-  jobs.add(value, store_value);
-  jobs.run(ctx, m);
+  StoreQuery rotated_query(query, out);
+  StoreKey rotated_key(key, out);
+  StoreOutput plain_query(query, out.q, out.ldq, false);
+  StoreOutput plain_key(key, out.k, out.ldk, false);
+  StoreCached cached_key(key, out, true);
+  StoreCached cached_value(value, out, false);
+  const Epilogue* store_query = &rotated_query;
+  const Epilogue* store_key = &rotated_key;
+  if (out.angles.cos == nullptr) {
+    store_query = &plain_query;
+    store_key = out.k != nullptr ? static_cast<const Epilogue*>(&plain_key) : &cached_key;
+  }
+  const Branch branches[] = {
+      {&query, store_query, nullptr}, {&key, store_key, nullptr}, {&value, &cached_value, nullptr}};
+  if (query.exchange(ctx.step_kind).after_u == Exchange::kNone) {
+    return run_group(ctx, m, input, z, branches);
+  }
+  for (const Branch& branch : branches) run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
 std::vector<std::int32_t> rotary_row_map(int heads, int head_dim) {

@@ -6,38 +6,22 @@
 #pragma once
 
 #include <span>
-#include <string>
 #include <vector>
 
-#include "kernels/cpu/packing.h"
 #include "ops/batch.h"
 #include "ops/context.h"
 #include "ops/kv_cache.h"
+#include "ops/linear_group.h"
 
 namespace deinfer {
 
-/// A linear y[n] = W[n, k] x + b or U[n, r] (V[r, k] x) + b, packed for the CPU. fp32 weights take
-/// fp32 activations, bf16 and int8 weights bf16 ones.
-struct LowRankLinear {
-  std::string name;
-  cpu::PackedMatrix w;      // dense; empty when low-rank
-  cpu::PackedMatrix v;      // [r, k]; empty when dense
-  cpu::PackedMatrix u;      // [n, r]
-  std::vector<float> bias;  // in the packed row order, padded to 32; or empty
-
-  bool is_low_rank() const { return w.empty(); }
-  const cpu::PackedMatrix& output_factor() const { return is_low_rank() ? u : w; }
-  std::size_t bytes() const { return w.bytes() + v.bytes() + u.bytes(); }
-  /// Columns that this linear's z takes in a z buffer (a multiple of 16).
-  int z_cols() const { return is_low_rank() ? v.n_pad : 0; }
-};
-
 /// out[m, n] = linear(x[m, k]), fp32, row stride ldo elements.
-void lowrank_linear(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
-                    const Activations& z, float* out, std::ptrdiff_t ldo);
+void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, float* out,
+                    std::ptrdiff_t ldo);
 
 /// residual[m, n] += linear(x[m, k]).
-void lowrank_linear_add(ExecutionContext& ctx, int m, const Activations& x,
+void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
                         const LowRankLinear& linear, const Activations& z, float* residual,
                         std::ptrdiff_t ldr);
 
@@ -47,16 +31,21 @@ struct RowMaximum {
   std::vector<int> index;
 };
 
-/// index[i] = the place of the largest element of linear(x_i), i in [0, m), the lowest of equal
-/// ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m rows each; m
-/// is at most kTileTokens.
-void lowrank_argmax(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& linear,
-                    const Activations& z, std::span<RowMaximum> maxima, int* index);
+/// value[i] = the largest element of linear(x_i), i in [0, m), and index[i] = its place, the lowest
+/// of equal ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m
+/// rows each; m is at most kTileTokens.
+void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
+                    const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
+                    float* value, int* index);
 
 /// out[m, n] = silu(gate(x)) * up(x) in the activation type.
-void lowrank_gated_mlp(ExecutionContext& ctx, int m, const Activations& x,
+void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
                        const LowRankLinear& gate, const LowRankLinear& up, const Activations& z,
                        const Activations& out);
+
+/// out[m, n] = max(linear(x), 0) in the activation type.
+void lowrank_relu(ExecutionContext& ctx, int m, const GroupInput& input,
+                  const LowRankLinear& linear, const Activations& z, const Activations& out);
 
 /// Rotary angles of a batch: cos, sin [m, ld], column j for the pair j of a head; ld is a multiple
 /// of 16.
@@ -66,17 +55,21 @@ struct RotaryAngles {
   std::ptrdiff_t ld = 0;
 };
 
-/// Where q, k and v go. q and k rows are packed by rotary_row_map, v rows in order.
+/// Where q, k and v go. v rows are packed in order; q and k rows by rotary_row_map when there are
+/// angles, else in order too.
 struct QkvOutput {
-  float* q = nullptr;  // [m, heads, head_dim], rotated
+  float* q = nullptr;  // [m, heads, head_dim]
   std::ptrdiff_t ldq = 0;
-  KvLayer kv;                     // k (rotated) and v are written to the tokens' slots
+  float* k = nullptr;  // [m, kv_heads, head_dim] for k that is not ready for the cache, or null
+  std::ptrdiff_t ldk = 0;
+  KvLayer kv;                     // k, unless it goes to `k`, and v are written to the slots
   std::span<const KvSlot> slots;  // [m]
-  RotaryAngles angles;
+  RotaryAngles angles;            // of the rotation of q and k; none when cos is null
 };
 
-/// q, k, v = linears of x; q and k rotated, k and v written to the cache.
-void lowrank_qkv(ExecutionContext& ctx, int m, const Activations& x, const LowRankLinear& query,
+/// q, k, v = linears of x; q and k rotated if there are angles (then `k` is null); k, or what goes
+/// to `k`, and v stored.
+void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& query,
                  const LowRankLinear& key, const LowRankLinear& value, const Activations& z,
                  const QkvOutput& out);
 

@@ -72,8 +72,8 @@ struct Division {
   int first_token(int part) const { return static_cast<int>(std::int64_t{tokens} * part / parts); }
 };
 
-/// Runs this thread's share of the panels of all jobs for its part of the tokens, an equal share of
-/// the bytes, and what slower threads leave.
+}  // namespace
+
 void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, int m) {
   std::int64_t total = 0;
   int panels = 0;
@@ -81,6 +81,7 @@ void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, in
     total += job.panel_bytes() * job.matrix->num_panels();
     panels += job.matrix->num_panels();
   }
+  if (m == 0 || panels == 0) return;
   const Division division(m, ctx.member.size());
   auto first_of = [&](int member) {  // items: the panels of the first part, of the second, ...
     int within = member % division.members;
@@ -95,23 +96,6 @@ void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, in
     for (; panel >= job->matrix->num_panels(); ++job) panel -= job->matrix->num_panels();
     run_panel(ctx, *job, row + begin, end - begin, panel);
   });
-}
-
-}  // namespace
-
-void run_stages(ExecutionContext& ctx, int m, std::span<const PanelJob> from_x,
-                std::span<const PanelJob> from_z) {
-  for (int row = 0; row < m; row += kTileTokens) {
-    int rows = std::min(kTileTokens, m - row);
-    if (!from_x.empty()) {
-      run_jobs(ctx, from_x, row, rows);
-      ctx.member.barrier();
-    }
-    if (!from_z.empty()) {
-      run_jobs(ctx, from_z, row, rows);
-      ctx.member.barrier();
-    }
-  }
 }
 
 }  // namespace deinfer

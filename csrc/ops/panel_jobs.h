@@ -39,9 +39,8 @@ struct PanelJob {
   }
 };
 
-/// First the jobs that read x, then those that read z, chunk by chunk of kTileTokens of m tokens;
-/// each stage ends in a barrier. Every member of the team must call it.
-void run_stages(ExecutionContext& ctx, int m, std::span<const PanelJob> from_x,
-                std::span<const PanelJob> from_z);
+/// Runs all panels of the jobs for the rows [row, row + m) of the batch, m up to kTileTokens. Every
+/// member of the team must call it, and barrier() before the results are read or the next call.
+void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, int m);
 
 }  // namespace deinfer

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "deinfer/engine.h"
+#include "deinfer/planner.h"
 
 namespace py = pybind11;
 
@@ -110,6 +111,8 @@ void bind_params(py::module_& m) {
       .def_readwrite("dtype", &EngineConfig::dtype)
       .def_readwrite("tensor_parallel_size", &EngineConfig::tensor_parallel_size)
       .def_readwrite("tensor_parallel_plan", &EngineConfig::tensor_parallel_plan)
+      .def_readwrite("emulated_link", &EngineConfig::emulated_link)
+      .def_readwrite("exchange_chunks", &EngineConfig::exchange_chunks)
       .def_readwrite("num_threads", &EngineConfig::num_threads)
       .def_readwrite("max_model_len", &EngineConfig::max_model_len)
       .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)
@@ -161,7 +164,16 @@ void bind_outputs(py::module_& m) {
       .def_readonly("kv_cache_bytes", &ModelInfo::kv_cache_bytes)
       .def_readonly("num_kv_blocks", &ModelInfo::num_kv_blocks)
       .def_readonly("lowrank_matrices", &ModelInfo::lowrank_matrices)
-      .def_readonly("dense_matrices", &ModelInfo::dense_matrices);
+      .def_readonly("dense_matrices", &ModelInfo::dense_matrices)
+      .def_readonly("tensor_parallel_size", &ModelInfo::tensor_parallel_size)
+      .def_readonly("decode_plan", &ModelInfo::decode_plan)
+      .def_readonly("prefill_plan", &ModelInfo::prefill_plan)
+      .def_readonly("rank_weight_bytes", &ModelInfo::rank_weight_bytes);
+  py::class_<CollectiveStats>(m, "CollectiveStats")
+      .def_readonly("name", &CollectiveStats::name)
+      .def_readonly("calls", &CollectiveStats::calls)
+      .def_readonly("bytes", &CollectiveStats::bytes)
+      .def_readonly("wire_bytes", &CollectiveStats::wire_bytes);
   py::class_<EngineStats>(m, "EngineStats")
       .def_readonly("num_waiting", &EngineStats::num_waiting)
       .def_readonly("num_running", &EngineStats::num_running)
@@ -172,7 +184,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("prefix_hit_tokens", &EngineStats::prefix_hit_tokens)
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)
       .def_readonly("generated_tokens", &EngineStats::generated_tokens)
-      .def_readonly("execute_us", &EngineStats::execute_us);
+      .def_readonly("execute_us", &EngineStats::execute_us)
+      .def_readonly("collectives", &EngineStats::collectives);
 }
 
 void bind_engine(py::module_& m) {
@@ -194,6 +207,64 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("stats", &Engine::stats);
 }
 
+void bind_planner(py::module_& m) {
+  py::class_<PlannerConfig>(m, "PlannerConfig")
+      .def(py::init([](const py::kwargs& fields) {
+        return from_keywords<PlannerConfig>("PlannerConfig", fields);
+      }))
+      .def_readwrite("model", &PlannerConfig::model)
+      .def_readwrite("tensor_parallel_size", &PlannerConfig::tensor_parallel_size)
+      .def_readwrite("link", &PlannerConfig::link)
+      .def_readwrite("hardware", &PlannerConfig::hardware)
+      .def_readwrite("dtype", &PlannerConfig::dtype)
+      .def_readwrite("keep", &PlannerConfig::keep)
+      .def_readwrite("memory_gib", &PlannerConfig::memory_gib)
+      .def_readwrite("context", &PlannerConfig::context)
+      .def_readwrite("batches", &PlannerConfig::batches)
+      .def_readwrite("prefill", &PlannerConfig::prefill)
+      .def_readwrite("mix", &PlannerConfig::mix)
+      .def_readwrite("max_chunks", &PlannerConfig::max_chunks);
+  py::class_<PhaseEstimate>(m, "PhaseEstimate")
+      .def_readonly("phase", &PhaseEstimate::phase)
+      .def_readonly("seconds", &PhaseEstimate::seconds)
+      .def_readonly("product_seconds", &PhaseEstimate::product_seconds)
+      .def_readonly("operation_seconds", &PhaseEstimate::operation_seconds)
+      .def_readonly("attention_seconds", &PhaseEstimate::attention_seconds)
+      .def_readonly("exchange_seconds", &PhaseEstimate::exchange_seconds)
+      .def_readonly("chunks", &PhaseEstimate::chunks);
+  py::class_<PlanEstimate>(m, "PlanEstimate")
+      .def_readonly("plan", &PlanEstimate::plan)
+      .def_readonly("layout", &PlanEstimate::layout)
+      .def_readonly("all_reduces", &PlanEstimate::all_reduces)
+      .def_readonly("all_gathers", &PlanEstimate::all_gathers)
+      .def_readonly("reduce_scatters", &PlanEstimate::reduce_scatters)
+      .def_readonly("wire_bytes_per_token", &PlanEstimate::wire_bytes_per_token)
+      .def_readonly("weight_bytes", &PlanEstimate::weight_bytes)
+      .def_readonly("kv_bytes_per_token", &PlanEstimate::kv_bytes_per_token)
+      .def_readonly("kv_tokens", &PlanEstimate::kv_tokens)
+      .def_readonly("fits", &PlanEstimate::fits)
+      .def_readonly("phases", &PlanEstimate::phases);
+  py::class_<PhaseChoice>(m, "PhaseChoice")
+      .def_readonly("phase", &PhaseChoice::phase)
+      .def_readonly("plan", &PhaseChoice::plan)
+      .def_readonly("weight", &PhaseChoice::weight)
+      .def_readonly("seconds", &PhaseChoice::seconds);
+  py::class_<PlanReport>(m, "PlanReport")
+      .def_readonly("plans", &PlanReport::plans)
+      .def_readonly("layout", &PlanReport::layout)
+      .def_readonly("choices", &PlanReport::choices)
+      .def_readonly("decode_plan", &PlanReport::decode_plan)
+      .def_readonly("prefill_plan", &PlanReport::prefill_plan)
+      .def_readonly("reason", &PlanReport::reason)
+      .def_readonly("link_latency_s", &PlanReport::link_latency_s)
+      .def_readonly("link_bytes_per_s", &PlanReport::link_bytes_per_s)
+      .def_readonly("memory_bytes_per_s", &PlanReport::memory_bytes_per_s)
+      .def_readonly("flops_per_s", &PlanReport::flops_per_s)
+      .def_readonly("memory_bytes", &PlanReport::memory_bytes);
+  m.def("plan_tensor_parallelism", &plan_tensor_parallelism, py::arg("config"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -203,5 +274,6 @@ PYBIND11_MODULE(_C, m) {
   bind_params(m);
   bind_outputs(m);
   bind_engine(m);
+  bind_planner(m);
   m.def("supported_isas", &supported_isas);
 }

@@ -1,6 +1,6 @@
 """The native module: C++ structs and the engine, exactly as in csrc/include/deinfer/engine.h."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,8 @@ class EngineConfig:
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
         tensor_parallel_plan: str = "auto",
+        emulated_link: str = "",
+        exchange_chunks: int = 0,
         num_threads: int = 0,
         max_model_len: int = 0,
         max_num_seqs: int = 256,
@@ -77,6 +79,8 @@ class EngineConfig:
     dtype: str
     tensor_parallel_size: int
     tensor_parallel_plan: str
+    emulated_link: str
+    exchange_chunks: int
     num_threads: int
     max_model_len: int
     max_num_seqs: int
@@ -123,6 +127,16 @@ class ModelInfo:
     num_kv_blocks: int
     lowrank_matrices: int
     dense_matrices: int
+    tensor_parallel_size: int
+    decode_plan: str
+    prefill_plan: str
+    rank_weight_bytes: list[int]
+
+class CollectiveStats:
+    name: str
+    calls: int
+    bytes: int
+    wire_bytes: int
 
 class EngineStats:
     num_waiting: int
@@ -135,6 +149,7 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     execute_us: int
+    collectives: list[CollectiveStats]
 
 class Engine:
     """Loads a checkpoint and runs requests; see csrc/include/deinfer/engine.h.
@@ -154,5 +169,85 @@ class Engine:
     def model_info(self) -> ModelInfo: ...
     @property
     def stats(self) -> EngineStats: ...
+
+class PlannerConfig:
+    """What to plan for (csrc/include/deinfer/planner.h)."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        tensor_parallel_size: int = 1,
+        link: str = "nvlink",
+        hardware: str = "h100",
+        dtype: str = "bfloat16",
+        keep: float = 0.0,
+        memory_gib: float = 0.0,
+        context: int = 1024,
+        batches: Sequence[int] = (1, 4, 16, 64, 256),
+        prefill: Sequence[int] = (2048,),
+        mix: Mapping[str, float] = {},
+        max_chunks: int = 1,
+    ) -> None: ...
+    model: str
+    tensor_parallel_size: int
+    link: str
+    hardware: str
+    dtype: str
+    keep: float
+    memory_gib: float
+    context: int
+    batches: list[int]
+    prefill: list[int]
+    mix: dict[str, float]
+    max_chunks: int
+
+class PhaseEstimate:
+    phase: str
+    seconds: float
+    product_seconds: float
+    operation_seconds: float
+    attention_seconds: float
+    exchange_seconds: float
+    chunks: int
+
+class PlanEstimate:
+    plan: str
+    layout: str
+    all_reduces: float
+    all_gathers: float
+    reduce_scatters: float
+    wire_bytes_per_token: float
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+    fits: bool
+    phases: list[PhaseEstimate]
+
+class PhaseChoice:
+    phase: str
+    plan: str
+    weight: float
+    seconds: float
+
+class PlanReport:
+    plans: list[PlanEstimate]
+    layout: str
+    choices: list[PhaseChoice]
+    decode_plan: str
+    prefill_plan: str
+    reason: str
+    link_latency_s: float
+    link_bytes_per_s: float
+    memory_bytes_per_s: float
+    flops_per_s: float
+    memory_bytes: int
+
+def plan_tensor_parallelism(config: PlannerConfig) -> PlanReport:
+    """Predict every tensor-parallel plan from config.json alone, and choose.
+
+    Raises:
+        ValueError, NotImplementedError: with the field and its value.
+    """
 
 def supported_isas() -> list[str]: ...

@@ -38,9 +38,10 @@ class LLM:
             model's own, loaded when text is first needed; token ids need none.
         use_tqdm_on_load: Show a progress bar while weights load (on a terminal).
         **engine_args: Fields of the engine's configuration: `device`, `dtype`,
-            `tensor_parallel_size`, `tensor_parallel_plan`, `num_threads`, `max_model_len`,
-            `max_num_seqs`, `max_num_batched_tokens`, `block_size`, `num_kv_blocks`,
-            `kv_cache_bytes`, `scheduling_policy`, `enable_prefix_caching`, `seed`.
+            `tensor_parallel_size`, `tensor_parallel_plan`, `emulated_link`,
+            `exchange_chunks`, `num_threads`, `max_model_len`, `max_num_seqs`,
+            `max_num_batched_tokens`, `block_size`, `num_kv_blocks`, `kv_cache_bytes`,
+            `scheduling_policy`, `enable_prefix_caching`, `seed`.
 
     Raises:
         TypeError: An engine argument is unknown or of another type.

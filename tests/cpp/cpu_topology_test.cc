@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 
+#include "base/core_binding.h"
 #include "tiny_model.h"
 
 namespace deinfer {
@@ -35,6 +36,20 @@ TEST_F(CpuTopology, SiblingsShareACore) {
   EXPECT_EQ(count_cores({1, 6}, root()), 2);
   EXPECT_EQ(count_cores({0, 8, 9}, root()), 3) << "CPUs that sysfs does not describe";
   EXPECT_EQ(count_cores({}, root()), 0);
+}
+
+TEST_F(CpuTopology, RanksGetWholeCoresOfOneNode) {
+  for (int cpu = 0; cpu < 8; ++cpu) {  // cores 0..3 of two threads; odd cores are on node 1
+    std::string path = "sys/devices/system/cpu/cpu" + std::to_string(cpu);
+    write(path + "/topology/thread_siblings_list",
+          std::to_string(cpu % 4) + "," + std::to_string(cpu % 4 + 4) + "\n");
+    write(path + "/node" + std::to_string(cpu % 2) + "/cpulist", "");
+  }
+  std::vector<int> all{0, 1, 2, 3, 4, 5, 6, 7};
+  EXPECT_EQ(cpus_of_rank(all, 0, 2, root()), (std::vector<int>{0, 4, 2, 6}));
+  EXPECT_EQ(cpus_of_rank(all, 1, 2, root()), (std::vector<int>{1, 5, 3, 7}));
+  EXPECT_EQ(cpus_of_rank(all, 2, 4, root()), (std::vector<int>{1, 5}));
+  EXPECT_EQ(cpus_of_rank({8, 9, 10}, 1, 2, root()), (std::vector<int>{9, 10}));
 }
 
 TEST_F(CpuTopology, NoQuota) {

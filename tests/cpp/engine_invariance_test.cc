@@ -90,6 +90,62 @@ std::vector<RequestSpec> random_requests(std::mt19937& random, int count) {
   return requests;
 }
 
+/// Runs the same requests one by one and in many ways of batching them.
+void expect_invariance(test::TinyConfig tiny, const std::string& dtype) {
+  tiny.bfloat16 = dtype != "float32";
+  tiny.max_position = 600;  // beyond one KV split
+  test::TinyModel model(tiny);
+  std::mt19937 random(tiny.bfloat16 ? 5 : 3);
+  std::vector<RequestSpec> requests = random_requests(random, 18);
+  RequestSpec& longest = requests.emplace_back(requests.front());
+  while (longest.prompt.size() < 540) longest.prompt.push_back(random() % 97);
+  longest.params.n = 1;
+
+  EngineConfig alone;
+  alone.model = model.path();
+  alone.dtype = dtype;
+  alone.num_threads = 1;
+  alone.max_num_seqs = 1;
+  alone.max_num_batched_tokens = 600;
+  alone.enable_prefix_caching = false;
+  alone.num_kv_blocks = 64;
+  Engine reference(alone);
+  Answers expected;
+  for (const RequestSpec& request : requests) {
+    expected.push_back(run(reference, {request}, false)[0]);
+  }
+
+  std::int64_t preemptions = 0;
+  std::int64_t prefix_hits = 0;
+  struct Trial {
+    int threads, seats, budget, block_size, blocks;
+    bool prefix_caching, trickle;
+  };
+  for (const Trial& trial :
+       {Trial{1, 64, 512, 16, 38, false, false},  // preempts
+        Trial{2, 64, 33, 16, 38, true, true},     // preempts and shares
+        Trial{3, 7, 100, 32, 20, true, false}, Trial{2, 2, 5, 16, 64, true, false},
+        Trial{1, 64, 1, 16, 200, true, true},  // token by token
+        Trial{2, 64, 512, 64, 64, false, true}}) {
+    EngineConfig config;
+    config.model = model.path();
+    config.dtype = dtype;
+    config.num_threads = trial.threads;
+    config.max_num_seqs = trial.seats;
+    config.max_num_batched_tokens = trial.budget;
+    config.block_size = trial.block_size;
+    config.num_kv_blocks = trial.blocks;
+    config.enable_prefix_caching = trial.prefix_caching;
+    Engine engine(config);
+    EXPECT_EQ(run(engine, requests, trial.trickle), expected)
+        << "budget " << trial.budget << " " << dtype;
+    preemptions += engine.stats().num_preemptions;
+    prefix_hits += engine.stats().prefix_hit_tokens;
+  }
+  EXPECT_GT(preemptions, 0) << "the trials are meant to preempt";
+  EXPECT_GT(prefix_hits, 0) << "the trials are meant to share prefixes";
+}
+
 class EngineInvariance : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
@@ -103,60 +159,16 @@ class EngineInvariance : public testing::TestWithParam<std::string> {
 };
 
 TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
-  for (std::string dtype : {"float32", "bfloat16", "int8"}) {
+  for (std::string dtype : {"float32", "bfloat16", "int8"}) expect_invariance({}, dtype);
+}
+
+TEST(FamilyInvariance, AnswersDoNotDependOnTheBatch) {
+  for (std::string family : {"mistral", "olmo2", "opt", "qwen2", "qwen3"}) {
+    SCOPED_TRACE(family);
     test::TinyConfig tiny;
-    tiny.bfloat16 = dtype != "float32";
-    tiny.max_position = 600;  // beyond one KV split
-    test::TinyModel model(tiny);
-    std::mt19937 random(tiny.bfloat16 ? 5 : 3);
-    std::vector<RequestSpec> requests = random_requests(random, 18);
-    RequestSpec& longest = requests.emplace_back(requests.front());
-    while (longest.prompt.size() < 540) longest.prompt.push_back(random() % 97);
-    longest.params.n = 1;
-
-    EngineConfig alone;
-    alone.model = model.path();
-    alone.dtype = dtype;
-    alone.num_threads = 1;
-    alone.max_num_seqs = 1;
-    alone.max_num_batched_tokens = 600;
-    alone.enable_prefix_caching = false;
-    alone.num_kv_blocks = 64;
-    Engine reference(alone);
-    Answers expected;
-    for (const RequestSpec& request : requests) {
-      expected.push_back(run(reference, {request}, false)[0]);
-    }
-
-    std::int64_t preemptions = 0;
-    std::int64_t prefix_hits = 0;
-    struct Trial {
-      int threads, seats, budget, block_size, blocks;
-      bool prefix_caching, trickle;
-    };
-    for (const Trial& trial :
-         {Trial{1, 64, 512, 16, 38, false, false},  // preempts
-          Trial{2, 64, 33, 16, 38, true, true},     // preempts and shares
-          Trial{3, 7, 100, 32, 20, true, false}, Trial{2, 2, 5, 16, 64, true, false},
-          Trial{1, 64, 1, 16, 200, true, true},  // token by token
-          Trial{2, 64, 512, 64, 64, false, true}}) {
-      EngineConfig config;
-      config.model = model.path();
-      config.dtype = dtype;
-      config.num_threads = trial.threads;
-      config.max_num_seqs = trial.seats;
-      config.max_num_batched_tokens = trial.budget;
-      config.block_size = trial.block_size;
-      config.num_kv_blocks = trial.blocks;
-      config.enable_prefix_caching = trial.prefix_caching;
-      Engine engine(config);
-      EXPECT_EQ(run(engine, requests, trial.trickle), expected)
-          << "budget " << trial.budget << " " << dtype;
-      preemptions += engine.stats().num_preemptions;
-      prefix_hits += engine.stats().prefix_hit_tokens;
-    }
-    EXPECT_GT(preemptions, 0) << "the trials are meant to preempt";
-    EXPECT_GT(prefix_hits, 0) << "the trials are meant to share prefixes";
+    tiny.family = family;
+    tiny.window = 70;
+    expect_invariance(tiny, "bfloat16");
   }
 }
 

@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "deinfer/engine.h"
 #include "engine/worker.h"
+#include "model/planned_model.h"
 #include "tiny_model.h"
 
 namespace deinfer {
@@ -102,7 +103,11 @@ TEST(EngineRobustness, RejectsBadConfigurationsByValue) {
   expect_error(kBad, "tpu", with([](auto& c) { c.device = "tpu"; }));
   expect_error(ErrorCode::kUnsupported, "cuda", with([](auto& c) { c.device = "cuda"; }));
   expect_error(kBad, "got 0", with([](auto& c) { c.tensor_parallel_size = 0; }));
-  expect_error(ErrorCode::kUnsupported, "2", with([](auto& c) { c.tensor_parallel_size = 2; }));
+  expect_error(kBad, "7", with([](auto& c) { c.tensor_parallel_size = 7; }));  // 6 heads
+  expect_error(kBad, "pigeon", with([](auto& c) {
+                 c.tensor_parallel_size = 2;
+                 c.emulated_link = "pigeon";
+               }));
   expect_error(kBad, "ring", with([](auto& c) { c.tensor_parallel_plan = "ring"; }));
   expect_error(kBad, "8", with([](auto& c) { c.block_size = 8; }));
   expect_error(kBad, "lottery", with([](auto& c) { c.scheduling_policy = "lottery"; }));
@@ -288,8 +293,8 @@ TEST(EngineRobustness, AFailingWorkerThreadReleasesTheOthers) {
   test::TinyModel model;
   EngineConfig config = config_for(model);
   ModelConfig parsed = read_model_config(config.model);
-  auto plan = make_plan("auto", 1);
-  Worker worker(config, parsed, *plan, make_single_communicator(), 3, 256, {});
+  RankShare share(make_step_plans("naive", model_shape(parsed), 1), 0);
+  Worker worker(config, parsed, share, make_single_communicator(0), 3, 256, {});
   worker.allocate_kv_cache(4);
   std::int32_t blocks[] = {0};
   Batch batch;

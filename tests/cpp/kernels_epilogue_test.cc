@@ -140,6 +140,26 @@ TEST_P(EpilogueTest, SiluBitsDoNotDependOnTheInstructionSet) {
   EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
 }
 
+TEST_P(EpilogueTest, Relu) {
+  for_each_shape([&](int cols, const float* bias, const float*) {
+    auto want = [&](int i, int j) { return std::max(value(i, j, bias), 0.0); };
+    auto f32 = random_.vector<float>(kTokens * kLdo);
+    auto before = f32;
+    kernels().relu_f32(tile_.data(), kTokens, cols, bias, f32.data(), kLdo);
+    expect_tile(f32, before, cols, want);
+    auto b16 = random_.vector<bf16>(kTokens * kLdo);
+    auto before16 = b16;
+    kernels().relu_bf16(tile_.data(), kTokens, cols, bias, b16.data(), kLdo);
+    expect_tile(b16, before16, cols, want);
+  });
+  tile_[0] = kNan;
+  tile_[1] = -kInf;
+  std::vector<float> out(2);
+  kernels().relu_f32(tile_.data(), 1, 2, nullptr, out.data(), 2);
+  EXPECT_TRUE(std::isnan(out[0]));
+  EXPECT_EQ(out[1], 0.0f);
+}
+
 TEST_P(EpilogueTest, Rope) {
   constexpr std::ptrdiff_t kLd = 19;
   std::vector<float> cosines, sines;

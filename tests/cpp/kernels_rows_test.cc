@@ -33,6 +33,131 @@ TEST_P(RowsTest, RmsNorm) {
   }
 }
 
+TEST_P(RowsTest, LayerNorm) {
+  Random random(7);
+  for (int n : kSizes) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    auto x = random.vector(size, 3.0f), gain = random.vector(size), bias = random.vector(size);
+    for (float& v : x) v += 40.0f;  // a variance from the mean of squares would lose its bits
+    double mean = 0, squares = 0;
+    for (float v : x) mean += static_cast<double>(v) / n;
+    for (float v : x) squares += (v - mean) * (v - mean);
+    double scale = 1.0 / std::sqrt(squares / n + 1e-5);
+    std::vector<float> f32(size);
+    std::vector<bf16> b16(size);
+    kernels().layer_norm_f32(x.data(), gain.data(), bias.data(), n, 1e-5f, f32.data());
+    kernels().layer_norm_bf16(x.data(), gain.data(), bias.data(), n, 1e-5f, b16.data());
+    for (std::size_t j = 0; j < size; ++j) {
+      // The mean of numbers near 40 has an error of some units in their last place.
+      double tolerance = 3e-5 * scale * std::abs(gain[j]) + 2e-6 * (1 + std::abs(bias[j]));
+      EXPECT_NEAR(f32[j], (x[j] - mean) * scale * gain[j] + bias[j], tolerance);
+      EXPECT_EQ(b16[j].bits, to_bf16(f32[j]).bits);
+    }
+    std::vector<float> same(size);
+    scalar().layer_norm_f32(x.data(), gain.data(), bias.data(), n, 1e-5f, same.data());
+    EXPECT_TRUE(same_bits(same.data(), f32.data(), size * sizeof(float)));
+    kernels().layer_norm_f32(x.data(), gain.data(), bias.data(), n, 1e-5f, x.data());  // in place
+    EXPECT_TRUE(same_bits(x.data(), f32.data(), size * sizeof(float)));
+  }
+}
+
+TEST_P(RowsTest, CopyAndAdd) {
+  Random random(8);
+  for (int n : kSizes) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    auto x = random.vector(size), sum = random.vector(size);
+    auto before = sum;
+    std::vector<float> f32(size);
+    std::vector<bf16> b16(size);
+    kernels().copy_row_f32(x.data(), n, f32.data());
+    kernels().copy_row_bf16(x.data(), n, b16.data());
+    kernels().add_row(x.data(), n, sum.data());
+    for (std::size_t j = 0; j < size; ++j) {
+      EXPECT_EQ(f32[j], x[j]);
+      EXPECT_EQ(b16[j].bits, to_bf16(x[j]).bits);
+      EXPECT_EQ(sum[j], before[j] + x[j]);
+    }
+  }
+}
+
+TEST_P(RowsTest, GainsCentresAndScales) {
+  Random random(9);
+  for (int n : kSizes) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    auto x = random.vector(size), gain = random.vector(size);
+    for (float& v : x) v += 4.0f;
+    double mean = 0, squares = 0, distances = 0;
+    for (float v : x) mean += static_cast<double>(v) / n;
+    for (float v : x) squares += static_cast<double>(v) * v;
+    for (float v : x) distances += (v - mean) * (v - mean);
+    std::vector<float> gained(size), centred(size), scaled = x;
+    std::vector<bf16> gained16(size), centred16(size);
+    float statistics[2], statistics16[2];
+    EXPECT_NEAR(kernels().apply_gain_f32(x.data(), gain.data(), n, gained.data()), squares,
+                1e-6 * squares);
+    kernels().apply_gain_bf16(x.data(), gain.data(), n, gained16.data());
+    kernels().center_row_f32(x.data(), gain.data(), n, centred.data(), statistics);
+    kernels().center_row_bf16(x.data(), gain.data(), n, centred16.data(), statistics16);
+    kernels().scale_row(scaled.data(), n, 0.3f);
+    EXPECT_TRUE(same_bits(statistics, statistics16, sizeof statistics));
+    EXPECT_NEAR(statistics[0], mean, 4e-6);
+    EXPECT_NEAR(statistics[1], distances, 1e-5 * distances + 1e-9);
+    for (std::size_t j = 0; j < size; ++j) {
+      EXPECT_EQ(gained[j], x[j] * gain[j]);
+      EXPECT_EQ(gained16[j].bits, to_bf16(gained[j]).bits);
+      EXPECT_NEAR(centred[j], (x[j] - mean) * gain[j], 4e-6 * std::abs(gain[j]) + 1e-6);
+      EXPECT_EQ(centred16[j].bits, to_bf16(centred[j]).bits);
+      EXPECT_EQ(scaled[j], x[j] * 0.3f);
+    }
+    kernels().apply_gain_f32(x.data(), gain.data(), n, x.data());  // in place
+    EXPECT_EQ(x, gained);
+  }
+  float statistics[2];
+  kernels().center_row_f32(nullptr, nullptr, 0, nullptr, statistics);
+  EXPECT_EQ(statistics[0], 0.0f);
+  EXPECT_EQ(statistics[1], 0.0f);
+}
+
+TEST_P(RowsTest, SumsOfParts) {
+  Random random(10);
+  constexpr int kParts = 3, kRows = 2;
+  for (int n : kSizes) {
+    SCOPED_TRACE(n);
+    auto size = static_cast<std::size_t>(n);
+    std::vector<std::vector<float>> parts;
+    std::vector<const float*> pointers;
+    for (int p = 0; p < kParts; ++p) parts.push_back(random.vector(size * kRows));
+    for (const auto& part : parts) pointers.push_back(part.data());
+    auto scale = random.vector(kRows), shifts = random.vector(kRows * kParts);
+    auto gain = random.vector(size * kParts), bias = random.vector(size);
+    std::vector<float> sums(size * kRows), centred(size * kRows);
+    std::vector<bf16> sums16(size * kRows), centred16(size * kRows);
+    kernels().sum_parts_f32(pointers.data(), kParts, n, kRows, n, scale.data(), sums.data(), n);
+    kernels().sum_parts_bf16(pointers.data(), kParts, n, kRows, n, scale.data(), sums16.data(), n);
+    const cpu::Centering centering{scale.data(), shifts.data(), gain.data(), n, bias.data()};
+    kernels().sum_centered_parts_f32(pointers.data(), kParts, n, kRows, n, centering,
+                                     centred.data(), n);
+    kernels().sum_centered_parts_bf16(pointers.data(), kParts, n, kRows, n, centering,
+                                      centred16.data(), n);
+    for (std::size_t i = 0; i < size * kRows; ++i) {
+      const std::size_t row = i / size, col = i % size;
+      double sum = 0, corrected = 0;
+      for (std::size_t p = 0; p < kParts; ++p) {
+        sum += parts[p][i];
+        corrected += parts[p][i] + static_cast<double>(shifts[row * kParts + p]) *
+                                       static_cast<double>(gain[p * size + col]);
+      }
+      EXPECT_NEAR(sums[i], scale[row] * sum, 1e-5);
+      EXPECT_NEAR(centred[i], scale[row] * corrected + bias[col], 1e-5);
+      EXPECT_EQ(sums16[i].bits, to_bf16(sums[i]).bits);
+      EXPECT_EQ(centred16[i].bits, to_bf16(centred[i]).bits);
+    }
+  }
+}
+
 void expect_argmax(const cpu::KernelTable& kernels, const std::vector<float>& x) {
   float want = -kInf;
   int want_index = 0;

@@ -93,9 +93,11 @@ std::vector<float> run(const Case& c, Input& x, int m, int threads) {
   ActivationBuffer z(c.activations, m, std::max(c.linear.z_cols(), 1));
   std::vector<float> out(static_cast<std::size_t>(m * c.n), kNan);
   const cpu::KernelTable& kernels = cpu::kernels_for(detect_isas().back());
+  std::unique_ptr<Communicator> alone = make_single_communicator(0);
+  TeamExchange exchange(*alone);
   team.run([&](TeamMember& member) {
-    ExecutionContext ctx{kernels, member, scratch[static_cast<std::size_t>(member.id())]};
-    lowrank_linear(ctx, m, x.memory.view(), c.linear, z.view(), out.data(), c.n);
+    ExecutionContext ctx{kernels, member, scratch[static_cast<std::size_t>(member.id())], exchange};
+    lowrank_linear(ctx, m, GroupInput(x.memory.view()), c.linear, z.view(), out.data(), c.n);
   });
   return out;
 }

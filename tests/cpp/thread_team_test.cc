@@ -1,9 +1,11 @@
 #include "base/thread_team.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <numeric>
 #include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "deinfer/error.h"
@@ -106,6 +108,27 @@ TEST(ThreadTeam, AnExceptionReleasesTheOthersAndLeavesTheTeamUsable) {
 }
 
 TEST(ThreadTeam, RejectsAnEmptyTeam) { EXPECT_THROW(ThreadTeam(0), Error); }
+
+TEST(ThreadTeam, SaysThatTheOsGivesNoMoreThreads) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP();  // address space cannot be limited
+#endif
+  rlimit before;
+  getrlimit(RLIMIT_AS, &before);
+  rlimit none{1 << 20, before.rlim_max};
+  setrlimit(RLIMIT_AS, &none);
+  std::string message;
+  try {
+    ThreadTeam team(100);
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  setrlimit(RLIMIT_AS, &before);
+  EXPECT_NE(message.find("of 100"), std::string::npos) << message;
+  int ran = 0;
+  ThreadTeam(1).run([&](TeamMember&) { ++ran; });
+  EXPECT_EQ(ran, 1);
+}
 
 }  // namespace
 }  // namespace deinfer

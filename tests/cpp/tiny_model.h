@@ -1,4 +1,5 @@
-// Tiny random Llama checkpoints, written to a directory that disappears with the object.
+// Tiny random checkpoints of every architecture, written to a directory that disappears with the
+// object.
 #pragma once
 
 #include <cstdint>
@@ -31,57 +32,38 @@ class TemporaryDirectory {
 };
 
 struct TinyConfig {
+  std::string family = "llama";  // a model_type
   int vocab = 97;
   int hidden = 48;
   int intermediate = 80;
   int layers = 2;
   int heads = 6;
-  int kv_heads = 2;
+  int kv_heads = 2;  // opt: as many as heads
   int head_dim = 8;
   int max_position = 256;
+  int window = 0;              // mistral
+  float position_mean = 0.0f;  // opt: of the position embeddings, so of the residual stream
   bool tied = true;
   bool bfloat16 = false;
-  bool low_rank = true;  // q, o, gate and down decomposed with odd ranks; k, v, up dense
+  bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
+  bool all_low_rank = false;  // k, v and up too
+  int mlp_rank = 0;           // of gate, up and down, where not 0
+  bool biases = false;        // of all linears of the layers
+  int vocab_period = 0;       // of an embedding whose rows repeat; 0: they do not
 };
 
 class TinyModel {
  public:
   explicit TinyModel(const TinyConfig& config = {}, std::uint32_t seed = 1) : config_(config) {
     random_.seed(seed);
-    add("model.embed_tokens.weight", {config.vocab, config.hidden}, 1.0f);
-    add_norm("model.norm.weight");
-    if (!config.tied) add("lm_head.weight", {config.vocab, config.hidden}, 0.5f);
-    int q = config.heads * config.head_dim;
-    int kv = config.kv_heads * config.head_dim;
-    for (int i = 0; i < config.layers; ++i) {
-      std::string prefix = "model.layers." + std::to_string(i) + ".";
-      add_norm(prefix + "input_layernorm.weight");
-      add_norm(prefix + "post_attention_layernorm.weight");
-      add_linear(prefix + "self_attn.q_proj", q, config.hidden, config.low_rank ? 7 : 0);
-      add_linear(prefix + "self_attn.k_proj", kv, config.hidden, 0);
-      add_linear(prefix + "self_attn.v_proj", kv, config.hidden, 0);
-      add_linear(prefix + "self_attn.o_proj", config.hidden, q, config.low_rank ? 17 + i : 0);
-      add_linear(prefix + "mlp.gate_proj", config.intermediate, config.hidden,
-                 config.low_rank ? 33 : 0);
-      add_linear(prefix + "mlp.up_proj", config.intermediate, config.hidden, 0);
-      add_linear(prefix + "mlp.down_proj", config.hidden, config.intermediate,
-                 config.low_rank ? 1 + i : 0);
+    if (config.family == "opt") {
+      add_opt();
+    } else {
+      add_rotary();
     }
-    json_ = {{"model_type", config.low_rank ? "lowrank_llama" : "llama"},
-             {"hidden_size", config.hidden},
-             {"intermediate_size", config.intermediate},
-             {"num_hidden_layers", config.layers},
-             {"num_attention_heads", config.heads},
-             {"num_key_value_heads", config.kv_heads},
-             {"head_dim", config.head_dim},
-             {"vocab_size", config.vocab},
-             {"max_position_embeddings", config.max_position},
-             {"rms_norm_eps", 1e-5},
-             {"rope_theta", 10000.0},
-             {"tie_word_embeddings", config.tied},
-             {"eos_token_id", 2}};
+    json_["model_type"] = (config.low_rank ? "lowrank_" : "") + config.family;
     if (config.low_rank) {
-      json_["low_rank"] = {{"version", 1}, {"base_model_type", "llama"}, {"ranks", ranks_}};
+      json_["low_rank"] = {{"version", 1}, {"base_model_type", config.family}, {"ranks", ranks_}};
     }
     write();
   }
@@ -122,6 +104,86 @@ class TinyModel {
     std::vector<float> values;
   };
 
+  /// Llama, and what differs in its relatives.
+  void add_rotary() {
+    const TinyConfig& c = config_;
+    bool olmo2 = c.family == "olmo2";
+    bool biases = c.biases || c.family == "qwen2";
+    add("model.embed_tokens.weight", {c.vocab, c.hidden}, 1.0f);
+    if (c.vocab_period > 0) repeat_rows(tensors_["model.embed_tokens.weight"]);
+    add_norm("model.norm", c.hidden);
+    if (!c.tied) add("lm_head.weight", {c.vocab, c.hidden}, 0.5f);
+    int q = c.heads * c.head_dim;
+    int kv = c.kv_heads * c.head_dim;
+    for (int i = 0; i < c.layers; ++i) {
+      std::string prefix = "model.layers." + std::to_string(i) + ".";
+      add_norm(prefix + (olmo2 ? "post_attention_layernorm" : "input_layernorm"), c.hidden);
+      add_norm(prefix + (olmo2 ? "post_feedforward_layernorm" : "post_attention_layernorm"),
+               c.hidden);
+      if (olmo2 || c.family == "qwen3") {
+        add_norm(prefix + "self_attn.q_norm", olmo2 ? q : c.head_dim);
+        add_norm(prefix + "self_attn.k_norm", olmo2 ? kv : c.head_dim);
+      }
+      add_linear(prefix + "self_attn.q_proj", q, c.hidden, c.low_rank ? 7 : 0, biases);
+      add_linear(prefix + "self_attn.k_proj", kv, c.hidden, c.all_low_rank ? 5 : 0, biases);
+      add_linear(prefix + "self_attn.v_proj", kv, c.hidden, c.all_low_rank ? 18 : 0, biases);
+      add_linear(prefix + "self_attn.o_proj", c.hidden, q, c.low_rank ? 17 + i : 0, c.biases);
+      auto mlp_rank = [&](int usual) { return c.mlp_rank > 0 ? c.mlp_rank : usual; };
+      add_linear(prefix + "mlp.gate_proj", c.intermediate, c.hidden, mlp_rank(c.low_rank ? 33 : 0),
+                 c.biases);
+      add_linear(prefix + "mlp.up_proj", c.intermediate, c.hidden,
+                 mlp_rank(c.all_low_rank ? 20 + i : 0), c.biases);
+      add_linear(prefix + "mlp.down_proj", c.hidden, c.intermediate,
+                 mlp_rank(c.low_rank ? 1 + i : 0), c.biases);
+    }
+    json_ = {{"hidden_size", c.hidden},
+             {"intermediate_size", c.intermediate},
+             {"num_hidden_layers", c.layers},
+             {"num_attention_heads", c.heads},
+             {"num_key_value_heads", c.kv_heads},
+             {"head_dim", c.head_dim},
+             {"vocab_size", c.vocab},
+             {"max_position_embeddings", c.max_position},
+             {"rms_norm_eps", 1e-5},
+             {"rope_theta", 10000.0},
+             {"tie_word_embeddings", c.tied},
+             {"eos_token_id", 2}};
+    if (c.family == "mistral") {
+      json_["sliding_window"] = c.window > 0 ? nlohmann::json(c.window) : nlohmann::json();
+    }
+  }
+  void add_opt() {
+    const TinyConfig& c = config_;
+    add("model.decoder.embed_tokens.weight", {c.vocab, c.hidden}, 1.0f);
+    add("model.decoder.embed_positions.weight", {c.max_position + 2, c.hidden}, 0.5f);
+    for (float& value : tensors_["model.decoder.embed_positions.weight"].values) {
+      value += c.position_mean;
+    }
+    add_norm("model.decoder.final_layer_norm", c.hidden, true);
+    for (int i = 0; i < c.layers; ++i) {
+      std::string prefix = "model.decoder.layers." + std::to_string(i) + ".";
+      std::string attention = prefix + "self_attn.";
+      add_norm(prefix + "self_attn_layer_norm", c.hidden, true);
+      add_norm(prefix + "final_layer_norm", c.hidden, true);
+      add_linear(attention + "q_proj", c.hidden, c.hidden, c.low_rank ? 7 : 0, true);
+      add_linear(attention + "k_proj", c.hidden, c.hidden, c.all_low_rank ? 5 : 0, true);
+      add_linear(attention + "v_proj", c.hidden, c.hidden, c.all_low_rank ? 18 : 0, true);
+      add_linear(attention + "out_proj", c.hidden, c.hidden, c.low_rank ? 17 + i : 0, true);
+      add_linear(prefix + "fc1", c.intermediate, c.hidden, c.low_rank ? 33 : 0, true);
+      add_linear(prefix + "fc2", c.hidden, c.intermediate, c.low_rank ? 1 + i : 0, true);
+    }
+    json_ = {{"hidden_size", c.hidden},
+             {"word_embed_proj_dim", c.hidden},
+             {"ffn_dim", c.intermediate},
+             {"num_hidden_layers", c.layers},
+             {"num_attention_heads", c.heads},
+             {"vocab_size", c.vocab},
+             {"max_position_embeddings", c.max_position},
+             {"activation_function", "relu"},
+             {"tie_word_embeddings", true},
+             {"eos_token_id", 2}};
+  }
+
   void add(const std::string& name, std::vector<int> shape, float scale) {
     std::normal_distribution<float> normal(0.0f, scale);
     Tensor& tensor = tensors_[name];
@@ -130,11 +192,18 @@ class TinyModel {
     for (int extent : tensor.shape) count *= static_cast<std::size_t>(extent);
     for (std::size_t i = 0; i < count; ++i) tensor.values.push_back(normal(random_));
   }
-  void add_norm(const std::string& name) {
-    add(name, {config_.hidden}, 0.2f);
-    for (float& value : tensors_[name].values) value += 1.0f;
+  void repeat_rows(Tensor& tensor) const {
+    auto period = static_cast<std::size_t>(config_.vocab_period * tensor.shape[1]);
+    for (std::size_t i = period; i < tensor.values.size(); ++i) {
+      tensor.values[i] = tensor.values[i - period];
+    }
   }
-  void add_linear(const std::string& name, int n, int k, int rank) {
+  void add_norm(const std::string& name, int n, bool bias = false) {
+    add(name + ".weight", {n}, 0.2f);
+    for (float& value : tensors_[name + ".weight"].values) value += 1.0f;
+    if (bias) add(name + ".bias", {n}, 0.2f);
+  }
+  void add_linear(const std::string& name, int n, int k, int rank, bool bias = false) {
     auto deviation = [](int fan_in) { return 1.0f / std::sqrt(static_cast<float>(fan_in)); };
     if (rank == 0) {
       add(name + ".weight", {n, k}, deviation(k));
@@ -143,6 +212,7 @@ class TinyModel {
       add(name + ".u.weight", {n, rank}, deviation(rank));
       ranks_[name] = rank;
     }
+    if (bias) add(name + (rank == 0 ? ".bias" : ".u.bias"), {n}, 0.3f);
   }
 
   TinyConfig config_;

@@ -1,4 +1,4 @@
-"""Tiny random Llama checkpoints, dense and decomposed, in the canonical format."""
+"""Tiny random checkpoints, dense and decomposed, in the canonical format."""
 
 from __future__ import annotations
 
@@ -8,38 +8,45 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+}
+ROTARY = {**COMMON, "intermediate_size": 88, "num_key_value_heads": 2, "initializer_range": 0.25}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": ROTARY,
+    "mistral": {**ROTARY, "sliding_window": None},
+    "olmo2": ROTARY,
+    "opt": {**COMMON, "ffn_dim": 88, "word_embed_proj_dim": 48, "init_std": 0.25},
+    "qwen2": ROTARY,
+    "qwen3": {**ROTARY, "head_dim": 12},
+}
 
 
-def write_llama(
+def write_model(
     path: Path,
     ranks: dict[str, int] | None = None,
     *,
+    family: str = "llama",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **fields: Any,
 ) -> Path:
-    """Write a random Llama; `ranks` maps a suffix such as "self_attn.q_proj" to a rank."""
+    """Write a random model; `ranks` maps a suffix such as "self_attn.q_proj" to a rank."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 131,
-            "hidden_size": 48,
-            "intermediate_size": 88,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.25,
-            "eos_token_id": 2,
-            "tie_word_embeddings": True,
-            **fields,
-        }
-    )
-    model = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **fields})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if "norm" in name and name.endswith("weight"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
@@ -58,8 +65,8 @@ def write_llama(
                 tensors[f"{module}.u.bias"] = tensors.pop(f"{module}.bias")
             modules[module] = rank
     if modules:
-        entry["model_type"] = "lowrank_llama"
-        entry["low_rank"] = {"version": 1, "base_model_type": "llama", "ranks": modules}
+        entry["model_type"] = f"lowrank_{family}"
+        entry["low_rank"] = {"version": 1, "base_model_type": family, "ranks": modules}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(entry))
     save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path / "model.safetensors")

@@ -15,8 +15,10 @@ from typing import Any
 
 import deinfer
 import pytest
+from checkpoints import write_model as write_checkpoint
 from conftest import write_model, write_tokenizer
 from deinfer import demo
+from deinfer.architectures import ARCHITECTURES
 from deinfer.cli import chat, main
 
 ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
@@ -99,7 +101,7 @@ def test_version() -> None:
     assert succeed("--version") == f"deinfer {deinfer.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["info", "decompose", "generate", "chat", "eval"])
+@pytest.mark.parametrize("name", ["info", "decompose", "generate", "chat", "eval", "plan"])
 def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([name, "--help"], ["--help"]):
         with pytest.raises(SystemExit, match="0"):
@@ -134,6 +136,19 @@ def test_info_agrees_with_the_runtime(lowrank_model: Path) -> None:
         low["dense_matrices"],
     )
     assert model.kv_cache_bytes == 160 * low["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_info_knows_every_family(family: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", {"q_proj": 7}, family=family)
+    report = json.loads(succeed("info", path, "--json"))
+    assert report["supported"] and report["architecture"] == f"lowrank_{family}"
+    model = deinfer.LLM(path, num_threads=1, num_kv_blocks=4).model_info
+    assert (model.parameters, model.lowrank_matrices, model.dense_matrices) == (
+        report["parameters"],
+        report["decomposed_matrices"],
+        report["dense_matrices"],
+    )
 
 
 def test_info_says_what_is_wrong(

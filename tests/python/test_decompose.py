@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
+from checkpoints import write_model  # noqa: E402
+from deinfer.architectures import ARCHITECTURES  # noqa: E402
 from deinfer.decompose import decompose_model, load_reference  # noqa: E402
 from deinfer.decompose.allocate import (  # noqa: E402
     Candidate,
@@ -28,13 +30,14 @@ from deinfer.decompose.calibration import (  # noqa: E402
     text_calibration,
 )
 from deinfer.decompose.checkpoint import Factors, linear_names, read_config  # noqa: E402
-from deinfer.decompose.compensate import compensate, run_block  # noqa: E402
+from deinfer.decompose.compensate import compensate, embed, run_block  # noqa: E402
 from deinfer.decompose.directory import atomic_directory  # noqa: E402
 from deinfer.decompose.factorize import compact_moments, factorize, shrink  # noqa: E402
 from deinfer.decompose.reference import replace_linears  # noqa: E402
 from deinfer.decompose.statistics import collect_moments  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from oracle import relative_error  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -335,18 +338,39 @@ def test_compensation_lowers_the_error(dense: Path) -> None:
     assert all(torch.equal(factors[name].u, u) for name, u in kept.items())
 
 
-def test_compensation_without_factors_is_the_dense_model(dense: Path) -> None:
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_compensation_without_factors_is_the_dense_model(family: str, tmp_path: Path) -> None:
     """The block-wise forward pass is the model's own."""
-    model = load_reference(dense)
+    architecture = ARCHITECTURES[family]
+    model = load_reference(write_model(tmp_path / "dense", family=family))
     sequences = random_sampler(["x"] * 3)
-    hidden = model.get_input_embeddings()(torch.tensor(sequences).flatten())
-    rotary = model.model.rotary_emb(hidden[None], torch.arange(24)[None])
     with torch.no_grad():
-        for block in model.model.layers:
-            hidden = run_block(block, hidden, [24] * 3, rotary, lambda leaves, x: None)
-        got = model.lm_head(model.model.norm(hidden))
+        hidden, rotary = embed(model, sequences)
+        for block in model.get_submodule(architecture.layers):
+            hidden = run_block(
+                architecture, block, hidden, [24] * 3, rotary, lambda leaves, x: None
+            )
+        decoder = model.get_decoder()
+        norm = decoder.final_layer_norm if family == "opt" else decoder.norm
+        got = model.lm_head(norm(hidden))
         want = model(torch.tensor(sequences)).logits.flatten(0, 1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_every_family_decomposes_and_runs(family: str, tmp_path: Path) -> None:
+    from deinfer import LLM
+
+    source = write_model(tmp_path / "dense", family=family)
+    report = decompose(source, tmp_path / "low", keep=0.7)
+    assert report.keep <= 0.7
+    tokens = random_sampler(["x"])[0]
+    with torch.no_grad():
+        want = load_reference(tmp_path / "low", torch.float64)(torch.tensor([tokens])).logits[0]
+    llm = LLM(tmp_path / "low", num_threads=1, num_kv_blocks=8)
+    assert llm.model_info.lowrank_matrices == sum(r is not None for r in report.ranks.values())
+    assert llm.model_info.lowrank_matrices + llm.model_info.dense_matrices == len(report.ranks)
+    assert relative_error(llm.prompt_logits(tokens), want.numpy()) < 2e-5
 
 
 def test_biases_and_untied_head(tmp_path: Path) -> None:

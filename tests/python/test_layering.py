@@ -14,7 +14,7 @@ ALLOWED = {
     "scheduler": {"base"},
     "io": {"base"},
     "plan": {"base", "kernels", "comm", "scheduler", "io"},
-    "ops": {"base", "kernels", "comm", "scheduler", "io"},
+    "ops": {"base", "kernels", "comm", "scheduler", "io", "plan"},
     "model": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops"},
     "engine": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops", "model"},
     "include": set(),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_llama
+from checkpoints import write_model
 from deinfer import LLM, SamplingParams
 from deinfer._C import supported_isas
 from deinfer.decompose.reference import load_reference
@@ -40,6 +40,7 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
 }
+ALL_OPT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "dense": (None, {}),
     "all-rank-7": (dict.fromkeys(ALL, 7), {}),
@@ -71,6 +72,48 @@ CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "rope-yarn": ({"k_proj": 9}, {"rope_parameters": YARN}),
     "rope-longrope": (None, {"rope_parameters": LONGROPE}),
 }
+MIXED = {"q_proj": 7, "o_proj": 33, "gate_proj": 1, "down_proj": 64}
+WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}
+FAMILY_CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
+    "mistral-dense": (None, {"family": "mistral"}),
+    "mistral-low-rank": (dict.fromkeys(ALL, 7), {"family": "mistral", "head_dim": 20}),
+    "mistral-window": (MIXED, {"family": "mistral", "sliding_window": 50}),
+    "olmo2-dense": (None, {"family": "olmo2"}),
+    "olmo2-low-rank": (dict.fromkeys(ALL, 7), {"family": "olmo2", "num_key_value_heads": 4}),
+    "olmo2-mixed": (MIXED, {"family": "olmo2", "num_key_value_heads": 1}),
+    "olmo2-biases": (
+        {"k_proj": 9},
+        {"family": "olmo2", "attention_bias": True, "hidden_size": 160, "vocab_size": 257},
+    ),
+    "opt-dense": (None, {"family": "opt"}),
+    "opt-low-rank": (dict.fromkeys(ALL_OPT, 7), {"family": "opt"}),
+    "opt-mixed": ({"k_proj": 7, "out_proj": 33, "fc2": 5}, {"family": "opt"}),
+    "opt-odd-sizes": (
+        {"q_proj": 11, "fc1": 19},
+        {"family": "opt", "hidden_size": 52, "word_embed_proj_dim": 52, "ffn_dim": 71},
+    ),
+    "opt-no-biases": ({"q_proj": 7}, {"family": "opt", "enable_bias": False}),
+    "opt-untied": ({"fc1": 9}, {"family": "opt", "tie_word_embeddings": False}),
+    "opt-no-final-norm": (None, {"family": "opt", "_remove_final_layer_norm": True}),
+    "qwen2-dense": (None, {"family": "qwen2"}),
+    "qwen2-low-rank": (dict.fromkeys(ALL, 7), {"family": "qwen2"}),
+    "qwen2-mixed": (MIXED, {"family": "qwen2", "num_key_value_heads": 1}),
+    "qwen2-window": ({"k_proj": 5}, {"family": "qwen2", **WINDOW}),
+    "qwen3-dense": (None, {"family": "qwen3"}),
+    "qwen3-low-rank": (dict.fromkeys(ALL, 7), {"family": "qwen3", "head_dim": 40}),
+    "qwen3-mixed": (MIXED, {"family": "qwen3", "head_dim": 32, "num_key_value_heads": 1}),
+    "qwen3-biases": (
+        {"k_proj": 9, "down_proj": 3},
+        {"family": "qwen3", "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "qwen3-yarn": (None, {"family": "qwen3", "rope_parameters": YARN}),
+}
+CASES |= FAMILY_CASES
+# longrope picks its factors by length; 200 tokens take the long ones in both programs. 400 tokens
+# fill several KV splits, of which a window hides whole ones.
+LENGTHS = {"rope-longrope": 200, "mistral-window": 400}
+ROUNDED = ["dense", "mixed", "odd-sizes", "biases"]
+ROUNDED += ["mistral-window", "olmo2-mixed", "opt-mixed", "qwen2-mixed", "qwen3-mixed"]
 
 
 def random_tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:
@@ -85,10 +128,8 @@ def load(path: Path, **options: Any) -> LLM:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_tokens_match_transformers(case: str, tmp_path: Path) -> None:
     ranks, fields = CASES[case]
-    path = write_llama(tmp_path / "model", ranks, **fields)
-    # longrope picks its factors by length; 200 tokens take the long ones in both programs.
-    length = 200 if case == "rope-longrope" else 90
-    tokens = random_tokens(length, fields.get("vocab_size", 131))
+    path = write_model(tmp_path / "model", ranks, **fields)
+    tokens = random_tokens(LENGTHS.get(case, 90), fields.get("vocab_size", 131))
     llm = load(path, dtype="float32", max_num_batched_tokens=37)
     expected = reference_logits(path, tokens, torch.float64)
     assert relative_error(llm.prompt_logits(tokens), expected) < 2e-5
@@ -99,10 +140,10 @@ def test_logits_and_greedy_tokens_match_transformers(case: str, tmp_path: Path) 
     assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)
 
 
-@pytest.mark.parametrize("case", ["dense", "mixed", "odd-sizes", "biases"])
+@pytest.mark.parametrize("case", ROUNDED)
 def test_bfloat16_is_no_further_from_float64_than_torch(case: str, tmp_path: Path) -> None:
     ranks, fields = CASES[case]
-    path = write_llama(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
+    path = write_model(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
     tokens = random_tokens(60, fields.get("vocab_size", 131))
     exact = reference_logits(path, tokens, torch.float64)
     theirs = relative_error(reference_logits(path, tokens, torch.bfloat16), exact)
@@ -117,19 +158,20 @@ def round_to_int8(source: Path, target: Path, *, tied: bool) -> None:
     tensors = load_file(source / "model.safetensors")
     for name, weight in tensors.items():
         weight = weight.float()
-        if weight.ndim == 2 and (tied or "embed_tokens" not in name):
+        looked_up = "embed_positions" in name or ("embed_tokens" in name and not tied)
+        if weight.ndim == 2 and not looked_up:
             scale = weight.abs().amax(dim=1, keepdim=True) / 127
             weight = torch.where(scale > 0, torch.round(weight / scale) * scale, weight)
         tensors[name] = weight.contiguous()
     save_file(tensors, target / "model.safetensors")
 
 
-@pytest.mark.parametrize("case", ["dense", "mixed", "odd-sizes", "biases"])
+@pytest.mark.parametrize("case", ROUNDED)
 def test_int8_is_no_further_from_its_dequantized_weights_than_torch_bfloat16(
     case: str, tmp_path: Path
 ) -> None:
     ranks, fields = CASES[case]
-    path = write_llama(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
+    path = write_model(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
     tied = json.loads((path / "config.json").read_text())["tie_word_embeddings"]
     round_to_int8(path, tmp_path / "rounded", tied=tied)
     tokens = random_tokens(60, fields.get("vocab_size", 131))
@@ -148,7 +190,7 @@ def test_every_isa_agrees_with_scalar(
 ) -> None:
     if isa not in supported_isas():
         pytest.skip(f"this CPU lacks {isa}")
-    path = write_llama(tmp_path / "model", {"q_proj": 7, "gate_proj": 33}, dtype=torch.bfloat16)
+    path = write_model(tmp_path / "model", {"q_proj": 7, "gate_proj": 33}, dtype=torch.bfloat16)
     tokens = random_tokens(80, 131)
     logits = {}
     for name in ("scalar", isa):
@@ -166,4 +208,29 @@ def test_every_isa_agrees_with_scalar(
 def test_unknown_isa_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEINFER_CPU_ISA", "mmx")
     with pytest.raises(ValueError, match="mmx"):
-        load(write_llama(tmp_path / "model"))
+        load(write_model(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=false"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
+        ("opt", {"word_embed_proj_dim": 24}, "word_embed_proj_dim=24 .* hidden_size=48"),
+        ("opt", {"activation_function": "gelu"}, 'activation_function "gelu"'),
+        ("qwen2", {**WINDOW, "max_window_layers": 1}, "sliding_window=20 in 1 of 2 layers"),
+        ("qwen3", {"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported for qwen3'),
+    ],
+)
+def test_what_a_family_lacks_is_named(
+    family: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write_model(tmp_path / "model", family=family, **fields)
+    with pytest.raises(NotImplementedError, match=message):
+        load(path)
+
+
+def test_positions_beyond_the_table_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", family="opt")
+    with pytest.raises(ValueError, match="max_model_len=513"):
+        load(path, max_model_len=513)

@@ -44,10 +44,11 @@ def test_defaults_are_those_of_the_structs() -> None:
         if not isinstance(node, ast.ClassDef) or node.name not in (
             "SamplingParams",
             "EngineConfig",
+            "PlannerConfig",
         ):
             continue
         init = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
-        given = {"model": "x"} if node.name == "EngineConfig" else {}
+        given = {} if node.name == "SamplingParams" else {"model": "x"}
         value = getattr(_C, node.name)(**given)
         for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
             if default is not None:

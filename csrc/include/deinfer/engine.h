@@ -25,10 +25,14 @@ struct EngineConfig {
                                  // checkpoints, else float32 (so that no weight loses bits)
   int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
-  int num_threads = 0;               // CPU threads per rank; 0: the cores of the affinity mask, or
-                                     // the CPU quota if less, / ranks
-  int max_model_len = 0;             // tokens per sequence; 0: the model's own limit
-  int max_num_seqs = 256;            // samples in one batch
+  std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s":
+                              // the ranks' exchanges take as long as over such a link
+  int exchange_chunks = 0;  // parts in which the tokens of a long batch pass through the ranks, so
+                            // that the exchange of one hides behind the next; 0: chosen by length
+  int num_threads = 0;      // CPU threads per rank; 0: the cores of the affinity mask, or
+                            // the CPU quota if less, / ranks
+  int max_model_len = 0;    // tokens per sequence; 0: the model's own limit
+  int max_num_seqs = 256;   // samples in one batch
   int max_num_batched_tokens = 512;  // tokens in one step
   int block_size = 16;               // tokens per KV block, a multiple of 16
   std::int64_t num_kv_blocks = 0;    // 0: from kv_cache_bytes
@@ -74,11 +78,23 @@ struct ModelInfo {
   int max_model_len = 0;
   int num_threads = 0;
   std::uint64_t parameters = 0;    // of the checkpoint as it is run, tied weights once
-  std::uint64_t weight_bytes = 0;  // resident, padding included
+  std::uint64_t weight_bytes = 0;  // resident on all ranks, padding included
   std::uint64_t kv_cache_bytes = 0;
   std::int64_t num_kv_blocks = 0;
   int lowrank_matrices = 0;
   int dense_matrices = 0;  // decomposable matrices that stayed dense
+  int tensor_parallel_size = 1;
+  std::string decode_plan;  // of tensor parallelism
+  std::string prefill_plan;
+  std::vector<std::uint64_t> rank_weight_bytes;  // resident, per rank
+};
+
+/// One rank's exchanges of a kind since the engine began.
+struct CollectiveStats {
+  std::string name;  // "all_reduce", "all_gather", ...
+  std::uint64_t calls = 0;
+  std::uint64_t bytes = 0;       // contributed
+  std::uint64_t wire_bytes = 0;  // sent, by the formulas of csrc/comm/communicator.h
 };
 
 /// Counters of a running engine.
@@ -94,6 +110,7 @@ struct EngineStats {
   std::int64_t generated_tokens = 0;
   std::int64_t execute_us = 0;  // of step() within the workers: the model's forward passes, and
                                 // sampling; the rest is scheduling and bookkeeping
+  std::vector<CollectiveStats> collectives;  // of rank 0; kinds that were used
 };
 
 /// Called while weights load with (bytes done, bytes in all), from the constructing thread.

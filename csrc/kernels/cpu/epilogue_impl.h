@@ -66,6 +66,15 @@ void silu_mul(const float* gate, const float* up, int m, int cols, const float* 
   });
 }
 
+template <typename Out>
+void relu(const float* c, int m, int cols, const float* bias, Out* out, std::ptrdiff_t ldo) {
+  TileBias tile_bias(bias, cols);
+  for_each_vector(m, cols, [&](int i, int j, int n) {
+    Vec v = tile_bias.apply(load(c + i * kPanelRows + j * kLanes), j);
+    store_some(out + i * ldo + j * kLanes, max(zero(), v), n);  // v when it is NaN
+  });
+}
+
 void rope_tile(float* c, int m, const float* bias, const float* cos, const float* sin,
                std::ptrdiff_t ld) {
   TileBias tile_bias(bias, kPanelRows);

@@ -72,6 +72,16 @@ struct AttentionState {
 /// What the elements that `select` takes are to its bound; NaN is nothing to any bound.
 enum class Compare { kAbove, kAtLeast, kBelow };
 
+/// LayerNorm completed after a product whose input was divided by columns:
+/// out[i, j] = scale[i] * (sum over p of parts[p][i, j] + shifts[i, p] * gain[p, j]) + bias[j].
+struct Centering {
+  const float* scale = nullptr;
+  const float* shifts = nullptr;  // [rows, num_parts]
+  const float* gain = nullptr;    // [num_parts, cols], rows ld apart
+  std::ptrdiff_t ld = 0;
+  const float* bias = nullptr;
+};
+
 struct KernelTable {
   Isa isa;
 
@@ -106,6 +116,11 @@ struct KernelTable {
                        const float* up_bias, float* out, std::ptrdiff_t ldo);
   void (*silu_mul_bf16)(const float* gate, const float* up, int m, int cols, const float* gate_bias,
                         const float* up_bias, bf16* out, std::ptrdiff_t ldo);
+  /// out = max(c + bias, 0); NaN stays NaN.
+  void (*relu_f32)(const float* c, int m, int cols, const float* bias, float* out,
+                   std::ptrdiff_t ldo);
+  void (*relu_bf16)(const float* c, int m, int cols, const float* bias, bf16* out,
+                    std::ptrdiff_t ldo);
   /// Rotates the pairs (c[i, j], c[i, 16 + j]) of a tile in place, j in [0, 16):
   /// (a, b) -> (a cos - b sin, b cos + a sin) with cos, sin [m, 16] rows ld apart. bias[32] is
   /// added before (may be null).
@@ -153,6 +168,19 @@ struct KernelTable {
   /// out[j] = x[j] / sqrt(mean(x^2) + eps) * gain[j] for one row of n. out may be x.
   void (*rms_norm_f32)(const float* x, const float* gain, int n, float eps, float* out);
   void (*rms_norm_bf16)(const float* x, const float* gain, int n, float eps, bf16* out);
+  /// out[j] = (x[j] - mean(x)) / sqrt(variance(x) + eps) * gain[j] + bias[j] for one row of n,
+  /// where the variance is the mean of the squared distances to the mean. out may be x.
+  void (*layer_norm_f32)(const float* x, const float* gain, const float* bias, int n, float eps,
+                         float* out);
+  void (*layer_norm_bf16)(const float* x, const float* gain, const float* bias, int n, float eps,
+                          bf16* out);
+  /// out[j] = x[j] for one row of n.
+  void (*copy_row_f32)(const float* x, int n, float* out);
+  void (*copy_row_bf16)(const float* x, int n, bf16* out);
+  /// out[j] += x[j] for one row of n.
+  void (*add_row)(const float* x, int n, float* out);
+  /// x[j] *= scale for one row of n.
+  void (*scale_row)(float* x, int n, float scale);
   /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1. When
   /// nothing is larger than -inf the index is 0.
   void (*argmax)(const float* x, int n, float* value, int* index);
@@ -170,6 +198,29 @@ struct KernelTable {
   /// sums[b] = sum of w[j] = exp((x[j] - shift) * scale) over the b-th kSumBlock elements of x[n];
   /// w is 0 where x is NaN. Each w[j] is written to weights[n] unless that is null.
   void (*exp_blocks)(const float* x, int n, float shift, float scale, float* sums, float* weights);
+
+  // --- exchanges between ranks -------------------------------------------------------------------
+  /// out[i, j] = scale[i] * (parts[0][i, j] + parts[1][i, j] + ...) for [rows, cols], added in this
+  /// order; parts have rows ld apart. scale[rows] may be null, for 1.
+  void (*sum_parts_f32)(const float* const* parts, int num_parts, std::ptrdiff_t ld, int rows,
+                        int cols, const float* scale, float* out, std::ptrdiff_t ldo);
+  void (*sum_parts_bf16)(const float* const* parts, int num_parts, std::ptrdiff_t ld, int rows,
+                         int cols, const float* scale, bf16* out, std::ptrdiff_t ldo);
+  /// The same for sums of products of rows that were centred on different values (struct
+  /// Centering).
+  void (*sum_centered_parts_f32)(const float* const* parts, int num_parts, std::ptrdiff_t ld,
+                                 int rows, int cols, const Centering& centering, float* out,
+                                 std::ptrdiff_t ldo);
+  void (*sum_centered_parts_bf16)(const float* const* parts, int num_parts, std::ptrdiff_t ld,
+                                  int rows, int cols, const Centering& centering, bf16* out,
+                                  std::ptrdiff_t ldo);
+  /// out[j] = x[j] * gain[j] for one row of n; returns the sum of x[j]^2. out may be x.
+  float (*apply_gain_f32)(const float* x, const float* gain, int n, float* out);
+  float (*apply_gain_bf16)(const float* x, const float* gain, int n, bf16* out);
+  /// out[j] = (x[j] - mean(x)) * gain[j] for one row of n; statistics[2] = mean(x) and the sum of
+  /// (x[j] - mean(x))^2, both 0 for an empty row.
+  void (*center_row_f32)(const float* x, const float* gain, int n, float* out, float* statistics);
+  void (*center_row_bf16)(const float* x, const float* gain, int n, bf16* out, float* statistics);
 };
 
 /// The kernels of an instruction set that this CPU supports (see base/cpu_features.h).

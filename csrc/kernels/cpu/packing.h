@@ -22,7 +22,7 @@ struct PackedMatrix {
   std::vector<float> scales;  // [n_pad] of int8 rows, else empty
 
   bool empty() const { return n == 0; }
-  int num_panels() const { return (n_pad + panel_rows - 1) / panel_rows; }
+  int num_panels() const { return empty() ? 0 : (n_pad + panel_rows - 1) / panel_rows; }
   int rows_of(int panel) const;        // 16 or 32
   const void* panel(int panel) const;  // its first byte
   std::size_t bytes() const { return data.size() + scales.size() * sizeof(float); }

@@ -12,18 +12,61 @@ inline void for_each_chunk(int n, F f) {
   if (j < n) f(j, n - j);
 }
 
-template <typename Out>
-void rms_norm(const float* x, const float* gain, int n, float eps, Out* out) {
+inline float sum_squares(const float* x, int n) {
   Vec squares = zero();
   for_each_chunk(n, [&](int j, int count) {
     Vec v = load_some(x + j, count);
     squares = fma(v, v, squares);
   });
-  float mean = reduce_add(squares) / static_cast<float>(n);
+  return reduce_add(squares);
+}
+
+template <typename Out>
+void rms_norm(const float* x, const float* gain, int n, float eps, Out* out) {
+  float mean = sum_squares(x, n) / static_cast<float>(n);
   Vec scale = broadcast(1.0f / __builtin_sqrtf(mean + eps));
   for_each_chunk(n, [&](int j, int count) {
     Vec v = mul(load_some(x + j, count), scale);
     store_some(out + j, mul(v, load_some(gain + j, count)), count);
+  });
+}
+
+inline float mean_of(const float* x, int n) {
+  Vec sum = zero();
+  for_each_chunk(n, [&](int j, int count) { sum = add(sum, load_some(x + j, count)); });
+  return reduce_add(sum) / static_cast<float>(n);
+}
+
+template <typename Out>
+void layer_norm(const float* x, const float* gain, const float* bias, int n, float eps, Out* out) {
+  Vec mean = broadcast(mean_of(x, n));
+  Vec squares = zero();
+  for_each_chunk(n, [&](int j, int count) {
+    Vec v = keep_range(sub(load_some(x + j, count), mean), 0, count, 0.0f);
+    squares = fma(v, v, squares);
+  });
+  float variance = reduce_add(squares) / static_cast<float>(n);
+  Vec scale = broadcast(1.0f / __builtin_sqrtf(variance + eps));
+  for_each_chunk(n, [&](int j, int count) {
+    Vec v = mul(sub(load_some(x + j, count), mean), scale);
+    store_some(out + j, fma(v, load_some(gain + j, count), load_some(bias + j, count)), count);
+  });
+}
+
+template <typename Out>
+void copy_row(const float* x, int n, Out* out) {
+  for_each_chunk(n, [&](int j, int count) { store_some(out + j, load_some(x + j, count), count); });
+}
+
+void add_row(const float* x, int n, float* out) {
+  for_each_chunk(n, [&](int j, int count) {
+    store_some(out + j, add(load_some(out + j, count), load_some(x + j, count)), count);
+  });
+}
+
+void scale_row(float* x, int n, float scale) {
+  for_each_chunk(n, [&](int j, int count) {
+    store_some(x + j, mul(load_some(x + j, count), broadcast(scale)), count);
   });
 }
 

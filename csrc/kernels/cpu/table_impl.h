@@ -6,6 +6,7 @@
 #include "kernels/cpu/gemm_impl.h"
 #include "kernels/cpu/epilogue_impl.h"
 #include "kernels/cpu/rows_impl.h"
+#include "kernels/cpu/exchange_impl.h"
 #include "kernels/cpu/attention_impl.h"
 // clang-format on
 
@@ -23,6 +24,8 @@ constexpr KernelTable make_table(Isa isa) {
       .add_f32 = add_tile,
       .silu_mul_f32 = silu_mul<float>,
       .silu_mul_bf16 = silu_mul<bf16>,
+      .relu_f32 = relu<float>,
+      .relu_bf16 = relu<bf16>,
       .rope_tile = rope_tile,
       .argmax_tile = argmax_tile,
       .write_k_f32 = write_k<float>,
@@ -37,11 +40,25 @@ constexpr KernelTable make_table(Isa isa) {
       .attention_finish_bf16 = attention_finish<bf16>,
       .rms_norm_f32 = rms_norm<float>,
       .rms_norm_bf16 = rms_norm<bf16>,
+      .layer_norm_f32 = layer_norm<float>,
+      .layer_norm_bf16 = layer_norm<bf16>,
+      .copy_row_f32 = copy_row<float>,
+      .copy_row_bf16 = copy_row<bf16>,
+      .add_row = add_row,
+      .scale_row = scale_row,
       .argmax = argmax,
       .exp_sum = exp_sum,
       .group_maxima = group_maxima,
       .select = select,
       .exp_blocks = exp_blocks,
+      .sum_parts_f32 = sum_parts<float>,
+      .sum_parts_bf16 = sum_parts<bf16>,
+      .sum_centered_parts_f32 = sum_centered_parts<float>,
+      .sum_centered_parts_bf16 = sum_centered_parts<bf16>,
+      .apply_gain_f32 = apply_gain<float>,
+      .apply_gain_bf16 = apply_gain<bf16>,
+      .center_row_f32 = center_row<float>,
+      .center_row_bf16 = center_row<bf16>,
   };
 }
 

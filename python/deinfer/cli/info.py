@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from deinfer.architectures import ARCHITECTURES, find_architecture
 from deinfer.cli.options import Commands, add_model, print_json, require_model
 
 _EPILOG = """\
@@ -17,18 +18,7 @@ examples:
   deinfer info MODEL
   deinfer info MODEL --json
 """
-# What csrc/model/registry.cc runs.
-_ARCHITECTURES = ("llama", "lowrank_llama")
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 
 
 def add_parser(commands: Commands) -> None:
@@ -84,15 +74,13 @@ def describe(path: Path) -> dict[str, Any]:
     size = sum(math.prod(shape) * _BYTES.get(dtype, 1) for shape, dtype in tensors.values())
     ranks: dict[str, int | None] = {}
     dense_parameters = parameters
-    for layer in range(int(config.get("num_hidden_layers", 0))):
-        for leaf in _LINEARS:
-            name = f"model.layers.{layer}.{leaf}"
-            if f"{name}.weight" in tensors:
-                ranks[name] = None
-            elif f"{name}.u.weight" in tensors and f"{name}.v.weight" in tensors:
-                (n, rank), (_, k) = tensors[f"{name}.u.weight"][0], tensors[f"{name}.v.weight"][0]
-                ranks[name] = rank
-                dense_parameters += n * k - rank * (n + k)
+    for name in _linear_names(config):
+        if f"{name}.weight" in tensors:
+            ranks[name] = None
+        elif f"{name}.u.weight" in tensors and f"{name}.v.weight" in tensors:
+            (n, rank), (_, k) = tensors[f"{name}.u.weight"][0], tensors[f"{name}.v.weight"][0]
+            ranks[name] = rank
+            dense_parameters += n * k - rank * (n + k)
     dtypes = sorted({dtype for _, dtype in tensors.values()})
     problems = _problems(config, ranks, tensors, dtypes)
     low_rank = config.get("low_rank") or {}
@@ -115,6 +103,11 @@ def describe(path: Path) -> dict[str, Any]:
         "low_rank": {key: value for key, value in low_rank.items() if key != "ranks"} or None,
         "ranks": ranks,
     }
+
+
+def _linear_names(config: dict[str, Any]) -> list[str]:
+    architecture = find_architecture(config.get("model_type")) or ARCHITECTURES["llama"]
+    return architecture.linear_names(int(config.get("num_hidden_layers", 0)))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -157,17 +150,18 @@ def _problems(
 ) -> list[str]:
     """Say why deinfer would not run the checkpoint; empty if it would."""
     problems = []
-    if config.get("model_type") not in _ARCHITECTURES:
+    architecture = find_architecture(config.get("model_type"))
+    if architecture is None:
         problems.append(
-            f"architecture {config.get('model_type')!r} is not one of {', '.join(_ARCHITECTURES)}"
+            f"architecture {config.get('model_type')!r} is not one of {', '.join(ARCHITECTURES)}"
         )
+    elif (act := config.get(architecture.activation, "")) not in (*architecture.activations, ""):
+        problems.append(f"{architecture.activation} {act!r} is not {architecture.activations[0]}")
     if config.get("quantization_config"):
         problems.append("the weights are quantized")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act {config['hidden_act']!r} is not silu")
     if unknown := [dtype for dtype in dtypes if dtype not in ("F32", "BF16", "F16")]:
         problems.append(f"tensors are {', '.join(unknown)}")
-    expected = int(config.get("num_hidden_layers", 0)) * len(_LINEARS)
+    expected = len(_linear_names(config))
     if not problems and len(ranks) != expected:
         problems.append(f"{expected - len(ranks)} of {expected} linear layers are missing")
     stated = (config.get("low_rank") or {}).get("ranks", {})
@@ -211,8 +205,9 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in rows:
         print(f"{name:14}{value}")
     print(f"\n{'matrix':22}{'decomposed':>12}{'rank min':>10}{'mean':>8}{'max':>8}")
-    for leaf in _LINEARS:
-        all_ranks = [rank for name, rank in report["ranks"].items() if name.endswith(leaf)]
+    architecture = find_architecture(report["architecture"]) or ARCHITECTURES["llama"]
+    for leaf in architecture.linears:
+        all_ranks = [rank for name, rank in report["ranks"].items() if name.endswith(f".{leaf}")]
         some = [rank for rank in all_ranks if rank is not None]
         numbers = (
             f"{min(some):>10}{sum(some) / len(some):>8.0f}{max(some):>8}"

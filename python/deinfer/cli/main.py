@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from deinfer import __version__
-from deinfer.cli import chat, decompose, evaluate, generate, info
+from deinfer.cli import chat, decompose, evaluate, generate, info, plan
 from deinfer.cli.options import Parser, UsageError, quiet_transformers
 
 _EPILOG = """\
@@ -18,10 +18,11 @@ examples:
   deinfer generate MODEL --prompt "The sky is"   complete a text
   deinfer chat MODEL                             talk to it
   deinfer eval MODEL --text FILE                 perplexity of a text
+  deinfer plan MODEL --tp 4                      how ranks best divide a model
 
 Each command explains itself: deinfer COMMAND --help. Set DEINFER_DEBUG=1 for tracebacks.
 """
-_COMMANDS = (info, decompose, generate, chat, evaluate)
+_COMMANDS = (info, decompose, generate, chat, evaluate, plan)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

@@ -14,19 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deinfer.architectures import ARCHITECTURES
 from deinfer.decompose.directory import atomic_directory
 
 FORMAT_VERSION = 1
-_ARCHITECTURES = {"llama": ("lowrank_llama", "LowRankLlamaForCausalLM")}
-_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 _SIDE_FILES = (
     "generation_config.json",
     "chat_template.jinja",
@@ -70,9 +61,9 @@ def read_config(path: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if "low_rank" in config:
         raise ValueError(f"{str(path)!r} is already decomposed (model_type {model_type!r})")
-    if model_type not in _ARCHITECTURES:
+    if model_type not in ARCHITECTURES:
         raise ValueError(
-            f"architecture {model_type!r} is not supported, only {sorted(_ARCHITECTURES)}"
+            f"architecture {model_type!r} is not supported, only {sorted(ARCHITECTURES)}"
         )
     if config.get("quantization_config"):
         raise ValueError(f"{str(path)!r} is quantized; dequantize it first")
@@ -90,8 +81,8 @@ def linear_names(config: Mapping[str, Any]) -> list[str]:
     Returns:
         Names such as `model.layers.0.self_attn.q_proj`.
     """
-    layers = range(int(config["num_hidden_layers"]))
-    return [f"model.layers.{i}.{leaf}" for i in layers for leaf in _LINEARS]
+    architecture = ARCHITECTURES[config["model_type"]]
+    return architecture.linear_names(int(config["num_hidden_layers"]))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -153,8 +144,8 @@ def write_checkpoint(
     for name, pair in factors.items():
         _replace(tensors, name, pair)
     base_type = config["model_type"]
-    model_type, architecture = _ARCHITECTURES[base_type]
-    config["model_type"], config["architectures"] = model_type, [architecture]
+    config["model_type"] = f"lowrank_{base_type}"
+    config["architectures"] = [f"LowRank{ARCHITECTURES[base_type].name}ForCausalLM"]
     config["low_rank"] = {
         "version": FORMAT_VERSION,
         "base_model_type": base_type,

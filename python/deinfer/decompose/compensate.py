@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from deinfer.architectures import ARCHITECTURES, Architecture
 from deinfer.decompose.checkpoint import Factors
 from deinfer.decompose.reference import replace_linears
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_O = ("self_attn.o_proj",)
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_DOWN = ("mlp.down_proj",)
 
 Visit = Callable[[tuple[str, ...], Tensor], None]
 """Takes the names of linears that share an input, and that input [tokens, k], before they run."""
@@ -41,7 +37,7 @@ def compensate(
     """Fit every `u` again on the decomposed model's own activations.
 
     Args:
-        model: Dense Llama of transformers. Its linears are replaced by the factors on the way.
+        model: Dense model of transformers. Its linears are replaced by the factors on the way.
         factors: Factors by module name.
         sequences: Calibration token ids.
         clean_share: Share of the dense model's activations in the target, in [0, 1].
@@ -51,26 +47,25 @@ def compensate(
     Returns:
         Factors with new `u` [n, r] and the given `v`.
     """
+    architecture = ARCHITECTURES[model.config.model_type]
     lengths = [len(s) for s in sequences]
     fitted = dict(factors)
     with torch.no_grad():
-        ids = torch.tensor([token for s in sequences for token in s])
-        dense = model.get_input_embeddings()(ids)
+        dense, rotary = embed(model, sequences)
         low = dense
-        positions = torch.arange(max(lengths))[None]
-        rotary = model.model.rotary_emb(dense[None], positions)
-        blocks = tqdm(model.model.layers, desc="compensate", unit="block", disable=not progress)
+        layers: Any = model.get_submodule(architecture.layers)
+        blocks = tqdm(layers, desc="compensate", unit="block", disable=not progress)
         for index, block in enumerate(blocks):
-            prefix = f"model.layers.{index}."
+            prefix = f"{architecture.layers}.{index}."
             clean: dict[str, Tensor] = {}
             weights: dict[str, Tensor] = {}
 
             def record(leaves: tuple[str, ...], x: Tensor, clean: Any = clean) -> None:
                 clean.update(dict.fromkeys(leaves, x))
 
-            dense = run_block(block, dense, lengths, rotary, record)
+            dense = run_block(architecture, block, dense, lengths, rotary, record)
             ranks = {}
-            for leaf in (*_QKV, *_O, *_GATE_UP, *_DOWN):
+            for leaf in architecture.linears:
                 if prefix + leaf in factors:
                     weights[leaf] = block.get_submodule(leaf).weight
                     ranks[leaf] = factors[prefix + leaf].u.shape[1]
@@ -92,7 +87,7 @@ def compensate(
                         block.get_submodule(leaf).u.weight.copy_(pair.u)
                         block.get_submodule(leaf).v.weight.copy_(pair.v)
 
-            low = run_block(block, low, lengths, rotary, refit)
+            low = run_block(architecture, block, low, lengths, rotary, refit)
     return fitted
 
 
@@ -107,40 +102,75 @@ def _refit(weight: Tensor, pair: Factors, x: Tensor, target: Tensor, ridge: floa
     return Factors(u, pair.v) if bool(torch.isfinite(u).all()) else pair
 
 
-def run_block(
-    block: Any, hidden: Tensor, lengths: Sequence[int], rotary: Any, visit: Visit
-) -> Tensor:
-    """Run one pre-norm Llama block over joined sequences, visiting its linears.
+def embed(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Any]:
+    """Compute what the first block gets.
 
     Args:
+        model: Model of transformers, of a supported architecture.
+        sequences: Token ids.
+
+    Returns:
+        The residual stream of the joined sequences [tokens, hidden], and cos and sin
+        [1, longest, head_dim] of rotary positions, or None.
+    """
+    lengths = [len(s) for s in sequences]
+    ids = torch.tensor([token for s in sequences for token in s])
+    hidden: Tensor = model.get_input_embeddings()(ids)
+    positions = torch.arange(max(lengths))[None]
+    if model.config.model_type == "opt":
+        learned = model.model.decoder.embed_positions(None, position_ids=positions)[0]
+        return hidden + torch.cat([learned[:length] for length in lengths]), None
+    return hidden, model.model.rotary_emb(hidden[None], positions)
+
+
+def run_block(
+    architecture: Architecture,
+    block: Any,
+    hidden: Tensor,
+    lengths: Sequence[int],
+    rotary: Any,
+    visit: Visit,
+) -> Tensor:
+    """Run one block over joined sequences, visiting its linears.
+
+    Args:
+        architecture: Names of the block's modules.
         block: transformers' decoder layer.
         hidden: Residual stream [tokens, hidden].
         lengths: Tokens of each sequence, in their order.
-        rotary: cos and sin [1, >= max(lengths), head_dim].
+        rotary: cos and sin [1, >= max(lengths), head_dim], or None.
         visit: Called before linears run; it may change them.
 
     Returns:
         The residual stream after the block [tokens, hidden].
     """
-    attention, mlp = block.self_attn, block.mlp
-    x = block.input_layernorm(hidden)
-    visit(_QKV, x)
+
+    def run(name: str, x: Tensor) -> Any:
+        return block.get_submodule(name)(x) if name else x
+
+    qkv, (output, *inner, down) = architecture.linears[:3], architecture.linears[3:]
+    x = run(architecture.attention_norm, hidden)
+    visit(qkv, x)
     mixed: list[Tensor] = []
-    handle = attention.o_proj.register_forward_pre_hook(
+    handle = block.get_submodule(output).register_forward_pre_hook(
         lambda _, inputs: mixed.append(inputs[0].flatten(0, -2))
     )
-    cos, sin = rotary
     for part in x.split(list(lengths)):
-        where = (cos[:, : len(part)], sin[:, : len(part)])
-        # Without a mask the attention is causal.
-        attention(hidden_states=part[None], position_embeddings=where, attention_mask=None)
+        # Without a mask the attention is causal, over all positions also where there is a window:
+        # calibration sequences are shorter than that of any published model.
+        where = {}
+        if rotary is not None:
+            where["position_embeddings"] = tuple(angles[:, : len(part)] for angles in rotary)
+        block.self_attn(hidden_states=part[None], attention_mask=None, **where)
     handle.remove()
     x = torch.cat(mixed)
-    visit(_O, x)
-    hidden = hidden + attention.o_proj(x)
-    x = block.post_attention_layernorm(hidden)
-    visit(_GATE_UP, x)
-    x = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-    visit(_DOWN, x)
-    result: Tensor = hidden + mlp.down_proj(x)
+    visit((output,), x)
+    hidden = hidden + run(architecture.attention_output_norm, run(output, x))
+    x = run(architecture.mlp_norm, hidden)
+    visit(tuple(inner), x)
+    activation = block.mlp.act_fn if hasattr(block, "mlp") else block.activation_fn
+    first, *second = (run(name, x) for name in inner)  # gate and up, or up alone
+    x = activation(first) * second[0] if second else activation(first)
+    visit((down,), x)
+    result: Tensor = hidden + run(architecture.mlp_output_norm, run(down, x))
     return result

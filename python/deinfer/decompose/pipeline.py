@@ -106,7 +106,8 @@ def decompose_model(
     Deterministic for a seed, a sampler and a thread count.
 
     Args:
-        source: Dense Hugging Face directory of a supported architecture (llama).
+        source: Dense Hugging Face directory of a supported architecture
+            (`deinfer.architectures`).
         destination: Directory to create.
         keep: Parameters of all decoder linears to keep, in (0, 1]; embeddings and lm_head do not
             count and are not touched.

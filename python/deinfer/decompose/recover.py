@@ -38,7 +38,7 @@ def recover(
     """Distil a dense model into its decomposed copy.
 
     Args:
-        dense: Llama of transformers, the teacher.
+        dense: Model of transformers, the teacher.
         decomposed: The same model with `LowRankLinear` layers in float32; changed in place.
         sequences: Token ids to train on, at most 512 each.
         steps: Optimizer steps of about 512 tokens each, >= 1.

@@ -64,7 +64,7 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         dtype: Dtype to compute in; stored values are converted.
 
     Returns:
-        The transformers model (`LlamaForCausalLM`) in eval mode.
+        The transformers model (`LlamaForCausalLM` and the like) in eval mode.
 
     Raises:
         ValueError: The config is of another format version, or tensors are missing, unexpected or

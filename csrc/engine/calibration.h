@@ -1,0 +1,18 @@
+// What this machine gives to each of several ranks, measured in some milliseconds at start-up, for
+// the planner.
+#pragma once
+
+#include "deinfer/tensor.h"
+#include "kernels/cpu/kernel_table.h"
+#include "plan/cost_model.h"
+
+namespace deinfer {
+
+/// Rates of one rank's team of `threads` threads while all `ranks` teams are at work: weights of
+/// type `dtype` streamed by products of one token, products of many tokens, barriers.
+Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int ranks, int threads);
+
+/// The exchanges of ranks that are threads of this process.
+LinkModel measure_local_link(int ranks);
+
+}  // namespace deinfer

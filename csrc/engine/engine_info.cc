@@ -1,0 +1,81 @@
+#include "engine/engine_info.h"
+
+#include <algorithm>
+#include <fstream>
+#include <string>
+
+#include "base/check.h"
+
+namespace deinfer {
+namespace {
+
+/// What the kernel says can be taken without swapping; 0 where it does not say.
+std::uint64_t available_memory() {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  std::uint64_t kib = 0;
+  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
+    if (key == "MemAvailable:") return kib * 1024;
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
+                              int max_model_len) {
+  if (config.num_kv_blocks > 0) return config.num_kv_blocks;
+  std::uint64_t bytes = config.kv_cache_bytes;
+  if (bytes == 0) bytes = available_memory() / 4;
+  auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
+  if (config.kv_cache_bytes > 0 && blocks == 0) {
+    fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
+         " is less than one KV block of ", block_bytes, " bytes");
+  }
+  std::int64_t per_sequence = (max_model_len + config.block_size - 1) / config.block_size;
+  return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
+}
+
+ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_model_len,
+                         std::int64_t num_kv_blocks) {
+  Worker& worker = ranks.rank(0);
+  ModelInfo info;
+  const DecoderWeights& weights = worker.decoder().weights();
+  info.architecture = model.model_type;
+  info.dtype = dtype_name(weights.dtype);
+  info.isa = isa_name(worker.kernels().isa);
+  info.num_layers = model.num_layers;
+  info.hidden_size = model.hidden_size;
+  info.vocab_size = model.vocab_size;
+  info.max_model_len = max_model_len;
+  info.num_threads = worker.num_threads();
+  info.parameters = worker.parameters();
+  info.tensor_parallel_size = ranks.size();
+  info.decode_plan = ranks.plans()[0]->name();
+  info.prefill_plan = ranks.plans()[1]->name();
+  for (int rank = 0; rank < ranks.size(); ++rank) {
+    info.rank_weight_bytes.push_back(ranks.rank(rank).decoder().weights().bytes());
+    info.weight_bytes += info.rank_weight_bytes.back();
+  }
+  info.num_kv_blocks = num_kv_blocks;
+  info.kv_cache_bytes = ranks.kv_block_bytes() * static_cast<std::uint64_t>(num_kv_blocks);
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const LowRankLinear* linear : layer.linears()) {
+      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
+    }
+  }
+  return info;
+}
+
+std::vector<CollectiveStats> collective_stats(const Communicator& communicator) {
+  std::vector<CollectiveStats> stats;
+  for (std::size_t i = 0; i < kNumCollectives; ++i) {
+    const TrafficCounter& counter = communicator.traffic()[i];
+    if (counter.calls == 0) continue;
+    stats.push_back({collective_name(static_cast<Collective>(i)), counter.calls, counter.bytes,
+                     counter.wire_bytes});
+  }
+  return stats;
+}
+
+}  // namespace deinfer

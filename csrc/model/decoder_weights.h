@@ -1,0 +1,54 @@
+// One rank's weights of a decoder.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "model/loader.h"
+#include "model/model_config.h"
+#include "ops/linear.h"
+#include "ops/norm.h"
+
+namespace deinfer {
+
+struct DecoderLayer {
+  Norm attention_norm, mlp_norm;                // of what a block reads; [hidden]
+  Norm attention_output_norm, mlp_output_norm;  // of what it adds to the residual stream
+  Norm query_norm, key_norm;  // as ModelConfig::qk_norm says; of this rank's heads
+  LowRankLinear query, key, value, output;
+  LowRankLinear gate, up, down;  // gate is empty in a plain MLP
+
+  /// Those that there are.
+  std::vector<const LowRankLinear*> linears() const;
+  std::size_t bytes() const;
+};
+
+struct DecoderWeights {
+  DType dtype = DType::kFloat32;        // of the matrices; int8 stands for weights only
+  DType activations = DType::kFloat32;  // fp32 for fp32 weights, else bf16
+  cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
+  cpu::PackedMatrix positions;  // [position_offset + max_position, hidden]; empty when rotary
+  std::vector<DecoderLayer> layers;
+  Norm final_norm;     // [hidden]
+  LowRankLinear head;  // [vocab, hidden]
+
+  const cpu::PackedMatrix& token_embedding() const {
+    return embedding.empty() ? head.w : embedding;
+  }
+  std::size_t bytes() const;
+};
+
+/// Whether q and k are rotated where they are computed: nothing comes between product and rotation.
+bool rotates_tiles(const ModelConfig& config);
+
+/// Loads the weights of `config` in `dtype` (set on the loader).
+DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,
+                            WeightLoader& loader);
+
+/// Computes LowRankLinear::norm_terms where the plan divides what linears read by columns. All
+/// ranks must call it, once all have loaded their weights.
+void share_norm_terms(DecoderWeights& weights, const RankShare& share, ThreadTeam& team,
+                      Communicator& communicator);
+
+}  // namespace deinfer

@@ -1,0 +1,44 @@
+// Linears that are computed together because they share their input, over the ranks of a plan.
+#pragma once
+
+#include <span>
+
+#include "ops/linear.h"
+#include "ops/norm.h"
+#include "ops/panel_jobs.h"
+
+namespace deinfer {
+
+/// Where the columns of a linear's output, or of the outputs of two that an epilogue combines (gate
+/// and up), go.
+struct Branch {
+  const LowRankLinear* linear = nullptr;
+  const Epilogue* epilogue = nullptr;
+  const LowRankLinear* second = nullptr;
+};
+
+/// What a group reads. `x` is what this rank has of the input: columns of the hidden shard, or rows
+/// of the token shard at their places in the batch.
+struct GroupInput {
+  GroupInput() = default;
+  explicit GroupInput(const Activations& input) : x(input) {}
+
+  Activations x;
+  Activations gathered;  // all columns and rows, for dense linears whose plan gathers before them
+  /// Hidden shards, where `norm` is completed after V: x has gains applied and is, for kLayer,
+  /// centred on the mean of this rank's columns, whose statistics [m, statistics_columns(kind)]
+  /// travel with z. Null otherwise. Every thread may have its own copy.
+  const Norm* norm = nullptr;
+  const float* statistics = nullptr;
+  std::span<const Range> shares;  // the columns of every rank
+};
+
+/// Runs the branches for m tokens: all V factors in one pass over x, the exchange of z that the
+/// plan asks for, all U factors with their epilogues; tokens in chunks of kTileTokens. z is a
+/// buffer of m rows and enough columns for the z of all linears. A linear whose output is exchanged
+/// (`after_u`) must be alone in its group, but for a pair that one epilogue combines. Collective;
+/// results are visible to all threads of the rank.
+void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Activations& z,
+               std::span<const Branch> branches);
+
+}  // namespace deinfer

@@ -1,0 +1,83 @@
+// Predicted time of one step of a tensor-parallel decoder, from its shapes: every product reads its
+// weights or computes, whichever takes longer; every operation costs a fixed time; attention reads
+// the KV cache or computes; exchanges follow the alpha-beta model (comm/link_model.h). Ranks wait
+// for the slowest at every product.
+//
+// Not modelled: contention of exchanges with computation for memory, clock changes, the host.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "comm/link_model.h"
+#include "plan/exchanges.h"
+
+namespace deinfer {
+
+/// What one rank runs on.
+struct Hardware {
+  std::string name;
+  double memory_bytes_per_s = 0;     // of weights that stream once
+  double flops_per_s = 0;            // of products of many tokens
+  double attention_bytes_per_s = 0;  // of the KV cache
+  double attention_flops_per_s = 0;
+  double operation_s = 0;          // launch, ramp and tail of one operation
+  std::uint64_t memory_bytes = 0;  // 0: not known
+};
+
+/// "h100" (SXM, operations as kernels of their own in a CUDA graph) or "cpu:GB_per_s:GFLOP_per_s"
+/// with the rates of one rank. Throws kInvalidArgument naming the text.
+Hardware parse_hardware(std::string_view text);
+
+/// A decoder as planning sees it.
+struct PlannedModel {
+  ModelShape shape;
+  std::vector<LayerShape> layers;
+  LinearShape head;
+  bool tied_embeddings = false;
+  LayerNorms norms;
+  int positions = 0;         // rows of the table of learned ones
+  int weight_bytes = 2;      // of an element of a linear
+  int activation_bytes = 2;  // of z, the KV cache and an untied embedding: 2 or 4
+};
+
+/// What a step computes.
+struct Phase {
+  bool prefill = false;
+  int tokens = 1;   // decode: sequences, one token each; prefill: of one chunk of one sequence
+  int context = 0;  // tokens before these, per sequence
+};
+
+/// Seconds of one step.
+struct StepCost {
+  double products = 0;
+  double operations = 0;  // fixed costs
+  double attention = 0;
+  double exchanges = 0;  // what computation does not hide
+  int chunks = 1;        // in which a product and its exchange are cut, so that they overlap
+  double total() const { return products + operations + attention + exchanges; }
+};
+
+/// The cost with every product next to an exchange cut in `chunks`: chunk c travels while chunk
+/// c + 1 is computed, and is consumed while others still travel. Each further chunk of a product
+/// is an operation more, which counts as exchange.
+StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
+                   const Hardware& hardware, const LinkModel& link, const Phase& phase, int chunks);
+
+/// The cheapest with 1, 2, 4, ... up to `max_chunks` chunks.
+StepCost best_step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
+                        const Hardware& hardware, const LinkModel& link, const Phase& phase,
+                        int max_chunks);
+
+/// Bytes of the weights of one rank, without padding: linears, embedding, norms.
+std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelPlan& plan,
+                                int rank);
+/// Bytes that a token takes in the KV cache of one rank.
+std::uint64_t rank_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan, int rank);
+/// Bytes that a rank sends for one decoded token, on average over ranks, by the formulas of
+/// comm/communicator.h.
+double wire_bytes_per_token(const PlannedModel& model, const TensorParallelPlan& plan);
+
+}  // namespace deinfer

@@ -1,0 +1,40 @@
+// The plans of one engine, and what they leave to one rank.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "plan/tensor_parallel_plan.h"
+
+namespace deinfer {
+
+/// Plans that place weights alike take turns: one for decode steps, one for prefill.
+enum class StepKind { kDecode, kPrefill };
+inline constexpr std::size_t kNumStepKinds = 2;
+
+/// One plan per kind of step, indexed by StepKind.
+using StepPlans = std::array<std::shared_ptr<const TensorParallelPlan>, kNumStepKinds>;
+
+/// The plan `name` in both kinds of step. Throws as make_plan().
+StepPlans make_step_plans(std::string_view name, const ModelShape& model, int size);
+
+struct RankShare {
+  /// Throws kInvalidArgument when the plans of `plans` place weights differently.
+  RankShare(const StepPlans& plans, int rank);
+
+  StepPlans plans;
+  int rank;
+  int size;
+  HeadShare heads;
+  int intermediate;                 // columns of the MLP's inner activations on this rank
+  std::vector<Range> vocabularies;  // of every rank
+  std::vector<Range> hidden;        // of every rank under hidden shards, else empty
+  std::array<ResidualLayout, kNumStepKinds> residual;
+
+  Range vocabulary() const { return vocabularies[static_cast<std::size_t>(rank)]; }
+  LinearPlacement place(StepKind kind, LinearRole role, const LinearShape& shape) const;
+};
+
+}  // namespace deinfer

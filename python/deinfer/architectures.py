@@ -1,0 +1,77 @@
+"""The architectures that deinfer runs, as far as Python needs to know them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = (*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_PREFIX = "lowrank_"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a `model_type` stands for.
+
+    Attributes:
+        name: Class name of transformers without its ending, e.g. `Llama`.
+        linears: Linears of a layer, in the order in which they run.
+        layers: Module that holds the layers.
+        activation: Field of the config that names the activation.
+        activations: Its supported values, the default first.
+        attention_norm: Norm within a layer of what attention reads; empty if there is none.
+        attention_output_norm: Norm of what attention adds to the residual stream; likewise.
+        mlp_norm: As attention_norm.
+        mlp_output_norm: As attention_output_norm.
+    """
+
+    name: str
+    linears: tuple[str, ...] = _GATED
+    layers: str = "model.layers"
+    activation: str = "hidden_act"
+    activations: tuple[str, ...] = ("silu", "swish")
+    attention_norm: str = "input_layernorm"
+    attention_output_norm: str = ""
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_output_norm: str = ""
+
+    def linear_names(self, num_layers: int) -> list[str]:
+        """Name the linears of all layers, in the order in which they run."""
+        return [f"{self.layers}.{i}.{leaf}" for i in range(num_layers) for leaf in self.linears]
+
+
+# What csrc/model/registry.cc runs, each also as lowrank_*.
+ARCHITECTURES = {
+    "llama": Architecture("Llama"),
+    "mistral": Architecture("Mistral"),
+    "olmo2": Architecture(
+        "Olmo2",
+        attention_norm="",
+        attention_output_norm="post_attention_layernorm",
+        mlp_norm="",
+        mlp_output_norm="post_feedforward_layernorm",
+    ),
+    "opt": Architecture(
+        "OPT",
+        linears=(*_QKV, "self_attn.out_proj", "fc1", "fc2"),
+        layers="model.decoder.layers",
+        activation="activation_function",
+        activations=("relu",),
+        attention_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+    ),
+    "qwen2": Architecture("Qwen2"),
+    "qwen3": Architecture("Qwen3"),
+}
+
+
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """Look up a `model_type`, dense or decomposed.
+
+    Args:
+        model_type: As in config.json.
+
+    Returns:
+        The architecture, or None if deinfer does not run it.
+    """
+    return ARCHITECTURES.get((model_type or "").removeprefix(_PREFIX))
