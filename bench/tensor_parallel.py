@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 2048,
 }
 KEEP = 0.4
+MIN_EXPOSED = 1.1  # prefill with the link over prefill without, for a share of it to be measurable
 PROMPT = 4  # tokens before decoding
 PREFILL = 512
 
@@ -263,8 +264,12 @@ def checks_of(cells: list[Cell], overlap: dict[str, Any]) -> list[Check]:
         checks.append(Check(label, min(ratios, default=float("nan")), target))
     good = [cell.measured[cell.chosen()] <= 1.05 * cell.best() for cell in cells]
     checks.append(Check("cells with a choice within 5 % of the best", sum(good) / len(good), 0.9))
-    shares = [row["hidden"] for row in overlap.values()]
-    checks.append(Check("exchange hidden in prefill, median", statistics.median(shares), 0.6))
+    # Where the exchanges take so little that noise decides, there is no share to tell.
+    shares = [
+        row["hidden"] for row in overlap.values() if row["exposed"] >= MIN_EXPOSED * row["no_link"]
+    ]
+    label = f"exchange hidden in prefill, median of {len(shares)} cells"
+    checks.append(Check(label, statistics.median(shares) if shares else float("nan"), 0.6))
     return checks
 
 
