@@ -107,8 +107,8 @@ void share_terms(LowRankLinear& linear, const Norm& norm, Range own, ThreadTeam&
 }  // namespace
 
 std::vector<const LowRankLinear*> DecoderLayer::linears() const {
-  std::vector<const LowRankLinear*> all = {&query, &key, &value, &output, &up, &down};
-  if (!gate.name.empty()) all.push_back(&gate);
+  std::vector<const LowRankLinear*> all = {&query, &key, &value, &output, &up, &down, &gate};
+  if (gate.name.empty()) all.pop_back();  // a plain MLP
   return all;
 }
 
