@@ -87,6 +87,18 @@ bool Scheduler::abort(SequenceId id) {
   return true;
 }
 
+bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
+  if (in_flight_) fail(ErrorCode::kInternal, "expect() for sequence ", id, " during a step");
+  const auto entry = sequences_.find(id);
+  if (entry == sequences_.end()) return false;
+  Sequence& sequence = *entry->second;
+  const bool waiting = sequence.state == SequenceState::kWaiting;
+  if (waiting) policy_->remove(sequence);
+  sequence.expected_length = length;
+  if (waiting) policy_->push(sequence);
+  return true;
+}
+
 const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
   if (in_flight_) fail(ErrorCode::kInternal, "schedule() before the update() of the last step");
   retired_.clear();

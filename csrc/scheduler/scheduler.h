@@ -84,6 +84,9 @@ class Scheduler {
   void add(Sequence sequence);
   /// Ends a sequence now; false if unknown or already ended. Not between schedule() and update().
   bool abort(SequenceId id);
+  /// Replaces what is believed about an unfinished sequence's length; false if it is unknown or
+  /// ended. Not between schedule() and update().
+  bool expect(SequenceId id, const LengthDistribution& length);
   bool has_unfinished() const { return !sequences_.empty(); }
 
   /// Plans the next step. The result, and the sequences that it points to (ended ones included),

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "deinfer/sampling_params.h"
+#include "scheduler/length_distribution.h"
 
 namespace deinfer {
 
@@ -16,13 +17,13 @@ enum class SequenceState : std::uint8_t { kWaiting, kRunning, kFinished };
 /// line, kept by the Scheduler below it.
 struct Sequence {
   SequenceId id = 0;
-  std::uint64_t arrival = 0;          // order of submission; sequences of one request may share it
-  std::int64_t arrival_us = 0;        // same clock as Scheduler::schedule(now_us)
-  int priority = 0;                   // higher runs earlier
-  std::vector<TokenId> tokens;        // prompt, then generated ones
-  int prompt_length = 0;              // tokens
-  int max_new_tokens = 0;             // generated at most
-  float predicted_new_tokens = 0.0f;  // expected number of generated tokens; 0: unknown. Advisory.
+  std::uint64_t arrival = 0;           // order of submission; sequences of one request may share it
+  std::int64_t arrival_us = 0;         // same clock as Scheduler::schedule(now_us)
+  int priority = 0;                    // higher runs earlier
+  std::vector<TokenId> tokens;         // prompt, then generated ones
+  int prompt_length = 0;               // tokens
+  int max_new_tokens = 0;              // generated at most
+  LengthDistribution expected_length;  // generated tokens; advisory
   bool reuse_prefix = true;  // may take computed blocks (false: needs every position's logits)
 
   // ---- kept by the scheduler ----

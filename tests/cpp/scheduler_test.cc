@@ -420,7 +420,7 @@ class HrrnWithCap final : public SchedulingPolicy {
   std::size_t size() const override { return waiting_.size(); }
   Sequence* next(const SchedulingContext& context) override {
     const auto ratio = [&](const Sequence* s) {
-      return static_cast<double>(context.now_us - s->arrival_us) / s->predicted_new_tokens;
+      return static_cast<double>(context.now_us - s->arrival_us) / s->expected_length.mean();
     };
     const auto best = std::ranges::max_element(waiting_, {}, ratio);
     return best == waiting_.end() ? nullptr : *best;
@@ -444,7 +444,7 @@ TEST(Scheduler, PoliciesMayUsePredictionsTheClockAndSetSequencesAside) {
   Scheduler scheduler(config, std::make_unique<HrrnWithCap>(3));
   for (SequenceId id = 1; id <= 3; ++id) {
     Sequence sequence = distinct(id, 4, 6);
-    sequence.predicted_new_tokens = id == 1 ? 100.0f : 10.0f;
+    sequence.expected_length = LengthDistribution::point(id == 1 ? 100.0f : 10.0f);
     sequence.arrival_us = id == 3 ? 500 : 0;
     scheduler.add(std::move(sequence));
   }
