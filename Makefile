@@ -9,10 +9,10 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 MODEL := build/smollm2-135m-instruct
-CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'bench/*.cc' 'bench/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.c' 'examples/*.cc' 'bench/*.cc' 'bench/*.h')
 PY_FILES := python tests bench setup.py
 
-.PHONY: demo test test-cpp test-python build lint format bench bench-peers cuda-compile asan ubsan tsan clean
+.PHONY: demo test test-cpp test-python consumer packages build lint format bench bench-peers cuda-compile asan ubsan tsan clean
 .DEFAULT_GOAL := build
 
 # --- set-up -----------------------------------------------------------------------------------------
@@ -58,6 +58,17 @@ bench: build $(MODEL)
 bench-peers: build $(MODEL)
 	bash bench/peers/setup.sh $(PY) $(MODEL)
 	$(PY) bench/peers.py --model $(MODEL) $(PEERS_ARGS)
+
+# C and C++ hosts against an installed tree; PRESET=asan runs them under the address sanitizer.
+PRESET ?= cpu
+consumer: build
+	cmake --preset $(PRESET)
+	cmake --build --preset $(PRESET) --target deinfer
+	bash tests/consumer/run.sh build/$(PRESET) $(if $(filter asan,$(PRESET)),-fsanitize=address)
+
+# Wheel and source distribution, and what their users do first.
+packages: build
+	bash tests/packaging/run.sh $(PY) build/cpu
 
 # --- checks -----------------------------------------------------------------------------------------
 lint: $(VENV)/.ready

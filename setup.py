@@ -1,6 +1,6 @@
-"""Builds deinfer._C by driving CMake; everything else is in pyproject.toml."""
+"""Builds deinfer._C and libdeinfer by driving CMake; everything else is in pyproject.toml."""
 
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,26 +11,39 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def run(*command: object) -> None:
+    """Run a command in the source tree; it must succeed."""
+    subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
+
+
 class CMakeBuild(build_ext):
-    """Runs the `cpu` preset; editable installs share its tree with the C++ tests."""
+    """Runs the `cpu` preset.
+
+    Editable installs share its tree with the C++ tests and find the library there. A wheel brings
+    the library, its headers and its CMake files, for C++ hosts, beside the module.
+    DEINFER_BUILD_DIR names a configured tree whose objects a wheel is to be made of.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         """Build the one extension into its place in the package."""
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        python = f"-DPython_EXECUTABLE={sys.executable}"
         if self.editable_mode or self.inplace:
-            build, output, options = ROOT / "build" / "cpu", ROOT / "python" / "deinfer", []
+            build = ROOT / "build" / "cpu"
+            output = f"-DDEINFER_PYTHON_OUTPUT_DIR={ROOT / 'python' / 'deinfer'}"
+            run("cmake", "--preset", "cpu", "-B", build, output, python)
+            run("cmake", "--build", build, "--target", "_C")
+            return
+        if reused := os.environ.get("DEINFER_BUILD_DIR"):
+            build = Path(reused).resolve()
         else:
-            build, output = Path(self.build_temp).resolve(), target.parent
-            options = ["-DDEINFER_TESTS=OFF", "-DDEINFER_BENCH=OFF", "-DDEINFER_WERROR=OFF"]
-        options += [
-            f"-DDEINFER_PYTHON_OUTPUT_DIR={output}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-        ]
-        subprocess.run(["cmake", "--preset", "cpu", "-B", build, *options], cwd=ROOT, check=True)
-        subprocess.run(["cmake", "--build", build, "--target", "_C"], cwd=ROOT, check=True)
-        if output != target.parent:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(output / target.name, target)
+            build = Path(self.build_temp).resolve()
+            options = [f"-DDEINFER_{name}=OFF" for name in ("TESTS", "BENCH", "WERROR")]
+            output = f"-DDEINFER_PYTHON_OUTPUT_DIR={build / 'python'}"
+            run("cmake", "--preset", "cpu", "-B", build, output, python, *options)
+        run("cmake", "--build", build, "--target", "_C", "deinfer")
+        for component in ("deinfer", "python"):
+            run("cmake", "--install", build, "--component", component, "--prefix", package)
 
 
 setup(

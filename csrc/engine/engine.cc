@@ -349,12 +349,12 @@ EngineStats Engine::stats() const {
   return impl_->counters;
 }
 
-std::vector<std::string> supported_isas() {
+std::vector<std::string> DEINFER_ABI::supported_isas() {
   std::vector<std::string> names;
   for (Isa isa : detect_isas()) names.emplace_back(isa_name(isa));
   return names;
 }
 
-const char* version() { return DEINFER_VERSION; }
+const char* DEINFER_ABI::version() { return DEINFER_VERSION; }
 
 }  // namespace deinfer

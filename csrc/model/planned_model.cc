@@ -91,7 +91,7 @@ PlannedModel planned_model(const ModelConfig& config, double keep, std::string_v
   return model;
 }
 
-PlanReport plan_tensor_parallelism(const PlannerConfig& config) {
+PlanReport DEINFER_ABI::plan_tensor_parallelism(const PlannerConfig& config) {
   check_argument(
       config.memory_gib >= 0 && std::isfinite(config.memory_gib) && config.memory_gib < 1e6,
       "memory_gib=", config.memory_gib, " is not a size in GiB");

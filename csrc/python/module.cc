@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "deinfer/engine.h"
+#include "deinfer/fields.h"
 #include "deinfer/planner.h"
 
 namespace py = pybind11;
@@ -55,6 +56,15 @@ T from_keywords(const char* type_name, const py::kwargs& fields) {
   return value;
 }
 
+/// A struct with a keyword constructor and all its fields.
+template <typename T>
+py::class_<T> bind_fields(py::module_& m, const char* name) {
+  py::class_<T> bound(m, name);
+  bound.def(py::init([name](const py::kwargs& fields) { return from_keywords<T>(name, fields); }));
+  visit_fields<T>([&](const char* field, auto member) { bound.def_readwrite(field, member); });
+  return bound;
+}
+
 /// Token ids of any size, so that one beyond 32 bits is reported by its value.
 std::vector<TokenId> to_token_ids(const std::vector<std::int64_t>& ids) {
   std::vector<TokenId> tokens;
@@ -80,50 +90,8 @@ py::object finish_reason_name(FinishReason reason) {
 }
 
 void bind_params(py::module_& m) {
-  py::class_<SamplingParams>(m, "SamplingParams")
-      .def(py::init([](const py::kwargs& fields) {
-        return from_keywords<SamplingParams>("SamplingParams", fields);
-      }))
-      .def_readwrite("n", &SamplingParams::n)
-      .def_readwrite("max_tokens", &SamplingParams::max_tokens)
-      .def_readwrite("min_tokens", &SamplingParams::min_tokens)
-      .def_readwrite("temperature", &SamplingParams::temperature)
-      .def_readwrite("top_p", &SamplingParams::top_p)
-      .def_readwrite("top_k", &SamplingParams::top_k)
-      .def_readwrite("min_p", &SamplingParams::min_p)
-      .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
-      .def_readwrite("presence_penalty", &SamplingParams::presence_penalty)
-      .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty)
-      .def_readwrite("seed", &SamplingParams::seed)
-      .def_readwrite("stop_token_ids", &SamplingParams::stop_token_ids)
-      .def_readwrite("ignore_eos", &SamplingParams::ignore_eos)
-      .def_readwrite("logprobs", &SamplingParams::logprobs)
-      .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs)
-      .def_readwrite("prompt_logits", &SamplingParams::prompt_logits)
-      .def_readwrite("priority", &SamplingParams::priority)
-      .def("validate", &SamplingParams::validate);
-  py::class_<EngineConfig>(m, "EngineConfig")
-      .def(py::init([](const py::kwargs& fields) {
-        return from_keywords<EngineConfig>("EngineConfig", fields);
-      }))
-      .def_readwrite("model", &EngineConfig::model)
-      .def_readwrite("device", &EngineConfig::device)
-      .def_readwrite("dtype", &EngineConfig::dtype)
-      .def_readwrite("tensor_parallel_size", &EngineConfig::tensor_parallel_size)
-      .def_readwrite("tensor_parallel_plan", &EngineConfig::tensor_parallel_plan)
-      .def_readwrite("emulated_link", &EngineConfig::emulated_link)
-      .def_readwrite("exchange_chunks", &EngineConfig::exchange_chunks)
-      .def_readwrite("num_threads", &EngineConfig::num_threads)
-      .def_readwrite("max_model_len", &EngineConfig::max_model_len)
-      .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)
-      .def_readwrite("max_num_batched_tokens", &EngineConfig::max_num_batched_tokens)
-      .def_readwrite("block_size", &EngineConfig::block_size)
-      .def_readwrite("num_kv_blocks", &EngineConfig::num_kv_blocks)
-      .def_readwrite("kv_cache_bytes", &EngineConfig::kv_cache_bytes)
-      .def_readwrite("scheduling_policy", &EngineConfig::scheduling_policy)
-      .def_readwrite("enable_prefix_caching", &EngineConfig::enable_prefix_caching)
-      .def_readwrite("seed", &EngineConfig::seed)
-      .def("validate", &EngineConfig::validate);
+  bind_fields<SamplingParams>(m, "SamplingParams").def("validate", &SamplingParams::validate);
+  bind_fields<EngineConfig>(m, "EngineConfig").def("validate", &EngineConfig::validate);
 }
 
 void bind_outputs(py::module_& m) {
@@ -208,22 +176,7 @@ void bind_engine(py::module_& m) {
 }
 
 void bind_planner(py::module_& m) {
-  py::class_<PlannerConfig>(m, "PlannerConfig")
-      .def(py::init([](const py::kwargs& fields) {
-        return from_keywords<PlannerConfig>("PlannerConfig", fields);
-      }))
-      .def_readwrite("model", &PlannerConfig::model)
-      .def_readwrite("tensor_parallel_size", &PlannerConfig::tensor_parallel_size)
-      .def_readwrite("link", &PlannerConfig::link)
-      .def_readwrite("hardware", &PlannerConfig::hardware)
-      .def_readwrite("dtype", &PlannerConfig::dtype)
-      .def_readwrite("keep", &PlannerConfig::keep)
-      .def_readwrite("memory_gib", &PlannerConfig::memory_gib)
-      .def_readwrite("context", &PlannerConfig::context)
-      .def_readwrite("batches", &PlannerConfig::batches)
-      .def_readwrite("prefill", &PlannerConfig::prefill)
-      .def_readwrite("mix", &PlannerConfig::mix)
-      .def_readwrite("max_chunks", &PlannerConfig::max_chunks);
+  bind_fields<PlannerConfig>(m, "PlannerConfig");
   py::class_<PhaseEstimate>(m, "PhaseEstimate")
       .def_readonly("phase", &PhaseEstimate::phase)
       .def_readonly("seconds", &PhaseEstimate::seconds)

@@ -357,3 +357,7 @@ def test_demo_with_models_of_an_earlier_run(
     # Another keep, or other settings, means another model.
     assert demo._is_decomposed(path, 0.8)
     assert not demo._is_decomposed(path, 0.7) and not demo._is_decomposed(tmp_path, 0.8)
+
+
+def test_a_source_tree_has_no_cmake_directory_to_print() -> None:
+    assert "cmake --install build/cpu" in fail(2, "--cmake-dir")

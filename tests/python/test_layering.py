@@ -18,6 +18,7 @@ ALLOWED = {
     "model": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops"},
     "engine": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops", "model"},
     "include": set(),
+    "capi": set(),  # public headers only
     "python": set(),  # public headers only
 }
 QUOTED = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)

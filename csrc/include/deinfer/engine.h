@@ -14,10 +14,11 @@
 #include "deinfer/sampling_params.h"
 
 namespace deinfer {
+inline namespace DEINFER_ABI {
 
 using RequestId = std::uint64_t;
 
-struct EngineConfig {
+struct DEINFER_API EngineConfig {
   std::string model;             // directory: config.json and *.safetensors
   std::string device = "cpu";    // "cpu"; "cuda" once the CUDA engine lands
   std::string dtype = "auto";    // "float32", "bfloat16"; "int8": weights rounded to 8 bits with a
@@ -143,7 +144,7 @@ class DEINFER_API Engine {
   EngineStats stats() const;
 
  private:
-  struct Impl;
+  struct DEINFER_LOCAL Impl;
   std::unique_ptr<Impl> impl_;
 };
 
@@ -154,4 +155,5 @@ DEINFER_API std::vector<std::string> supported_isas();
 /// The library's version, "major.minor.patch".
 DEINFER_API const char* version();
 
+}  // namespace DEINFER_ABI
 }  // namespace deinfer

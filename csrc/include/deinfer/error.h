@@ -7,6 +7,7 @@
 #include "deinfer/export.h"
 
 namespace deinfer {
+inline namespace DEINFER_ABI {
 
 /// What went wrong; Python sees ValueError, NotImplementedError, MemoryError, RuntimeError.
 enum class ErrorCode {
@@ -25,4 +26,5 @@ class DEINFER_API Error : public std::runtime_error {
   ErrorCode code_;
 };
 
+}  // namespace DEINFER_ABI
 }  // namespace deinfer

@@ -10,6 +10,7 @@
 #include "deinfer/export.h"
 
 namespace deinfer {
+inline namespace DEINFER_ABI {
 
 struct PlannerConfig {
   std::string model;               // directory with config.json, or that file
@@ -84,4 +85,5 @@ struct PlanReport {
 /// value, kUnsupported for an architecture that deinfer does not run.
 DEINFER_API PlanReport plan_tensor_parallelism(const PlannerConfig& config);
 
+}  // namespace DEINFER_ABI
 }  // namespace deinfer

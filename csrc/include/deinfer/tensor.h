@@ -5,7 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "deinfer/export.h"
+
 namespace deinfer {
+inline namespace DEINFER_ABI {
 
 enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt32, kInt8 };
 
@@ -48,4 +51,5 @@ struct TensorView {
   }
 };
 
+}  // namespace DEINFER_ABI
 }  // namespace deinfer

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from deinfer import __version__
 from deinfer.cli import chat, decompose, evaluate, generate, info, plan
@@ -26,6 +27,23 @@ _COMMANDS = (info, decompose, generate, chat, evaluate, plan)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
+class _PrintCMakeDir(argparse.Action):
+    """Prints the directory of deinferConfig.cmake, which wheels bring."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        directory = Path(__file__).resolve().parents[1] / "lib" / "cmake" / "deinfer"
+        if not (directory / "deinferConfig.cmake").is_file():
+            raise UsageError(
+                f"{directory} does not exist: this is no installed wheel; in a source tree, "
+                "cmake --install build/cpu --prefix DIR installs what a C++ host needs"
+            )
+        print(directory)
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Create the parser with all subcommands.
 
@@ -38,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"deinfer {__version__}")
+    parser.add_argument(
+        "--cmake-dir",
+        action=_PrintCMakeDir,
+        help="print what -Ddeinfer_DIR of a C++ host's CMake has to be, and exit",
+    )
     commands = parser.add_subparsers(
         metavar="COMMAND", required=True, dest="command", parser_class=Parser
     )
