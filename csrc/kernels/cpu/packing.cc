@@ -12,7 +12,8 @@
 namespace deinfer::cpu {
 namespace {
 
-constexpr int kKMultiple = 8;
+constexpr int kKMultiple = 2;  // pairs
+constexpr int kRowMultiple = kLanes / 2;
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -136,7 +137,7 @@ PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferAr
   packed.dtype = dtype;
   packed.n = n;
   packed.k = k;
-  packed.n_pad = round_up(n, int8 ? kPanelRows : kLanes);
+  packed.n_pad = round_up(n, int8 ? kPanelRows : kRowMultiple);
   packed.k_pad = round_up(k, kKMultiple);
   packed.panel_rows = panel_rows;
   std::size_t bytes = static_cast<std::size_t>(packed.n_pad) *
