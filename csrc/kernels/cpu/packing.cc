@@ -97,6 +97,12 @@ std::int64_t source_row(std::span<const std::int32_t> row_map, int row, std::int
 
 }  // namespace
 
+void read_row(const TensorView& source, std::int64_t row, float* out) {
+  visit_row(source, row, [&](auto* data) {
+    for (std::int64_t i = 0; i < source.cols; ++i) out[i] = as_float(data[i]);
+  });
+}
+
 int PackedMatrix::rows_of(int panel) const {
   return std::min(panel_rows, n_pad - panel * panel_rows);
 }

@@ -30,6 +30,9 @@ struct PackedMatrix {
   void read_row(int row, float* out) const;
 };
 
+/// out[source.cols] = row `row` of unpacked fp32, bf16 or fp16 weights as fp32.
+void read_row(const TensorView& source, std::int64_t row, float* out);
+
 /// Allocates the packed matrix (zeros) for W[n, k], from `arena` if there is one; fill it with
 /// pack_rows. int8 panels have 32 rows.
 PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows,
