@@ -99,7 +99,6 @@ inline constexpr int kStepLines =
 template <int kHalves, int kTokens>
 struct Sums {
   static constexpr int kVecs = kHalves / 2;
-  static constexpr bool kHasHalf = kHalves % 2 == 1;
   Vec vec[kTokens][kVecs == 0 ? 1 : kVecs];
   Half half[kTokens];
 };
@@ -113,7 +112,7 @@ template <typename Dot, int kPhase, int kHalves, int kTokens>
   typename Dot::Operand weights[kVecs == 0 ? 1 : kVecs];
   typename Dot::HalfOperand half_weights;
   if constexpr (kVecs > 0) Dot::template weights<kPhase>(w, weights);
-  if constexpr (sums.kHasHalf) {
+  if constexpr (kHalves % 2 == 1) {
     half_weights = Dot::template half_weights<kPhase>(w + kVecs * kLanes * Dot::kElements);
   }
 #pragma GCC unroll 8
@@ -121,7 +120,7 @@ template <typename Dot, int kPhase, int kHalves, int kTokens>
     auto input = Dot::template input<kPhase>(x + i * ldx);
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = Dot::dot(sums.vec[i][j], weights[j], input);
-    if constexpr (sums.kHasHalf) {
+    if constexpr (kHalves % 2 == 1) {
       sums.half[i] = Dot::dot(sums.half[i], half_weights, low_half(input));
     }
   }
@@ -162,7 +161,7 @@ template <typename Dot, int kHalves, int kTokens, int kPrefetch>
     const float* row = c + i * kPanelRows;
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = first ? zero() : load(row + j * kLanes);
-    if constexpr (sums.kHasHalf) {
+    if constexpr (kHalves % 2 == 1) {
       sums.half[i] = first ? low_half(zero()) : load_half(row + kVecs * kLanes);
     }
   }
@@ -183,7 +182,7 @@ template <typename Dot, int kHalves, int kTokens, int kPrefetch>
     float* row = c + i * kPanelRows;
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) store(row + j * kLanes, sums.vec[i][j]);
-    if constexpr (sums.kHasHalf) store_half(row + kVecs * kLanes, sums.half[i]);
+    if constexpr (kHalves % 2 == 1) store_half(row + kVecs * kLanes, sums.half[i]);
   }
 }
 
