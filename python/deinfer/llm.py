@@ -41,7 +41,8 @@ class LLM:
             `tensor_parallel_size`, `tensor_parallel_plan`, `emulated_link`,
             `exchange_chunks`, `num_threads`, `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `num_kv_blocks`, `kv_cache_bytes`,
-            `scheduling_policy`, `enable_prefix_caching`, `seed`.
+            `scheduling_policy`, `enable_prefix_caching`, `hidden_state_layers` (whose states
+            `SamplingParams(hidden_states=...)` reports, numbered as transformers does), `seed`.
 
     Raises:
         TypeError: An engine argument is unknown or of another type.
@@ -64,6 +65,7 @@ class LLM:
         assign_fields(config, engine_args, names)
         self._lock = threading.RLock()  # guards the engine's step and the table of requests
         self._requests: dict[int, Request] = {}
+        self._num_state_layers = len(config.hidden_state_layers)
         self._tokenizer_path = Path(model)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if isinstance(tokenizer, str | Path):
@@ -327,7 +329,7 @@ class LLM:
         tokenizer = self._output_tokenizer(params)
         with self._lock:
             request_id = self._engine.submit(cast(list[int], prompt.token_ids), params)
-            request = Request(request_id, prompt, params, tokenizer)
+            request = Request(request_id, prompt, params, tokenizer, self._num_state_layers)
             self._requests[request_id] = request
         return request
 

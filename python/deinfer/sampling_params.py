@@ -77,6 +77,8 @@ class SamplingParams(_C.SamplingParams):
         logprobs: >= 0: report the chosen token and the k most likely.
         prompt_logprobs: The same for every prompt token but the first.
         prompt_logits: Return fp32 logits of all prompt positions (see `LLM.prompt_logits`).
+        hidden_states: >= 0: report the hidden states of the prompt's last token and, unless 0, of
+            every so many generated tokens; the model must be loaded with `hidden_state_layers`.
         skip_special_tokens: Leave special tokens out of the text.
         detokenize: Make text at all; False saves its time.
         priority: Higher runs earlier.
@@ -112,6 +114,7 @@ class SamplingParams(_C.SamplingParams):
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         prompt_logits: bool = False,
+        hidden_states: int | None = None,
         skip_special_tokens: bool = True,
         detokenize: bool = True,
         priority: int = 0,
@@ -135,6 +138,7 @@ class SamplingParams(_C.SamplingParams):
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
             "prompt_logits": prompt_logits,
+            "hidden_states": hidden_states,
             "priority": priority,
         }
         assign_fields(self, native, native)
