@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SinglePrompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
@@ -30,11 +32,13 @@ class Prompt:
         text: What the user or the chat template wrote.
         token_ids: None until the text is tokenized.
         special_tokens: Whether the tokenizer adds its own (not to a chat template's text).
+        question: The last message's text, where a chat template has been put around it.
     """
 
     text: str | None = None
     token_ids: list[int] | None = None
     special_tokens: bool = True
+    question: str | None = None
 
 
 def parse_prompts(prompts: SinglePrompt | Sequence[SinglePrompt]) -> list[Prompt]:
@@ -56,6 +60,15 @@ def parse_prompts(prompts: SinglePrompt | Sequence[SinglePrompt]) -> list[Prompt
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts is a {type(prompts).__name__}, not a prompt or a list of prompts")
     return [_parse_prompt(cast(SinglePrompt, prompt)) for prompt in prompts]
+
+
+def is_conversation(value: object) -> bool:
+    """Tell a conversation, a sequence of messages, from a prompt and from several of them."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if not is_list:
+        return False
+    first = cast(Sequence[object], value)[0]
+    return isinstance(first, Mapping) and ("role" in first or "content" in first)
 
 
 def _is_token_ids(value: object) -> bool:

@@ -201,3 +201,34 @@ def _show(value: object) -> str:
 
 def _rebuild(values: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**values)
+
+
+def params_for(
+    count: int, params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    """Give every prompt its parameters and check them all before any work is done.
+
+    Args:
+        count: Of the prompts.
+        params: For all of them, or one for each; None: the defaults.
+
+    Returns:
+        One for each prompt.
+
+    Raises:
+        TypeError: Something is no SamplingParams.
+        ValueError: Their number differs, or a value is bad.
+    """
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        params = [params] * count
+    elif isinstance(params, str) or not isinstance(params, Sequence):
+        raise TypeError(f"sampling_params is a {type(params).__name__}, not SamplingParams")
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts")
+    for own in {id(own): own for own in params}.values():
+        if not isinstance(own, SamplingParams):
+            raise TypeError(f"sampling_params holds a {type(own).__name__}, not SamplingParams")
+        own.validate()
+    return list(params)
