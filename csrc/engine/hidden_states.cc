@@ -76,7 +76,8 @@ void HiddenStates::take(const Request& request, Request::Sample& sample, int gen
   }
   if (head_ && !ended && due(head_->refine_every())) {
     auto start = std::chrono::steady_clock::now();
-    LengthDistribution belief = head_->predict(state(head_layer_), mean(head_layer_), generated);
+    LengthDistribution belief =
+        head_->predict(state(head_layer_), mean(head_layer_), generated, sample.length_prior);
     // What was believed before, from the prompt's text or history, is better than nothing.
     if (belief.known()) beliefs_.emplace_back(sample.sequence, belief);
     ++predictions_;

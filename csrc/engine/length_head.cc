@@ -79,7 +79,7 @@ LengthHead::LengthHead(const std::filesystem::path& path, int hidden_size, int n
     return stage;
   };
   prompt_ = read("prompt", hidden_size);
-  refined_ = read("refined", 2 * hidden_size + 1);
+  refined_ = read("refined", 2 * hidden_size + 1 + static_cast<int>(lengths_.size()));
 }
 
 std::vector<float> LengthHead::read(const io::SafetensorsFile& file, const std::string& name,
@@ -144,12 +144,14 @@ void LengthHead::Layer::apply(std::span<const float> x, std::vector<float>& y) c
 }
 
 LengthDistribution LengthHead::predict(std::span<const float> state, std::span<const float> mean,
-                                       int generated) {
+                                       int generated, std::vector<float>& prior) {
   const Stage& stage = generated == 0 ? prompt_ : refined_;
+  if (generated > 0 && prior.size() != lengths_.size()) return {};
   input_.assign(state.begin(), state.end());
   if (generated > 0) {
     input_.insert(input_.end(), mean.begin(), mean.end());
     input_.push_back(std::log(static_cast<float>(generated)));
+    input_.insert(input_.end(), prior.begin(), prior.end());
   }
   for (std::size_t i = 0; i < input_.size(); ++i) {
     input_[i] = (input_[i] - stage.shift[i]) * stage.scale[i];
@@ -161,6 +163,12 @@ LengthDistribution LengthHead::predict(std::span<const float> state, std::span<c
     if (last) break;
     for (float& value : hidden_) value = std::max(value, 0.0f);
     x = hidden_;
+  }
+  if (generated == 0) {
+    float mean_logit = 0.0f;
+    for (float logit : output_) mean_logit += logit / static_cast<float>(output_.size());
+    prior.resize(output_.size());
+    for (std::size_t i = 0; i < prior.size(); ++i) prior[i] = output_[i] - mean_logit;
   }
   // Softmax over the bins that are not passed yet; NaN stays NaN and makes the belief unknown.
   std::size_t first = 0;

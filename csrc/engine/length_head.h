@@ -30,9 +30,10 @@ class LengthHead {
 
   /// `state` and `mean` [hidden_size]: the state of the newest token, and the mean of those of the
   /// prompt's last and all generated tokens; `generated` tokens exist. 0 is the first stage, which
-  /// reads `state` alone.
+  /// reads `state` alone and leaves in `prior` what the second one, of the same sample, wants to
+  /// know of it. Unknown without that.
   LengthDistribution predict(std::span<const float> state, std::span<const float> mean,
-                             int generated);
+                             int generated, std::vector<float>& prior);
 
  private:
   struct Layer {

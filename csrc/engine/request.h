@@ -65,7 +65,8 @@ class Request {
   struct Sample {
     SequenceId sequence = 0;
     bool ended = false;
-    std::vector<float> state_sum;  // [layers, hidden] of the rows that sampled; see HiddenStates
+    std::vector<float> state_sum;     // [layers, hidden] of the rows that sampled; see HiddenStates
+    std::vector<float> length_prior;  // what the length head keeps between its stages
   };
   std::vector<Sample> samples;
   int num_ended = 0;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <fstream>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "deinfer/engine.h"
@@ -46,7 +47,8 @@ struct Artifact {
       for (float& value : values) value = scale * normal(random);
       tensors[name] = {std::move(shape), std::move(values)};
     };
-    for (auto [stage, inputs] : {std::pair{"prompt", kHidden}, {"refined", 2 * kHidden + 1}}) {
+    for (auto [stage, inputs] :
+         {std::pair{"prompt", kHidden}, {"refined", 2 * kHidden + 1 + kBins}}) {
       std::string name = stage;
       add(name + ".shift", {inputs}, 1.0f);
       add(name + ".scale", {inputs}, 1.0f);
@@ -82,7 +84,8 @@ struct Artifact {
 
 /// The stage in float64, as its definition reads.
 std::vector<double> reference(const Artifact& artifact, const std::string& stage,
-                              const std::vector<double>& input, int generated) {
+                              const std::vector<double>& input, int generated,
+                              std::vector<double>& raw) {
   auto values = [&](const std::string& name) { return artifact.tensors.at(stage + name).second; };
   std::vector<double> x(input.size());
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -102,7 +105,7 @@ std::vector<double> reference(const Artifact& artifact, const std::string& stage
     x = linear(".hidden", x);
     for (double& value : x) value = std::max(value, 0.0);
   }
-  std::vector<double> logits = linear(".output", x);
+  std::vector<double> logits = raw = linear(".output", x);
   const nlohmann::json& entry = artifact.json["stages"][stage];
   auto lengths = artifact.json["lengths"].get<std::vector<double>>();
   double sum = 0.0;
@@ -131,6 +134,10 @@ TEST(LengthHead, ComputesWhatItsDefinitionSays) {
   EXPECT_EQ(head.refine_every(), 4);
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
+  std::vector<float> prior;
+  std::vector<float> nothing(kHidden);
+  EXPECT_FALSE(head.predict(nothing, nothing, 4, prior).known());  // the first stage comes first
+  std::vector<double> expected_prior;
   for (int generated : {0, 4, 12, 40, 1000, 0, 8}) {
     std::vector<float> state(kHidden), mean(kHidden);
     for (float& value : state) value = normal(random);
@@ -139,10 +146,17 @@ TEST(LengthHead, ComputesWhatItsDefinitionSays) {
     if (generated > 0) {
       input.insert(input.end(), mean.begin(), mean.end());
       input.push_back(std::log(generated));
+      input.insert(input.end(), expected_prior.begin(), expected_prior.end());
     }
+    std::vector<double> logits;
     std::vector<double> expected =
-        reference(artifact, generated == 0 ? "prompt" : "refined", input, generated);
-    LengthDistribution belief = head.predict(state, mean, generated);
+        reference(artifact, generated == 0 ? "prompt" : "refined", input, generated, logits);
+    LengthDistribution belief = head.predict(state, mean, generated, prior);
+    if (generated == 0) {
+      double center = std::accumulate(logits.begin(), logits.end(), 0.0) / kBins;
+      for (double& logit : logits) logit -= center;
+      expected_prior = logits;
+    }
     ASSERT_EQ(belief.num_bins(), kBins);
     for (std::size_t i = 0; i < kBins; ++i) {
       EXPECT_NEAR(belief.probabilities()[i], expected[i], 1e-5) << generated << " " << i;

@@ -55,6 +55,39 @@ class Evaluation:
         return {**result, "train_seconds": self.train_seconds, "reliability": self.reliability}
 
 
+def format_table(evaluation: Evaluation) -> str:
+    """Return the results as text for people."""
+    rows = [
+        f"{'':14}{'MAE':>8}{'Acc-50':>8}{'Acc-100':>8}{'tau':>8}{'within':>8}{'long as short':>15}"
+    ]
+
+    def add(name: str, m: dict[str, float]) -> None:
+        rows.append(
+            f"{name:14}{m['mae']:8.1f}{100 * m['acc50']:7.0f}%{100 * m['acc100']:7.0f}%"
+            f"{m['tau']:8.3f}{m['tau_within']:8.3f}{100 * m['long_as_short']:14.0f}%"
+        )
+
+    for name, metrics in evaluation.prompt_time.items():
+        add(name, metrics)
+    for source, predictors in evaluation.cross_source.items():
+        rows.append(f"unseen source {source or '(none)'}:")
+        for name, metrics in predictors.items():
+            add(name, metrics)
+    for position, predictors in evaluation.remaining.items():
+        answers = next(iter(predictors.values()))["answers"]
+        rows.append(f"remaining length after {position} tokens ({answers} answers):")
+        for name, m in predictors.items():
+            rows.append(f"{name:14}{m['mae']:8.1f}{'':16}{m['tau']:8.3f}")
+    c = evaluation.calibration
+    rows.append(
+        f"calibration: q50 covers {c['coverage_q50']:.1%}, q90 {c['coverage_q90']:.1%}; "
+        f"pinball {c['pinball_q50']:.1f} and {c['pinball_q90']:.1f} tokens"
+    )
+    t = evaluation.train_seconds
+    rows.append(f"layers {evaluation.layers}; {t['seconds']:.1f} s train on {t['answers']} answers")
+    return "\n".join(rows)
+
+
 def evaluate(
     collection: Collection,
     *,
@@ -197,8 +230,9 @@ def _remaining(
     layer = collection.config.layers.index(head.layer)
     states = collection.refined_states[chosen, :, layer].astype(np.float32)
     generated = index[chosen, 2]
-    refined = head.predict_refined(states[:, 0], states[:, 1], generated)
-    first = head.predict_prompt(_prompt_states(collection, prompts, head))
+    before = _prompt_states(collection, prompts, head)
+    refined = head.predict_refined(states[:, 0], states[:, 1], generated, before)
+    first = head.predict_prompt(before)
     survivors = collection.lengths[train].ravel()
     survivors = survivors[survivors > position]
     survival = float(np.median(survivors)) - position if len(survivors) else 1.0

@@ -69,7 +69,8 @@ class LengthHead:
         num_layers: Of the model.
         bins: Of the lengths.
         prompt: Stage that reads the state of the prompt's last token.
-        refined: Stage that reads (state, mean of the states so far, log of the generated tokens).
+        refined: Stage that reads (state, mean of the states so far, log of the generated tokens,
+            logits of the prompt's stage less their mean).
         report: How it was trained, for people.
     """
 
@@ -92,6 +93,7 @@ class LengthHead:
         states: NDArray[np.floating[Any]],
         means: NDArray[np.floating[Any]],
         generated: NDArray[np.int64],
+        prompt_states: NDArray[np.floating[Any]],
     ) -> Floats:
         """Probabilities of the bins [n, bins] while answers are generated.
 
@@ -99,8 +101,9 @@ class LengthHead:
             states: Of the newest tokens [n, hidden].
             means: Of the states so far [n, hidden].
             generated: Tokens [n], >= 1.
+            prompt_states: Of the prompts' last tokens [n, hidden].
         """
-        x = refined_inputs(states, means, generated)
+        x = refined_inputs(states, means, generated, self.prompt.logits(prompt_states))
         return self.refined.calibrate(self.refined.logits(x), self.bins.open(generated))
 
     def save(self, directory: Path, name: str = "hidden_state") -> Path:
@@ -205,7 +208,16 @@ def refined_inputs(
     states: NDArray[np.floating[Any]],
     means: NDArray[np.floating[Any]],
     generated: NDArray[np.int64],
+    logits: NDArray[np.floating[Any]],
 ) -> NDArray[np.float32]:
-    """Inputs [n, 2 hidden + 1] of the refined stage: state, mean so far, log of the tokens."""
+    """Inputs [n, 2 hidden + 1 + bins] of the refined stage.
+
+    Args:
+        states: [n, hidden].
+        means: Of the states so far [n, hidden].
+        generated: Tokens [n], >= 1.
+        logits: Of the prompt's stage [n, bins].
+    """
     time = np.log(np.asarray(generated, np.float32))[:, None]
-    return np.concatenate([states, means, time], axis=1, dtype=np.float32)
+    prior = logits - logits.mean(axis=1, keepdims=True)
+    return np.concatenate([states, means, time, prior], axis=1, dtype=np.float32)

@@ -102,3 +102,38 @@ class InstructedPredictor:
             assert self._model is not None
             self._llm = LLM(self._model, use_tqdm_on_load=False)
         return self._llm.ask(questions, QUERY_TOKENS)
+
+
+def judge(ask: Ask, prompts: Sequence[str], actual: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Compare what a model says of its answers with how long they are.
+
+    Args:
+        ask: The model.
+        prompts: Texts [n].
+        actual: Tokens [n].
+
+    Returns:
+        For `query` and `in_advance`: the share of replies with a number, and mae (tokens) and tau,
+        with the median of `actual` in place of missing numbers; for `constant`, that median alone.
+    """
+    import numpy as np
+
+    from deinfer.perception.metrics import kendall_tau
+
+    lengths = np.asarray(actual, np.float64)
+    median = float(np.median(lengths))
+    result = {"constant": {"mae": float(np.abs(lengths - median).mean()), "tau": 0.0}}
+    said = {
+        "query": [parse_length(r) for r in ask([query(p) for p in prompts], QUERY_TOKENS)],
+        "in_advance": [
+            split_advance(reply)[0] for reply in ask([in_advance(p) for p in prompts], QUERY_TOKENS)
+        ],
+    }
+    for style, numbers in said.items():
+        filled = np.array([median if number is None else number for number in numbers])
+        result[style] = {
+            "with_number": sum(number is not None for number in numbers) / len(numbers),
+            "mae": float(np.abs(np.minimum(filled, lengths.max()) - lengths).mean()),
+            "tau": kendall_tau(filled, lengths),
+        }
+    return result

@@ -102,7 +102,7 @@ def _pairs(tensors: dict[str, Any], file: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; patterns name single modules by their end."""
+    """Give alpha / r, or alpha / sqrt(r) with rsLoRA; patterns name single modules by their end."""
     alpha = float(settings.get("lora_alpha", rank))
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if module == pattern or module.endswith(f".{pattern}"):

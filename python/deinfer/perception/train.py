@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 from deinfer.perception.bins import Bins
 from deinfer.perception.dataset import Collection
 from deinfer.perception.head import LengthHead, Stage, refined_inputs
+from deinfer.perception.network import Recipe, fit_network
 from deinfer.perception.ridge import fit_ridge
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 _LEVELS = np.linspace(0.05, 0.95, 19)
 _SHARE_ROUNDS = 200
+_PROMPT = Recipe(units=0, steps=800, batch=128, rate=1e-3, decay=0.05, dropout=0.3)
+_REFINED = Recipe(units=48, steps=500, batch=256, rate=3e-4, decay=0.1, dropout=0.4)
+_NETWORKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +31,11 @@ class TrainOptions:
     Attributes:
         layer: Hidden state to read; None: the one whose ridge has the least leave-one-out error.
         folds: Of the cross-validation that calibrates.
-        seeds: Models that are averaged in the prompt's stage.
-        units: Hidden units of the refined stage.
-        steps: Gradient steps of the refined stage.
         seed: Of all random numbers.
     """
 
     layer: int | None = None
     folds: int = 4
-    seeds: int = 4
-    units: int = 64
-    steps: int = 500
     seed: int = 0
 
 
@@ -69,7 +67,7 @@ def train_head(
     prompt_x = collection.prompt_states[rows, layer]
     lengths = collection.lengths[rows]
     labels = np.stack([bins.soft_labels(column) for column in lengths.T], axis=1).mean(axis=1)
-    prompt = _cross_fit(
+    prompt, left_out = _cross_fit(
         lambda train: _fit_prompt(prompt_x[train], labels[train], lengths[train], bins, options),
         prompt_x,
         folds,
@@ -83,13 +81,14 @@ def train_head(
     used = np.flatnonzero(place[collection.refined_rows[:, 0]] >= 0)
     index = collection.refined_rows[used]
     states = collection.refined_states[used, :, layer].astype(np.float32)
-    x = refined_inputs(states[:, 0], states[:, 1], index[:, 2])
+    # What the first stage says of prompts that it was not trained on: so it will be in use.
+    x = refined_inputs(states[:, 0], states[:, 1], index[:, 2], left_out[place[index[:, 0]]])
     final = collection.lengths[index[:, 0], index[:, 1]]
     alive = bins.open(index[:, 2])
     targets = np.where(alive, bins.soft_labels(final), 1e-9)
     targets /= targets.sum(axis=1, keepdims=True)
-    refined = _cross_fit(
-        lambda train: _fit_mlp(x[train], targets[train], alive[train], options),
+    refined, _ = _cross_fit(
+        lambda train: _fit_refined(x[train], targets[train], alive[train], options),
         x,
         folds[place[index[:, 0]]],
         final[:, None],
@@ -146,14 +145,14 @@ def _cross_fit(
     lengths: Ints,
     alive: NDArray[np.bool_],
     bins: Bins,
-) -> Stage:
-    """Fit on everything; calibrate by what fits without a fold say of that fold."""
+) -> tuple[Stage, Floats]:
+    """Fit on everything; calibrate by the logits that fits without a fold give to that fold."""
     logits = np.zeros(alive.shape)
     for fold in np.unique(folds):
         held = folds == fold
         logits[held] = fit(~held).logits(x[held])
     stage: Stage = fit(np.ones(len(x), np.bool_))
-    return calibrated(stage, logits, alive, lengths, bins)
+    return calibrated(stage, logits, alive, lengths, bins), logits
 
 
 def calibrated(
@@ -216,7 +215,10 @@ def _fit_prompt(
     """
     shift, scale = _standardize(x)
     inputs = (x - shift) * scale
-    parts = [_ridge_logits(inputs, labels, lengths, bins), _softmax_logits(inputs, labels, options)]
+    parts = [
+        _ridge_logits(inputs, labels, lengths, bins),
+        fit_network(inputs, labels, None, _PROMPT, options.seed)[0],
+    ]
     weight, bias = (np.mean([part[i] for part in parts], axis=0) for i in (0, 1))
     return Stage(shift, scale, (weight, bias))
 
@@ -244,76 +246,23 @@ def _ridge_logits(
     return weight, bias
 
 
-def _softmax_logits(
-    features: Floats, labels: Floats, options: TrainOptions
-) -> tuple[Floats, Floats]:
-    """Linear softmax with dropout; linear models average into one."""
-    torch = import_torch()
-    inputs = torch.tensor(features, dtype=torch.float32)
-    targets = torch.tensor(labels, dtype=torch.float32)
-    weights, biases = [], []
-    for seed in range(options.seeds):
-        generator = torch.Generator().manual_seed(options.seed * 1000 + seed)
-        weight = torch.zeros(labels.shape[1], inputs.shape[1], requires_grad=True)
-        bias = targets.mean(dim=0).clamp_min(1e-4).log().requires_grad_()
-        optimizer = torch.optim.AdamW([weight, bias], lr=1e-3, weight_decay=0.05)
-        for _ in range(60):
-            for batch in torch.randperm(len(inputs), generator=generator).split(64):
-                kept = torch.rand(inputs[batch].shape, generator=generator) < 0.7
-                logits = (inputs[batch] * kept / 0.7) @ weight.T + bias
-                loss = -(targets[batch] * logits.log_softmax(dim=1)).sum(dim=1).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        weights.append(weight.detach().double().numpy())
-        biases.append(bias.detach().double().numpy())
-    return np.mean(weights, axis=0), np.mean(biases, axis=0)
-
-
-def _fit_mlp(
+def _fit_refined(
     x: NDArray[Any], targets: Floats, alive: NDArray[np.bool_], options: TrainOptions
 ) -> Stage:
     """One hidden layer; the softmax runs over the bins that are still open."""
-    torch = import_torch()
     shift, scale = _standardize(x)
-    inputs = torch.tensor((x - shift) * scale, dtype=torch.float32)
-    labels = torch.tensor(targets, dtype=torch.float32)
-    closed = torch.tensor(~alive)
-    generator = torch.Generator().manual_seed(options.seed)
-    units, bins, width = options.units, targets.shape[1], x.shape[1]
-    parameters = [
-        (torch.randn(units, width, generator=generator) / width**0.5).requires_grad_(),
-        torch.zeros(units, requires_grad=True),
-        (torch.randn(bins, units, generator=generator) / units**0.5 * 0.1).requires_grad_(),
-        torch.zeros(bins, requires_grad=True),
+    inputs = ((x - shift) * scale).astype(np.float32)
+    networks = [
+        fit_network(inputs, targets, alive, _REFINED, options.seed + i) for i in range(_NETWORKS)
     ]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
-    w1, b1, w2, b2 = parameters
-    for _ in range(options.steps):
-        batch = torch.randint(len(inputs), (256,), generator=generator)
-        kept = torch.rand(256, width, generator=generator) < 0.7
-        hidden = torch.relu((inputs[batch] * kept / 0.7) @ w1.T + b1)
-        logits = (hidden @ w2.T + b2).masked_fill(closed[batch], -1e4)
-        loss = -(labels[batch] * logits.log_softmax(dim=1)).sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    values = [parameter.detach().double().numpy() for parameter in parameters]
-    return Stage(shift, scale, (values[2], values[3]), (values[0], values[1]))
-
-
-def import_torch() -> Any:
-    """Import torch, which only training needs.
-
-    Raises:
-        ImportError: It is missing; the message names what to install.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            "training a length head needs torch: pip install 'deinfer[perception]'"
-        ) from None
-    return torch
+    # Networks side by side, whose outputs are averaged, are one network.
+    hidden, output = zip(*networks, strict=True)
+    return Stage(
+        shift,
+        scale,
+        hidden=(np.concatenate([w for w, _ in hidden]), np.concatenate([b for _, b in hidden])),
+        output=(
+            np.concatenate([w for w, _ in output], axis=1) / _NETWORKS,
+            np.mean([b for _, b in output], axis=0),
+        ),
+    )
