@@ -88,7 +88,7 @@ def collect(
     if chat is None:
         chat = bool(llm.get_tokenizer().chat_template)
     config = CollectionConfig(
-        model=str(model),
+        model=model.resolve().name,
         hidden_size=llm.model_info.hidden_size,
         num_layers=num_layers,
         layers=layers,

@@ -36,7 +36,7 @@ class CollectionConfig:
     """How answers were collected.
 
     Attributes:
-        model: Directory of the model.
+        model: Name of the model's directory.
         hidden_size: Of the model.
         num_layers: Of the model.
         layers: Whose hidden states are stored, numbered as transformers does.

@@ -17,7 +17,7 @@ from deinfer.perception.ridge import fit_ridge
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_LEVELS = np.linspace(0.05, 0.95, 19)
+_COVERAGE = 0.9
 _SHARE_ROUNDS = 200
 _PROMPT = Recipe(units=0, steps=800, batch=128, rate=1e-3, decay=0.05, dropout=0.3)
 _REFINED = Recipe(units=48, steps=500, batch=256, rate=3e-4, decay=0.1, dropout=0.4)
@@ -160,9 +160,11 @@ def calibrated(
 ) -> Stage:
     """Set a stage's temperature and levels.
 
-    The temperature is that of the least log loss. Then level q becomes the one at which a share q
-    of the held-out answers lies at or below the quantile that the engine reads off
-    (split-conformal; Vovk et al. 2005), with the finite-sample correction (n + 1) q.
+    The temperature is that of the least log loss. Then the level 0.9 becomes the one at which 90 %
+    of the held-out answers lie at or below the quantile that the engine reads off (split-conformal;
+    Vovk et al. 2005), with the finite-sample correction (n + 1) q. Levels up to 0.5 stay: the cap,
+    a point of much probability, is reached at whatever level lies in it, so that shares at or below
+    a lower quantile say little, and the median is good as it is.
 
     Args:
         stage: To calibrate.
@@ -188,14 +190,12 @@ def calibrated(
     # The quantile reaches a length beyond the level of all bins whose means are below it.
     enough = np.argmax(bins.lengths[None, None, :] >= lengths[:, :, None] - 1e-6, axis=2)
     scores = np.sort(before[rows, enough].ravel())
-    n = len(scores)
-    ranks = np.minimum(np.ceil((n + 1) * _LEVELS).astype(int), n) - 1
-    levels = np.maximum.accumulate(np.clip(scores[ranks], 1e-4, 1 - 1e-4))
-    levels += 1e-6 * np.arange(1, len(levels) + 1)  # strictly ascending
+    rank = min(int(np.ceil((len(scores) + 1) * _COVERAGE)), len(scores)) - 1
+    level = float(np.clip(scores[rank] + 1e-6, 0.55, 0.995))
     return replace(
         stage,
-        levels_from=np.concatenate([[0.0], np.minimum(levels, 1 - 1e-6), [1.0]]),
-        levels_to=np.concatenate([[0.0], _LEVELS, [1.0]]),
+        levels_from=np.array([0.0, 0.5, level, 1.0]),
+        levels_to=np.array([0.0, 0.5, _COVERAGE, 1.0]),
     )
 
 
