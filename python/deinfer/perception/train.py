@@ -53,7 +53,8 @@ def train_head(
         The head.
 
     Raises:
-        ValueError: There are fewer than 20 prompts, or the layer was not collected.
+        ValueError: There are fewer than 20 prompts, too few of whose answers are long enough to be
+            looked at again, or the layer was not collected.
     """
     options = options or TrainOptions()
     rows = np.arange(len(collection.ids)) if rows is None else np.asarray(rows)
@@ -80,6 +81,9 @@ def train_head(
     place[rows] = np.arange(len(rows))
     used = np.flatnonzero(place[collection.refined_rows[:, 0]] >= 0)
     index = collection.refined_rows[used]
+    fold_of = folds[place[index[:, 0]]]
+    if len(np.unique(fold_of)) < 2:
+        raise ValueError(f"too few answers have more than {collection.config.every} tokens")
     states = collection.refined_states[used, :, layer].astype(np.float32)
     # What the first stage says of prompts that it was not trained on: so it will be in use.
     x = refined_inputs(states[:, 0], states[:, 1], index[:, 2], left_out[place[index[:, 0]]])
@@ -90,7 +94,7 @@ def train_head(
     refined, _ = _cross_fit(
         lambda train: _fit_refined(x[train], targets[train], alive[train], options),
         x,
-        folds[place[index[:, 0]]],
+        fold_of,
         final[:, None],
         alive,
         bins,
@@ -146,7 +150,7 @@ def _cross_fit(
     alive: NDArray[np.bool_],
     bins: Bins,
 ) -> tuple[Stage, Floats]:
-    """Fit on everything; calibrate by the logits that fits without a fold give to that fold."""
+    """Fit on everything; calibrate by what fits without a fold say of that fold: its logits."""
     logits = np.zeros(alive.shape)
     for fold in np.unique(folds):
         held = folds == fold
