@@ -10,6 +10,7 @@
 #include "base/check.h"
 #include "base/cpu_topology.h"
 #include "engine/engine_info.h"
+#include "engine/hidden_states.h"
 #include "engine/plan_choice.h"
 #include "engine/request.h"
 #include "scheduler/scheduler.h"
@@ -37,7 +38,8 @@ struct RowTarget {
 struct Engine::Impl {
   Impl(EngineConfig engine_config, const LoadProgress& progress);
 
-  RequestId submit(std::span<const TokenId> prompt, const SamplingParams& params);
+  RequestId submit(std::span<const TokenId> prompt, const SamplingParams& params,
+                   const LengthBelief& belief);
   bool abort(RequestId id, std::optional<int> index);
   std::vector<RequestOutput> step();
 
@@ -53,6 +55,7 @@ struct Engine::Impl {
   int max_model_len = 0;
   std::unique_ptr<RankGroup> ranks;
   std::unique_ptr<Scheduler> scheduler;
+  std::unique_ptr<HiddenStates> hidden_states;
   std::vector<Sampler> samplers;  // one per thread
   ModelInfo info;
   RequestLimits limits;
@@ -92,6 +95,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
+  hidden_states = std::make_unique<HiddenStates>(config, model);
   PlanChoice choice = choose_plans(config, model, threads);
   config.exchange_chunks = choice.prefill_chunks;
   ranks =
@@ -109,19 +113,25 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
   for (int i = 0; i < threads; ++i)
     samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
-  limits = {model.vocab_size, max_model_len, config.block_size, blocks};
+  limits = {model.vocab_size, max_model_len, config.block_size, blocks,
+            hidden_states->num_reported()};
   info = describe_model(model, *ranks, max_model_len, blocks);
 }
 
-RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params) {
+RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params,
+                               const LengthBelief& belief) {
   check_request(prompt, params, limits);
+  LengthDistribution expected;
+  if (!belief.lengths.empty() || !belief.probabilities.empty()) {
+    expected = LengthDistribution(belief.lengths, belief.probabilities);
+  }
   std::lock_guard lock(mutex);
   if (failure) std::rethrow_exception(failure);
   RequestId id = next_request++;
   // Spread the default seeds: neighbouring requests must not share random streams.
   std::uint64_t seed = config.seed * 0x9e3779b97f4a7c15u + id;
-  inbox.push_back(
-      std::make_unique<Request>(id, prompt, params, model.eos_token_ids, seed, max_model_len));
+  inbox.push_back(std::make_unique<Request>(id, prompt, params, model.eos_token_ids, seed,
+                                            max_model_len, expected));
   alive[id].assign(static_cast<std::size_t>(params.n), true);
   return id;
 }
@@ -214,6 +224,7 @@ void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
     }
     if (!item.samples) continue;
     int last_row = first_row + item.num_tokens - 1;
+    if (hidden_states->wants(*request)) batch.state_rows.push_back(last_row);
     if (request->takes_most_likely(sequence)) {
       batch.argmax_rows.push_back(last_row);
       argmax_results.push_back(num_results++);
@@ -247,6 +258,7 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
   std::vector<std::pair<RequestId, int>> ended;
   std::int64_t generated = 0;
   std::int64_t prompt_tokens = 0;
+  hidden_states->begin(ranks->rank(0).hidden_states(), batch.state_rows.size());
   for (const ScheduledSequence& item : scheduled.items) {
     int prompt_left = item.sequence->prompt_length - item.sequence->num_computed;
     prompt_tokens += std::clamp(prompt_left, 0, item.num_tokens);
@@ -263,6 +275,10 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     sample.new_token_ids = {result.token};
     if (request->params().logprobs) sample.logprobs.push_back(std::move(result.logprobs));
     if (reason == FinishReason::kStop) sample.stop_token_id = result.token;
+    if (hidden_states->wants(*request)) {
+      hidden_states->take(*request, request->samples[static_cast<std::size_t>(index)], count - 1,
+                          reason != FinishReason::kNone, sample);
+    }
     ++generated;
     if (reason != FinishReason::kNone) {
       ended.emplace_back(request->id(), index);
@@ -270,6 +286,7 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     }
   }
   scheduler->update(sampled);
+  hidden_states->tell(*scheduler);
   std::lock_guard lock(mutex);
   for (auto [id, index] : ended) {
     auto found = alive.find(id);
@@ -279,6 +296,8 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
   counters.prompt_tokens += prompt_tokens;
   counters.generated_tokens += generated;
   counters.execute_us = execute_us;
+  counters.length_predictions = hidden_states->predictions();
+  counters.length_predictor_us = hidden_states->predict_us();
 }
 
 std::vector<RequestOutput> Engine::Impl::step() {
@@ -329,8 +348,9 @@ Engine::Engine(EngineConfig config, const LoadProgress& progress)
 
 Engine::~Engine() = default;
 
-RequestId Engine::submit(std::span<const TokenId> prompt, const SamplingParams& params) {
-  return impl_->submit(prompt, params);
+RequestId Engine::submit(std::span<const TokenId> prompt, const SamplingParams& params,
+                         const LengthBelief& belief) {
+  return impl_->submit(prompt, params, belief);
 }
 
 bool Engine::abort(RequestId id, std::optional<int> index) { return impl_->abort(id, index); }

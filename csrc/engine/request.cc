@@ -20,6 +20,9 @@ void check_request(std::span<const TokenId> prompt, const SamplingParams& params
   };
   for (TokenId token : prompt) check_token("prompt token id", token);
   for (TokenId token : params.stop_token_ids) check_token("stop token id", token);
+  check_argument(!params.hidden_states || limits.num_state_layers > 0,
+                 "hidden_states=", params.hidden_states.value_or(0),
+                 " needs an engine with hidden_state_layers");
   std::int64_t most = limits.max_model_len;
   if (params.max_tokens) most = std::min(most, length + *params.max_tokens);
   std::int64_t blocks = (most + limits.block_size - 1) / limits.block_size;
@@ -30,13 +33,15 @@ void check_request(std::span<const TokenId> prompt, const SamplingParams& params
 }
 
 Request::Request(RequestId id, std::span<const TokenId> prompt, const SamplingParams& params,
-                 const std::vector<TokenId>& eos_token_ids, std::uint64_t seed, int max_model_len)
+                 const std::vector<TokenId>& eos_token_ids, std::uint64_t seed, int max_model_len,
+                 const LengthDistribution& belief)
     : samples(static_cast<std::size_t>(params.n)),
       id_(id),
       prompt_(prompt.begin(), prompt.end()),
       params_(params),
       stop_ids_(params.stop_token_ids),
-      seed_(params.seed.value_or(seed)) {
+      seed_(params.seed.value_or(seed)),
+      belief_(belief) {
   if (!params.ignore_eos) {
     stop_ids_.insert(stop_ids_.end(), eos_token_ids.begin(), eos_token_ids.end());
   }
@@ -53,6 +58,7 @@ Sequence Request::make_sequence(int index, SequenceId id, std::int64_t now_us) c
   sequence.tokens = prompt_;
   sequence.prompt_length = prompt_length();
   sequence.max_new_tokens = max_new_tokens_;
+  sequence.expected_length = belief_;
   sequence.reuse_prefix = !wants_prompt_rows(index);
   return sequence;
 }

@@ -17,6 +17,7 @@ struct RequestLimits {
   int max_model_len = 0;
   int block_size = 0;
   std::int64_t num_kv_blocks = 0;
+  int num_state_layers = 0;  // whose hidden states may be asked for
 };
 
 /// Throws Error(kInvalidArgument or kOutOfMemory) naming the operand and its value.
@@ -27,7 +28,8 @@ class Request {
  public:
   /// `eos_token_ids` are the model's; `seed` replaces a missing one.
   Request(RequestId id, std::span<const TokenId> prompt, const SamplingParams& params,
-          const std::vector<TokenId>& eos_token_ids, std::uint64_t seed, int max_model_len);
+          const std::vector<TokenId>& eos_token_ids, std::uint64_t seed, int max_model_len,
+          const LengthDistribution& belief = {});
 
   RequestId id() const { return id_; }
   const SamplingParams& params() const { return params_; }
@@ -63,6 +65,8 @@ class Request {
   struct Sample {
     SequenceId sequence = 0;
     bool ended = false;
+    std::vector<float> state_sum;     // [layers, hidden] of the rows that sampled; see HiddenStates
+    std::vector<float> length_prior;  // what the length head keeps between its stages
   };
   std::vector<Sample> samples;
   int num_ended = 0;
@@ -74,6 +78,7 @@ class Request {
   std::vector<TokenId> stop_ids_;  // eos (unless ignored) and stop_token_ids
   std::uint64_t seed_;
   int max_new_tokens_;
+  LengthDistribution belief_;
   bool prompt_reported_ = false;
   std::vector<std::vector<TokenLogprob>> prompt_logprobs_;
   std::vector<float> prompt_logits_;

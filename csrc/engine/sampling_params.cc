@@ -35,6 +35,8 @@ void SamplingParams::validate() const {
                  logprobs.value_or(0));
   check_argument(!prompt_logprobs || *prompt_logprobs >= 0,
                  "prompt_logprobs must be at least 0, got ", prompt_logprobs.value_or(0));
+  check_argument(!hidden_states || *hidden_states >= 0, "hidden_states must be at least 0, got ",
+                 hidden_states.value_or(0));
 }
 
 }  // namespace deinfer

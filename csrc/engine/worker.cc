@@ -36,7 +36,9 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
   DecoderWeights weights =
       load_decoder(model, share, resolve_dtype(config.dtype, model, loader), loader);
   parameters_ = loader.parameters();
-  BatchLimits limits{config.max_num_batched_tokens, max_model_len};
+  // Every sequence samples at most once in a batch.
+  BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
+                     std::min(config.max_num_seqs, config.max_num_batched_tokens)};
   decoder_ = std::make_unique<Decoder>(model, share, std::move(weights), limits, threads);
   scratch_.resize(static_cast<std::size_t>(threads));
   for (ThreadScratch& scratch : scratch_) {

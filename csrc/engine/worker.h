@@ -37,6 +37,9 @@ class Worker {
   /// CommunicatorAborted when another rank has failed.
   std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume);
 
+  /// Of the last batch, on rank 0; see Decoder.
+  std::span<const float> hidden_states() const { return decoder_->hidden_states(); }
+
   std::uint64_t kv_block_bytes() const;
   std::uint64_t parameters() const { return parameters_; }
   const Decoder& decoder() const { return *decoder_; }

@@ -70,7 +70,10 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
       inner_(weights_.activations, limits.max_tokens, std::max(share.intermediate, 1)),
       z_(weights_.activations, std::max(limits.max_tokens, kLogitRows), max_z_cols(weights_)),
       maxima_(static_cast<std::size_t>(num_threads)),
-      best_value_(kLogitRows) {
+      best_value_(kLogitRows),
+      state_layers_(limits.state_layers),
+      state_memory_(float_bytes(static_cast<int>(state_layers_.size()) * limits.max_state_rows,
+                                config.hidden_size)) {
   for (RowMaximum& maximum : maxima_) {
     maximum.value.resize(kLogitRows);
     maximum.index.resize(kLogitRows);
@@ -118,6 +121,32 @@ void Decoder::plan(const Batch& batch) {
   // Over ranks, what a step exchanges is counted for all of its tokens (plan/exchanges.h).
   narrows_ = share_.size == 1 && wanted_.batch.num_tokens() < batch.num_tokens();
   if (narrows_) wanted_attention_.plan(wanted_.batch);
+  states_ = {state_memory_.as<float>(), state_layers_.size() * batch.state_rows.size() *
+                                            static_cast<std::size_t>(config_.hidden_size)};
+}
+
+void Decoder::keep_states(ExecutionContext& ctx, const Batch& batch, int layer) {
+  auto found = std::find(state_layers_.begin(), state_layers_.end(), layer);
+  auto rows = static_cast<int>(batch.state_rows.size());
+  if (found == state_layers_.end() || rows == 0) return;
+  float* out = state_memory_.as<float>() +
+               (found - state_layers_.begin()) * rows * std::ptrdiff_t{config_.hidden_size};
+  int most = rows;
+  if (ctx.exchange.size() > 1) {
+    most = static_cast<int>(ctx.exchange.max_bytes() / float_bytes(1, config_.hidden_size));
+  }
+  for (int first = 0; first < rows; first += most) {
+    int count = std::min(most, rows - first);
+    float* part = out + std::ptrdiff_t{first} * config_.hidden_size;
+    residual_.gather_rows(ctx, count, batch.state_rows.data() + first, batch.num_tokens(), part);
+    if (layer != config_.num_layers || ctx.exchange.rank() != 0) continue;
+    auto [begin, end] = ctx.member.share(count);
+    for (int i = begin; i < end; ++i) {
+      float* row = part + std::ptrdiff_t{i} * config_.hidden_size;
+      normalize_row(ctx.kernels, row, config_.hidden_size, weights_.final_norm,
+                    {row, DType::kFloat32, config_.hidden_size});
+    }
+  }
 }
 
 void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache) {
@@ -132,6 +161,7 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
   if (config_.positions == PositionKind::kLearned) {
     residual_.add_positions(ctx, batch.positions, config_.position_offset, weights_.positions);
   }
+  keep_states(ctx, batch, 0);
   for (int i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
     project_qkv(ctx, batch, layer, cache.layer(i));
@@ -140,6 +170,7 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
     const Batch& rows = narrow ? wanted_.batch : batch;
     attention_block(ctx, narrow ? wanted_attention_ : attention_, rows, layer, cache.layer(i));
     mlp_block(ctx, rows.num_tokens(), layer);
+    keep_states(ctx, rows, i + 1);
   }
 }
 

@@ -1,6 +1,7 @@
 // A decoder-only transformer, one rank's part: every linear dense or low-rank.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "model/decoder_weights.h"
@@ -17,6 +18,8 @@ namespace deinfer {
 struct BatchLimits {
   int max_tokens = 0;
   int max_model_len = 0;
+  std::vector<int> state_layers = {};  // hidden states that are kept of a batch's state_rows
+  int max_state_rows = 0;
 };
 
 /// Runs batches. Everything but plan() is collective over the team.
@@ -55,6 +58,11 @@ class Decoder {
   void most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
                    TokenId* tokens);
 
+  /// Hidden states [state_layers, batch.state_rows, hidden] (fp32) of the last forward(), on rank
+  /// 0. Numbered as transformers does: 0 is what enters the first block, i what leaves block i, and
+  /// the last, num_layers, has passed the final norm.
+  std::span<const float> hidden_states() const { return states_; }
+
   KvCacheConfig kv_cache_config(int block_size, std::int64_t num_blocks) const;
   std::size_t attention_scratch(const cpu::KernelTable& kernels) const;
   const ModelConfig& config() const { return config_; }
@@ -72,6 +80,8 @@ class Decoder {
   /// residual += norm(linear(x)).
   void add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
                        const LowRankLinear& linear, const Norm& norm);
+  /// Keeps the hidden states of `layer`, if they are wanted.
+  void keep_states(ExecutionContext& ctx, const Batch& batch, int layer);
   RotaryAngles angles() const { return {cos_.as<float>(), sin_.as<float>(), angle_cols_}; }
   std::ptrdiff_t query_cols() const {
     return std::ptrdiff_t{share_.heads.heads.size()} * config_.head_dim;
@@ -95,6 +105,9 @@ class Decoder {
   ActivationBuffer attended_, inner_, z_;
   std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows
   std::vector<float> best_value_;   // [kLogitRows]
+  std::vector<int> state_layers_;
+  Buffer state_memory_;            // [state_layers, max_state_rows, hidden]
+  std::span<const float> states_;  // the part of the last plan()
 };
 
 }  // namespace deinfer

@@ -39,6 +39,7 @@ void WantedRows::select(const Batch& whole) {
   };
   renumber(whole.logit_rows, batch.logit_rows);
   renumber(whole.argmax_rows, batch.argmax_rows);
+  renumber(whole.state_rows, batch.state_rows);  // whose next token is sampled
 }
 
 }  // namespace deinfer

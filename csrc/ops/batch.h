@@ -29,6 +29,7 @@ struct Batch {
   std::vector<BatchSequence> sequences;
   std::vector<int> logit_rows;   // ascending rows whose logits are wanted
   std::vector<int> argmax_rows;  // ascending rows of which only the most likely token is wanted
+  std::vector<int> state_rows;   // ascending rows whose hidden states are wanted
 
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   void clear() {
@@ -38,6 +39,7 @@ struct Batch {
     sequences.clear();
     logit_rows.clear();
     argmax_rows.clear();
+    state_rows.clear();
   }
 };
 

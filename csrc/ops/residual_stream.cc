@@ -242,11 +242,9 @@ void ResidualStream::gather_tokens(ExecutionContext& ctx, int m) {
   });
 }
 
-Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* rows_wanted, int m,
-                                   const Norm& norm) {
-  if (ctx.residual == ResidualLayout::kReplicated) {
-    return normalize(ctx, count, hidden_, rows(), ld(), norm, normed_.view(), rows_wanted);
-  }
+/// The sharded layouts' part of gather_rows() and wanted(); `out` may be null.
+void ResidualStream::exchange_rows(ExecutionContext& ctx, Collective kind, int count,
+                                   const int* rows_wanted, int m, float* out) {
   bool shards = ctx.residual == ResidualLayout::kHiddenShards;
   int columns = shards ? own_columns(ctx).size() : hidden_;
   auto is_own = [&](int row) {
@@ -257,29 +255,51 @@ Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* 
   float* part = ctx.floats_to_send();
   auto [begin, end] = ctx.member.share(count);
   for (int i = begin; i < end; ++i) {
-    float* out = part + std::ptrdiff_t{i} * columns;
+    float* row = part + std::ptrdiff_t{i} * columns;
     if (is_own(rows_wanted[i])) {
-      std::copy_n(rows() + rows_wanted[i] * ld(), columns, out);
+      std::copy_n(rows() + rows_wanted[i] * ld(), columns, row);
     } else {
-      std::fill_n(out, columns, 0.0f);
+      std::fill_n(row, columns, 0.0f);
     }
   }
-  Ticket ticket =
-      ctx.exchange_floats(shards ? Collective::kAllGather : Collective::kAllReduce, count, columns);
-  auto* whole = wanted_.as<float>();
-  for (int i = begin; i < end; ++i) {
-    float* out = whole + std::ptrdiff_t{i} * hidden_;
-    if (!shards) std::fill_n(out, hidden_, 0.0f);
+  Ticket ticket = ctx.exchange_floats(kind, count, columns);
+  for (int i = begin; i < end && out != nullptr; ++i) {
+    float* row = out + std::ptrdiff_t{i} * hidden_;
+    if (!shards) std::fill_n(row, hidden_, 0.0f);
     for (int r = 0; r < ctx.exchange.size(); ++r) {
       Range share = shards ? hidden_shares_[static_cast<std::size_t>(r)] : Range{0, hidden_};
       const float* source = ctx.floats_from(r, ticket) + std::ptrdiff_t{i} * share.size();
       for (int j = 0; j < share.size(); ++j) {
         // Token shards: all but one rank have zeros.
-        out[share.begin + j] = shards ? source[j] : out[j] + source[j];
+        row[share.begin + j] = shards ? source[j] : row[j] + source[j];
       }
     }
   }
   ctx.exchange.finish(ctx.member, ticket);
+}
+
+void ResidualStream::gather_rows(ExecutionContext& ctx, int count, const int* rows_wanted, int m,
+                                 float* out) {
+  bool root = ctx.exchange.rank() == 0;
+  if (ctx.residual == ResidualLayout::kReplicated) {
+    auto [begin, end] = ctx.member.share(count);
+    for (int i = begin; i < end && root; ++i) {
+      std::copy_n(rows() + rows_wanted[i] * ld(), hidden_, out + std::ptrdiff_t{i} * hidden_);
+    }
+    return;
+  }
+  exchange_rows(ctx, Collective::kGather, count, rows_wanted, m, root ? out : nullptr);
+}
+
+Activations ResidualStream::wanted(ExecutionContext& ctx, int count, const int* rows_wanted, int m,
+                                   const Norm& norm) {
+  if (ctx.residual == ResidualLayout::kReplicated) {
+    return normalize(ctx, count, hidden_, rows(), ld(), norm, normed_.view(), rows_wanted);
+  }
+  bool shards = ctx.residual == ResidualLayout::kHiddenShards;
+  auto* whole = wanted_.as<float>();
+  exchange_rows(ctx, shards ? Collective::kAllGather : Collective::kAllReduce, count, rows_wanted,
+                m, whole);
   return normalize(ctx, count, hidden_, whole, hidden_, norm, normed_.view());
 }
 

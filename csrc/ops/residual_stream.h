@@ -52,6 +52,12 @@ class ResidualStream {
   /// of the rank dimension could make it offline, |U z| = |z| would need no exchange.)
   void add_branch(ExecutionContext& ctx, int m, const Norm& norm);
 
+  /// out[count, hidden] = whole rows of x, rows[0 .. count), on rank 0, each by the thread that has
+  /// it in member.share(count): unlike other operations this one may leave before the others have
+  /// written theirs. `out` is not used on other ranks. Call it where x is complete and a barrier
+  /// precedes its next change.
+  void gather_rows(ExecutionContext& ctx, int count, const int* rows, int m, float* out);
+
   /// norm() of whole rows of x, rows[0 .. count): [count, hidden] on every rank.
   Activations wanted(ExecutionContext& ctx, int count, const int* rows, int m, const Norm& norm);
 
@@ -61,6 +67,8 @@ class ResidualStream {
   void gather_tokens(ExecutionContext& ctx, int m);
   void scale_branch(ExecutionContext& ctx, int row, int count, const Norm& norm);
   Range own_columns(const ExecutionContext& ctx) const;
+  void exchange_rows(ExecutionContext& ctx, Collective kind, int count, const int* rows, int m,
+                     float* out);
 
   int hidden_;
   std::vector<Range> hidden_shares_;

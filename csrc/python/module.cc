@@ -106,7 +106,14 @@ void bind_outputs(py::module_& m) {
       .def_property_readonly(
           "finish_reason",
           [](const SequenceOutput& output) { return finish_reason_name(output.finish_reason); })
-      .def_readonly("stop_token_id", &SequenceOutput::stop_token_id);
+      .def_readonly("stop_token_id", &SequenceOutput::stop_token_id)
+      .def_property_readonly("hidden_states",
+                             [](const SequenceOutput& output) -> py::object {
+                               if (output.hidden_states.empty()) return py::none();
+                               auto n = static_cast<py::ssize_t>(output.hidden_states.size());
+                               return py::array_t<float>(n, output.hidden_states.data());
+                             })
+      .def_readonly("hidden_states_position", &SequenceOutput::hidden_states_position);
   py::class_<RequestOutput>(m, "RequestOutput")
       .def_readonly("request_id", &RequestOutput::request_id)
       .def_readonly("outputs", &RequestOutput::outputs)
@@ -153,6 +160,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)
       .def_readonly("generated_tokens", &EngineStats::generated_tokens)
       .def_readonly("execute_us", &EngineStats::execute_us)
+      .def_readonly("length_predictions", &EngineStats::length_predictions)
+      .def_readonly("length_predictor_us", &EngineStats::length_predictor_us)
       .def_readonly("collectives", &EngineStats::collectives);
 }
 
@@ -164,9 +173,13 @@ void bind_engine(py::module_& m) {
            py::arg("progress") = PyProgress(), py::call_guard<py::gil_scoped_release>())
       .def(
           "submit",
-          [](Engine& engine, const std::vector<std::int64_t>& prompt,
-             const SamplingParams& params) { return engine.submit(to_token_ids(prompt), params); },
-          py::arg("prompt"), py::arg("params"))
+          [](Engine& engine, const std::vector<std::int64_t>& prompt, const SamplingParams& params,
+             std::vector<float> lengths, std::vector<float> probabilities) {
+            return engine.submit(to_token_ids(prompt), params,
+                                 {std::move(lengths), std::move(probabilities)});
+          },
+          py::arg("prompt"), py::arg("params"), py::arg("lengths") = std::vector<float>(),
+          py::arg("probabilities") = std::vector<float>())
       .def("abort", &Engine::abort, py::arg("request_id"), py::arg("index") = std::nullopt)
       .def("step", &Engine::step, py::call_guard<py::gil_scoped_release>())
       .def("has_unfinished_requests", &Engine::has_unfinished_requests)

@@ -29,6 +29,7 @@ class SamplingParams:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         prompt_logits: bool = False,
+        hidden_states: int | None = None,
         priority: int = 0,
     ) -> None: ...
     n: int
@@ -47,6 +48,7 @@ class SamplingParams:
     logprobs: int | None
     prompt_logprobs: int | None
     prompt_logits: bool
+    hidden_states: int | None
     priority: int
     def validate(self) -> None: ...
 
@@ -72,6 +74,8 @@ class EngineConfig:
         kv_cache_bytes: int = 0,
         scheduling_policy: str = "fcfs",
         enable_prefix_caching: bool = True,
+        hidden_state_layers: Sequence[int] = (),
+        length_predictor: str = "",
         seed: int = 0,
     ) -> None: ...
     model: str
@@ -90,6 +94,8 @@ class EngineConfig:
     kv_cache_bytes: int
     scheduling_policy: str
     enable_prefix_caching: bool
+    hidden_state_layers: list[int]
+    length_predictor: str
     seed: int
     def validate(self) -> None: ...
 
@@ -104,6 +110,8 @@ class SequenceOutput:
     logprobs: list[list[TokenLogprob]]
     finish_reason: str | None
     stop_token_id: int | None
+    hidden_states: NDArray[np.float32] | None
+    hidden_states_position: int
 
 class RequestOutput:
     request_id: int
@@ -149,6 +157,8 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     execute_us: int
+    length_predictions: int
+    length_predictor_us: int
     collectives: list[CollectiveStats]
 
 class Engine:
@@ -161,7 +171,13 @@ class Engine:
     def __init__(
         self, config: EngineConfig, progress: Callable[[int, int], None] | None = None
     ) -> None: ...
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int: ...
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        lengths: Sequence[float] = (),
+        probabilities: Sequence[float] = (),
+    ) -> int: ...
     def abort(self, request_id: int, index: int | None = None) -> bool: ...
     def step(self) -> list[RequestOutput]: ...
     def has_unfinished_requests(self) -> bool: ...

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deinfer.evaluate import Perplexity, Speed, measure_speed, perplexity
     from deinfer.llm import LLM
-    from deinfer.outputs import CompletionOutput, Logprob, RequestOutput
+    from deinfer.outputs import CompletionOutput, HiddenStates, Logprob, RequestOutput
     from deinfer.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "HiddenStates",
     "Logprob",
     "Perplexity",
     "RequestOutput",
@@ -35,6 +36,7 @@ __all__ = [
 _HOMES = {
     "LLM": "deinfer.llm",
     "CompletionOutput": "deinfer.outputs",
+    "HiddenStates": "deinfer.outputs",
     "Logprob": "deinfer.outputs",
     "RequestOutput": "deinfer.outputs",
     "SamplingParams": "deinfer.sampling_params",

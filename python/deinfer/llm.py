@@ -5,25 +5,31 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from deinfer import _C
 from deinfer.outputs import RequestOutput
-from deinfer.request import Prompt, Request, SinglePrompt, parse_prompts
-from deinfer.sampling_params import SamplingParams, assign_fields, field_names
+from deinfer.perception import Belief
+from deinfer.perception.beliefs import Beliefs
+from deinfer.progress import progress_bar, report_to
+from deinfer.request import (
+    Conversation,
+    Prompt,
+    Request,
+    SinglePrompt,
+    is_conversation,
+    parse_prompts,
+)
+from deinfer.sampling_params import SamplingParams, assign_fields, field_names, params_for
 from deinfer.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
 
 
 class LLM:
@@ -37,11 +43,15 @@ class LLM:
         tokenizer: Directory of another tokenizer, or a loaded Hugging Face tokenizer. None: the
             model's own, loaded when text is first needed; token ids need none.
         use_tqdm_on_load: Show a progress bar while weights load (on a terminal).
+        length_predictor: How to foresee the length of answers, for the scheduler: a name of
+            `deinfer.perception.PREDICTORS`, the path of an artifact's JSON file, or several of
+            these.
         **engine_args: Fields of the engine's configuration: `device`, `dtype`,
             `tensor_parallel_size`, `tensor_parallel_plan`, `emulated_link`,
             `exchange_chunks`, `num_threads`, `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `num_kv_blocks`, `kv_cache_bytes`,
-            `scheduling_policy`, `enable_prefix_caching`, `seed`.
+            `scheduling_policy`, `enable_prefix_caching`, `hidden_state_layers` (whose states
+            `SamplingParams(hidden_states=...)` reports, numbered as transformers does), `seed`.
 
     Raises:
         TypeError: An engine argument is unknown or of another type.
@@ -56,14 +66,19 @@ class LLM:
         *,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         use_tqdm_on_load: bool = True,
+        length_predictor: str | Sequence[str] = "",
         **engine_args: Any,
     ) -> None:
         """Load the model; see the class."""
+        self._beliefs = Beliefs(length_predictor, Path(model))
         config = _C.EngineConfig(model=str(model))
-        names = [name for name in field_names(_C.EngineConfig) if name != "model"]
+        config.length_predictor = self._beliefs.engine_head
+        own = ("model", "length_predictor")
+        names = [name for name in field_names(_C.EngineConfig) if name not in own]
         assign_fields(config, engine_args, names)
         self._lock = threading.RLock()  # guards the engine's step and the table of requests
         self._requests: dict[int, Request] = {}
+        self._num_state_layers = len(config.hidden_state_layers)
         self._tokenizer_path = Path(model)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if isinstance(tokenizer, str | Path):
@@ -71,8 +86,10 @@ class LLM:
             self._tokenizer = load_tokenizer(tokenizer)
         else:
             self._tokenizer = tokenizer
-        with _bar(use_tqdm_on_load, desc="Loading weights", unit="B", unit_scale=True) as bar:
-            self._engine = _C.Engine(config, _report_to(bar))
+        with progress_bar(
+            use_tqdm_on_load, desc="Loading weights", unit="B", unit_scale=True
+        ) as bar:
+            self._engine = _C.Engine(config, report_to(bar))
 
     @property
     def model_info(self) -> _C.ModelInfo:
@@ -125,7 +142,7 @@ class LLM:
             KeyboardInterrupt: On Ctrl-C, after the requests of this call have been dropped.
         """
         parsed = parse_prompts(prompts)
-        return self._run(parsed, _params_for(len(parsed), sampling_params), use_tqdm)
+        return self._run(parsed, params_for(len(parsed), sampling_params), use_tqdm)
 
     def chat(
         self,
@@ -160,7 +177,7 @@ class LLM:
             ValueError: There is no chat template, or it refuses a conversation; else as
                 `generate`.
         """
-        conversations = [messages] if _is_conversation(messages) else list(messages)
+        conversations = [messages] if is_conversation(messages) else list(messages)
         parsed = [
             self._render(
                 cast(Conversation, conversation),
@@ -172,7 +189,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run(parsed, _params_for(len(parsed), sampling_params), use_tqdm)
+        return self._run(parsed, params_for(len(parsed), sampling_params), use_tqdm)
 
     def stream(
         self,
@@ -202,7 +219,7 @@ class LLM:
             TypeError, ValueError, FileNotFoundError: As `generate`, at the call itself unless the
                 engine refuses the request.
         """
-        if _is_conversation(prompt):
+        if is_conversation(prompt):
             parsed = [
                 self._render(
                     cast(Conversation, prompt),
@@ -214,7 +231,7 @@ class LLM:
             parsed = parse_prompts(cast(SinglePrompt, prompt))
         if len(parsed) != 1:
             raise ValueError(f"stream takes one prompt, not {len(parsed)}")
-        params = _params_for(1, sampling_params)[0]
+        params = params_for(1, sampling_params)[0]
         self._tokenize(parsed)
         return self._stream(parsed[0], params, delta)
 
@@ -237,6 +254,31 @@ class LLM:
             raise RuntimeError("the engine returned no prompt logits")
         return logits
 
+    def ask(self, questions: Sequence[str], max_tokens: int) -> list[str]:
+        """Answer questions greedily, without foreseeing the length of these answers.
+
+        Args:
+            questions: Of a user, put into the chat template if there is one.
+            max_tokens: Most tokens of an answer.
+
+        Returns:
+            The answers.
+        """
+        chat = bool(self.get_tokenizer().chat_template)
+        prompts = [
+            self._render(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                chat_template=None,
+            )
+            if chat
+            else Prompt(text=question)
+            for question in questions
+        ]
+        params = [SamplingParams(temperature=0, max_tokens=max_tokens)] * len(prompts)
+        outputs = self._run(prompts, params, use_tqdm=False, foresee=False)
+        return [output.outputs[0].text for output in outputs]
+
     def _render(self, conversation: Conversation, **arguments: Any) -> Prompt:
         """Apply the chat template to one conversation."""
         tokenizer = self.get_tokenizer()
@@ -252,8 +294,13 @@ class LLM:
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        question = conversation[-1].get("content")
         # The template writes special tokens itself.
-        return Prompt(text=cast(str, text), special_tokens=False)
+        return Prompt(
+            text=cast(str, text),
+            special_tokens=False,
+            question=question if isinstance(question, str) else None,
+        )
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> None:
         for special in (True, False):
@@ -273,14 +320,19 @@ class LLM:
         return self.get_tokenizer()
 
     def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        use_tqdm: bool,
+        foresee: bool = True,
     ) -> list[RequestOutput]:
         self._tokenize(prompts)
+        beliefs = self._beliefs.of(self, prompts) if foresee else [None] * len(prompts)
         requests: list[Request] = []
         try:
-            for i, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            for i, (prompt, own, belief) in enumerate(zip(prompts, params, beliefs, strict=True)):
                 try:
-                    requests.append(self._submit(prompt, own))
+                    requests.append(self._submit(prompt, own, belief))
                 except (ValueError, MemoryError) as error:
                     if len(prompts) == 1:
                         raise
@@ -294,7 +346,7 @@ class LLM:
         """Step until all of the requests are finished."""
         start = time.perf_counter()
         pending = list(requests)
-        with _bar(use_tqdm, desc="Generating", unit="prompt", total=len(requests)) as bar:
+        with progress_bar(use_tqdm, desc="Generating", unit="prompt", total=len(requests)) as bar:
             while pending:
                 self._step(pending)
                 running = [request for request in pending if not request.finished]
@@ -308,7 +360,7 @@ class LLM:
     def _stream(
         self, prompt: Prompt, params: SamplingParams, delta: bool
     ) -> Generator[RequestOutput, None, None]:
-        request = self._submit(prompt, params)
+        request = self._submit(prompt, params, self._beliefs.of(self, [prompt])[0])
         try:
             finished, seen = False, 0
             while not finished:
@@ -323,11 +375,12 @@ class LLM:
         finally:
             self._drop([request])
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _submit(self, prompt: Prompt, params: SamplingParams, belief: Belief | None) -> Request:
         tokenizer = self._output_tokenizer(params)
+        token_ids = cast(list[int], prompt.token_ids)
         with self._lock:
-            request_id = self._engine.submit(cast(list[int], prompt.token_ids), params)
-            request = Request(request_id, prompt, params, tokenizer)
+            request_id = self._engine.submit(token_ids, params, *(belief or ()))
+            request = Request(request_id, prompt, params, tokenizer, self._num_state_layers)
             self._requests[request_id] = request
         return request
 
@@ -362,43 +415,3 @@ class LLM:
                     self._engine.abort(request.request_id)
             if not self._requests and self._engine.has_unfinished_requests():
                 self._engine.step()  # frees the KV blocks of what was aborted now
-
-
-def _params_for(
-    count: int, params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    """Give every prompt its parameters and check them all before any work is done."""
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        params = [params] * count
-    elif isinstance(params, str) or not isinstance(params, Sequence):
-        raise TypeError(f"sampling_params is a {type(params).__name__}, not SamplingParams")
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts")
-    for own in {id(own): own for own in params}.values():
-        if not isinstance(own, SamplingParams):
-            raise TypeError(f"sampling_params holds a {type(own).__name__}, not SamplingParams")
-        own.validate()
-    return list(params)
-
-
-def _is_conversation(value: object) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if not is_list:
-        return False
-    first = cast(Sequence[object], value)[0]
-    return isinstance(first, Mapping) and ("role" in first or "content" in first)
-
-
-def _bar(show: bool, **arguments: Any) -> tqdm[Any]:
-    """A progress bar; `disable=None` shows it on a terminal only."""
-    return tqdm(disable=None if show else True, dynamic_ncols=True, **arguments)
-
-
-def _report_to(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return report

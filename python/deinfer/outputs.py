@@ -29,6 +29,23 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """The model's hidden states along one sample, of the layers in `hidden_state_layers`.
+
+    Attributes:
+        positions: Generated tokens up to each report, [reports]; the first is 0, the prompt's last
+            token.
+        states: Of the newest token at each position, float32 [reports, layers, hidden].
+        means: Means of the states of the prompt's last and all generated tokens up to each
+            position, of the same shape.
+    """
+
+    positions: list[int]
+    states: NDArray[np.float32]
+    means: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One sample of a request.
 
@@ -42,6 +59,7 @@ class CompletionOutput:
         finish_reason: "stop", "length", "abort", or None while the sample runs.
         stop_reason: The stop string or the entry of `stop_token_ids` that ended the sample; None
             when it ended at the model's own end-of-sequence token or did not stop.
+        hidden_states: Those so far; None unless asked for.
     """
 
     index: int
@@ -51,6 +69,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    hidden_states: HiddenStates | None = field(default=None, compare=False, repr=False)
 
     def finished(self) -> bool:
         """Tell whether the sample has ended."""

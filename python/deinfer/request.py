@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deinfer import _C
-from deinfer.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
+from deinfer.outputs import CompletionOutput, FinishReason, HiddenStates, Logprob, RequestOutput
 from deinfer.sampling_params import SamplingParams
 from deinfer.tokenizer import IncrementalDetokenizer, decode, find_stop, held_length
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SinglePrompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 
 
@@ -30,11 +32,13 @@ class Prompt:
         text: What the user or the chat template wrote.
         token_ids: None until the text is tokenized.
         special_tokens: Whether the tokenizer adds its own (not to a chat template's text).
+        question: The last message's text, where a chat template has been put around it.
     """
 
     text: str | None = None
     token_ids: list[int] | None = None
     special_tokens: bool = True
+    question: str | None = None
 
 
 def parse_prompts(prompts: SinglePrompt | Sequence[SinglePrompt]) -> list[Prompt]:
@@ -56,6 +60,15 @@ def parse_prompts(prompts: SinglePrompt | Sequence[SinglePrompt]) -> list[Prompt
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts is a {type(prompts).__name__}, not a prompt or a list of prompts")
     return [_parse_prompt(cast(SinglePrompt, prompt)) for prompt in prompts]
+
+
+def is_conversation(value: object) -> bool:
+    """Tell a conversation, a sequence of messages, from a prompt and from several of them."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if not is_list:
+        return False
+    first = cast(Sequence[object], value)[0]
+    return isinstance(first, Mapping) and ("role" in first or "content" in first)
 
 
 def _is_token_ids(value: object) -> bool:
@@ -98,10 +111,15 @@ class Sample:
         index: Of the sample.
         params: The request's parameters; what is needed is copied.
         tokenizer: Makes the text; None: there is none.
+        num_state_layers: Layers of its hidden states, where they are asked for.
     """
 
     def __init__(
-        self, index: int, params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        index: int,
+        params: SamplingParams,
+        tokenizer: PreTrainedTokenizerBase | None,
+        num_state_layers: int = 0,
     ) -> None:
         """Start empty; see the class."""
         self.index = index
@@ -119,6 +137,9 @@ class Sample:
         self._min_tokens = params.min_tokens
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob = 0.0
+        self._state_positions: list[int] = []
+        self._states: list[NDArray[np.float32]] = []  # as the engine gives them
+        self._state_layers = num_state_layers
         self._stop_reason: int | str | None = None
         self._text = ""
         self._sent_tokens = 0
@@ -135,6 +156,9 @@ class Sample:
         """
         if self.finish_reason is not None:
             return False  # the engine's confirmation that it has dropped the sample
+        if output.hidden_states is not None:
+            self._state_positions.append(output.hidden_states_position)
+            self._states.append(output.hidden_states)
         for i, token_id in enumerate(output.new_token_ids):
             self.token_ids.append(token_id)
             if self._logprobs is not None:
@@ -170,6 +194,12 @@ class Sample:
         self.finish_reason, self._stop_reason = "stop", stop
         return True
 
+    def _hidden_states(self) -> HiddenStates | None:
+        if not self._states:
+            return None
+        both = np.stack(self._states).reshape(len(self._states), 2, self._state_layers, -1)
+        return HiddenStates(list(self._state_positions), both[:, 0], both[:, 1])
+
     def output(self, *, delta: bool = False) -> CompletionOutput:
         """Describe the sample.
 
@@ -195,6 +225,7 @@ class Sample:
             logprobs=None if self._logprobs is None else self._logprobs[first_token:],
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
+            hidden_states=self._hidden_states(),
         )
 
 
@@ -206,6 +237,7 @@ class Request:
         prompt: With token ids.
         params: Its parameters.
         tokenizer: Makes text; None: there is none.
+        num_state_layers: Layers of its hidden states, where they are asked for.
     """
 
     def __init__(
@@ -214,12 +246,15 @@ class Request:
         prompt: Prompt,
         params: SamplingParams,
         tokenizer: PreTrainedTokenizerBase | None,
+        num_state_layers: int = 0,
     ) -> None:
         """Start without output; see the class."""
         self.request_id = request_id
         self.generated_tokens = 0
         self._prompt = prompt
-        self._samples = [Sample(index, params, tokenizer) for index in range(params.n)]
+        self._samples = [
+            Sample(index, params, tokenizer, num_state_layers) for index in range(params.n)
+        ]
         self._tokenizer = tokenizer if params.detokenize else None
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]

@@ -77,6 +77,8 @@ class SamplingParams(_C.SamplingParams):
         logprobs: >= 0: report the chosen token and the k most likely.
         prompt_logprobs: The same for every prompt token but the first.
         prompt_logits: Return fp32 logits of all prompt positions (see `LLM.prompt_logits`).
+        hidden_states: >= 0: report the hidden states of the prompt's last token and, unless 0, of
+            every so many generated tokens; the model must be loaded with `hidden_state_layers`.
         skip_special_tokens: Leave special tokens out of the text.
         detokenize: Make text at all; False saves its time.
         priority: Higher runs earlier.
@@ -112,6 +114,7 @@ class SamplingParams(_C.SamplingParams):
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         prompt_logits: bool = False,
+        hidden_states: int | None = None,
         skip_special_tokens: bool = True,
         detokenize: bool = True,
         priority: int = 0,
@@ -135,6 +138,7 @@ class SamplingParams(_C.SamplingParams):
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
             "prompt_logits": prompt_logits,
+            "hidden_states": hidden_states,
             "priority": priority,
         }
         assign_fields(self, native, native)
@@ -197,3 +201,34 @@ def _show(value: object) -> str:
 
 def _rebuild(values: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**values)
+
+
+def params_for(
+    count: int, params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    """Give every prompt its parameters and check them all before any work is done.
+
+    Args:
+        count: Of the prompts.
+        params: For all of them, or one for each; None: the defaults.
+
+    Returns:
+        One for each prompt.
+
+    Raises:
+        TypeError: Something is no SamplingParams.
+        ValueError: Their number differs, or a value is bad.
+    """
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        params = [params] * count
+    elif isinstance(params, str) or not isinstance(params, Sequence):
+        raise TypeError(f"sampling_params is a {type(params).__name__}, not SamplingParams")
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts")
+    for own in {id(own): own for own in params}.values():
+        if not isinstance(own, SamplingParams):
+            raise TypeError(f"sampling_params holds a {type(own).__name__}, not SamplingParams")
+        own.validate()
+    return list(params)

@@ -198,7 +198,7 @@ def test_two_models_in_one_process(llm: LLM, lowrank_model: Path) -> None:
 def test_load_progress(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(
-        "deinfer.llm._report_to", lambda bar: lambda done, total: calls.append((done, total))
+        "deinfer.llm.report_to", lambda bar: lambda done, total: calls.append((done, total))
     )
     LLM(tiny_model, num_threads=1, kv_cache_bytes=1 << 20)
     assert calls == sorted(calls)
@@ -209,7 +209,7 @@ def test_interrupt_while_loading(tiny_model: Path, monkeypatch: pytest.MonkeyPat
     def report(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deinfer.llm._report_to", lambda bar: report)
+    monkeypatch.setattr("deinfer.llm.report_to", lambda bar: report)
     with pytest.raises(KeyboardInterrupt):
         LLM(tiny_model, num_threads=1, kv_cache_bytes=1 << 20)
 

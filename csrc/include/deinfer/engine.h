@@ -40,7 +40,13 @@ struct DEINFER_API EngineConfig {
   std::uint64_t kv_cache_bytes = 0;  // 0: a quarter of the memory available after loading
   std::string scheduling_policy = "fcfs";
   bool enable_prefix_caching = true;
-  std::uint64_t seed = 0;  // base of the seeds of requests that bring none
+  std::vector<int> hidden_state_layers;  // that requests may ask for, numbered as transformers
+                                         // does: 0 enters the first block, i leaves block i, the
+                                         // last has passed the final norm
+  std::string length_predictor;  // "": none; "hidden_state": MODEL/perception/hidden_state.json; or
+                                 // the path of such a file: the head that tells the scheduler how
+                                 // long answers become
+  std::uint64_t seed = 0;        // base of the seeds of requests that bring none
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;
@@ -55,6 +61,19 @@ struct SequenceOutput {
   std::vector<std::vector<TokenLogprob>> logprobs;  // one list per new token, chosen token first
   FinishReason finish_reason = FinishReason::kNone;
   std::optional<TokenId> stop_token_id;  // the token that ended it (kStop)
+  // Where SamplingParams::hidden_states asks for them, else empty: [2, layers, hidden], the states
+  // of the newest token before new_token_ids (the prompt's last, or a generated one), and the means
+  // of those of the prompt's last and all generated tokens up to it.
+  std::vector<float> hidden_states;
+  int hidden_states_position = 0;  // generated tokens up to it
+};
+
+/// What is believed about the length of an answer: lengths[i] (generated tokens) has the weight
+/// probabilities[i]; at most 16 of each. Advisory: it may change the order of requests, never their
+/// tokens, and whatever is no distribution (NaN, infinity, all zero) counts as no belief.
+struct LengthBelief {
+  std::vector<float> lengths;
+  std::vector<float> probabilities;
 };
 
 /// One request's progress in a step.
@@ -111,6 +130,8 @@ struct EngineStats {
   std::int64_t generated_tokens = 0;
   std::int64_t execute_us = 0;  // of step() within the workers: the model's forward passes, and
                                 // sampling; the rest is scheduling and bookkeeping
+  std::int64_t length_predictions = 0;  // made by the head of EngineConfig::length_predictor
+  std::int64_t length_predictor_us = 0;
   std::vector<CollectiveStats> collectives;  // of rank 0; kinds that were used
 };
 
@@ -130,7 +151,10 @@ class DEINFER_API Engine {
   /// Validates and copies; kInvalidArgument for an empty or over-long prompt, token ids outside the
   /// vocabulary or bad parameters, kOutOfMemory for a request that the KV pool can never hold.
   /// A sample ends with kLength at max_tokens or when the context (max_model_len) is full.
-  RequestId submit(std::span<const TokenId> prompt, const SamplingParams& params);
+  /// `belief` (kInvalidArgument for other numbers of lengths than probabilities, or too many) holds
+  /// until the engine's own predictor knows better.
+  RequestId submit(std::span<const TokenId> prompt, const SamplingParams& params,
+                   const LengthBelief& belief = {});
 
   /// Ends one sample or (no index) all samples of a request; false if unknown or already ended.
   /// Their last outputs (kAbort) come with the next step().

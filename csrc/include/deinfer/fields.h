@@ -32,6 +32,7 @@ void visit_fields(SamplingParams*, Visitor&& visitor) {
   visitor("logprobs", &T::logprobs);
   visitor("prompt_logprobs", &T::prompt_logprobs);
   visitor("prompt_logits", &T::prompt_logits);
+  visitor("hidden_states", &T::hidden_states);
   visitor("priority", &T::priority);
 }
 
@@ -54,6 +55,8 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("kv_cache_bytes", &T::kv_cache_bytes);
   visitor("scheduling_policy", &T::scheduling_policy);
   visitor("enable_prefix_caching", &T::enable_prefix_caching);
+  visitor("hidden_state_layers", &T::hidden_state_layers);
+  visitor("length_predictor", &T::length_predictor);
   visitor("seed", &T::seed);
 }
 

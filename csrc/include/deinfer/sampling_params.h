@@ -31,6 +31,8 @@ struct DEINFER_API SamplingParams {
   std::optional<int> logprobs = {};  // >= 0: report the chosen token and the k most likely
   std::optional<int> prompt_logprobs = {};  // the same for every prompt token but the first
   bool prompt_logits = false;               // return fp32 logits of all prompt positions (large)
+  std::optional<int> hidden_states = {};    // >= 0: report the hidden states of the prompt's last
+                                            // token and (not 0) of every so many generated ones
   int priority = 0;                         // higher runs earlier
 
   /// Throws Error(kInvalidArgument) naming the field and its value.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deinfer import __version__
-from deinfer.cli import chat, decompose, evaluate, generate, info, plan
+from deinfer.cli import chat, decompose, evaluate, generate, info, perception, plan
 from deinfer.cli.options import Parser, UsageError, quiet_transformers
 
 _EPILOG = """\
@@ -20,10 +20,11 @@ examples:
   deinfer chat MODEL                             talk to it
   deinfer eval MODEL --text FILE                 perplexity of a text
   deinfer plan MODEL --tp 4                      how ranks best divide a model
+  deinfer perception collect MODEL ...           learn how long its answers become
 
 Each command explains itself: deinfer COMMAND --help. Set DEINFER_DEBUG=1 for tracebacks.
 """
-_COMMANDS = (info, decompose, generate, chat, evaluate, plan)
+_COMMANDS = (info, decompose, generate, chat, evaluate, plan, perception)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

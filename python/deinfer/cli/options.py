@@ -93,6 +93,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         ("--max-num-batched-tokens", int, "most tokens in one step (default: 512)"),
         ("--kv-cache-bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
         ("--scheduling-policy", str, "order of the requests (default: fcfs)"),
+        (
+            "--length-predictor",
+            str,
+            "history, prompt, hidden_state, instructed or an artifact's JSON file (default: none)",
+        ),
     ):
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
 
@@ -139,6 +144,7 @@ _ENGINE = (
     "max_num_batched_tokens",
     "kv_cache_bytes",
     "scheduling_policy",
+    "length_predictor",
 )
 _SAMPLING = (
     "max_tokens",
@@ -172,6 +178,11 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
         return SamplingParams(**{"temperature": 0.0, **given, **more})
 
 
+def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of the options of `add_engine_options`, as arguments of `LLM`."""
+    return {name: getattr(options, name) for name in _ENGINE if hasattr(options, name)}
+
+
 def load_model(options: argparse.Namespace) -> LLM:
     """Load MODEL with the options of `add_engine_options`.
 
@@ -187,7 +198,7 @@ def load_model(options: argparse.Namespace) -> LLM:
     from deinfer.llm import LLM
 
     require_model(options.model)
-    given = {name: getattr(options, name) for name in _ENGINE if hasattr(options, name)}
+    given = engine_arguments(options)
     try:
         return LLM(options.model, **given)
     except (TypeError, ValueError) as error:

@@ -152,7 +152,30 @@ def write_checkpoint(
         **low_rank,
         "ranks": {name: pair.u.shape[1] for name, pair in factors.items()},
     }
-    with atomic_directory(Path(destination), overwrite=overwrite) as temporary:
+    write_like(source, Path(destination), config, tensors, overwrite=overwrite)
+
+
+def write_like(
+    source: Path,
+    destination: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint with another's tokenizer and side files, atomically.
+
+    Args:
+        source: The other checkpoint.
+        destination: Directory to create.
+        config: Of config.json.
+        tensors: By name.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        FileExistsError: The destination exists and `overwrite` is false.
+    """
+    with atomic_directory(destination, overwrite=overwrite) as temporary:
         text = json.dumps(config, indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
         for file in _SIDE_FILES:
