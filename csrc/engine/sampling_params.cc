@@ -37,6 +37,9 @@ void SamplingParams::validate() const {
                  "prompt_logprobs must be at least 0, got ", prompt_logprobs.value_or(0));
   check_argument(!hidden_states || *hidden_states >= 0, "hidden_states must be at least 0, got ",
                  hidden_states.value_or(0));
+  if (expected_tokens) {
+    check_range("expected_tokens", *expected_tokens, *expected_tokens > 0, "a finite number > 0");
+  }
 }
 
 }  // namespace deinfer

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
+#include "scheduler/event_log.h"
 
 namespace deinfer {
 namespace {
@@ -23,24 +25,12 @@ const SchedulerConfig& validated(const SchedulerConfig& config) {
 
 }  // namespace
 
-void SchedulerConfig::validate() const {
-  const auto at_least = [](const char* name, int value, int minimum) {
-    check_argument(value >= minimum, name, " must be at least ", minimum, ", got ", value);
-  };
-  at_least("max_num_seqs", max_num_seqs, 1);
-  at_least("max_num_batched_tokens", max_num_batched_tokens, 1);
-  at_least("block_size", block_size, 1);
-  at_least("num_blocks", num_blocks, 1);
-  at_least("max_prefill_chunk", max_prefill_chunk, 0);
-  check_argument(watermark >= 0.0 && watermark < 1.0, "watermark must be in [0, 1), got ",
-                 watermark);
-}
-
 Scheduler::Scheduler(const SchedulerConfig& config, std::unique_ptr<SchedulingPolicy> policy)
     : config_(validated(config)),
       watermark_blocks_(static_cast<std::int64_t>(std::ceil(config.watermark * config.num_blocks))),
       policy_(std::move(policy)),
-      blocks_(config.num_blocks, config.block_size, config.enable_prefix_caching) {
+      blocks_(config.num_blocks, config.block_size, config.enable_prefix_caching),
+      admission_(config_, blocks_) {
   check_argument(policy_ != nullptr, "scheduler: no policy");
 }
 
@@ -61,29 +51,72 @@ void Scheduler::add(Sequence sequence) {
          blocks_.blocks_for(tokens), " KV blocks of ", config_.block_size, " tokens, the pool has ",
          config_.num_blocks);
   }
+  if (log_ != nullptr) log_->add(sequence);
   sequence.state = SequenceState::kWaiting;
   sequence.num_computed = 0;
   sequence.block_table.clear();
   sequence.preemptions = 0;
+  sequence.evictions = 0;
+  sequence.pause = 0;
   sequence.max_computed = 0;
   sequence.num_registered = 0;
+  sequence.computed_twice = false;
   sequence.prefix_node = 0;
+  sequence.promoted = false;
+  sequence.admission_mean = 0.0f;
+  sequence.admission_q90 = 0.0f;
   const auto [entry, inserted] =
       sequences_.emplace(id, std::make_unique<Sequence>(std::move(sequence)));
-  policy_->push(*entry->second);
+  enqueue(*entry->second);
+}
+
+void Scheduler::enqueue(Sequence& sequence) {
+  sequence.state = SequenceState::kWaiting;
+  sequence.expected_remaining = admission_.expected_remaining(sequence);
+  policy_->push(sequence);
+  if (sequence.promoted) return;
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  double wait_s = config_.promotion.after_s > 0.0 ? config_.promotion.after_s : kNever;
+  const float length =
+      sequence.expected_remaining > 0.0f
+          ? sequence.expected_remaining + static_cast<float>(sequence.num_generated())
+          : admission_.history().mean();
+  if (config_.promotion.per_token_s > 0.0 && length > 0.0f) {
+    wait_s = std::min(wait_s, config_.promotion.per_token_s * length);
+  }
+  constexpr double kCentury = 3.2e9;  // in seconds; beyond it, numbers would overflow
+  if (wait_s > kCentury) return;
+  sequence.promotion_us = sequence.arrival_us + static_cast<std::int64_t>(wait_s * 1e6);
+  promotions_.insert({sequence.promotion_us, sequence.id});
+}
+
+void Scheduler::dequeue(Sequence& sequence) {
+  policy_->remove(sequence);
+  promotions_.erase({sequence.promotion_us, sequence.id});
+}
+
+void Scheduler::promote_waiting() {
+  while (!promotions_.empty() && promotions_.begin()->first <= now_us_) {
+    Sequence& sequence = *sequences_.at(promotions_.begin()->second);
+    dequeue(sequence);
+    sequence.promoted = true;
+    ++totals_.num_promotions;
+    enqueue(sequence);
+  }
 }
 
 bool Scheduler::abort(SequenceId id) {
   if (in_flight_) fail(ErrorCode::kInternal, "abort of sequence ", id, " during a step");
   const auto entry = sequences_.find(id);
   if (entry == sequences_.end()) return false;
+  if (log_ != nullptr) log_->add(EventLog::Abort{id});
   Sequence& sequence = *entry->second;
   if (sequence.state == SequenceState::kWaiting) {
-    policy_->remove(sequence);
+    dequeue(sequence);
   } else {
     std::erase(running_, &sequence);
   }
-  retire(sequence);
+  retire(sequence, false);
   return true;
 }
 
@@ -91,29 +124,35 @@ bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
   if (in_flight_) fail(ErrorCode::kInternal, "expect() for sequence ", id, " during a step");
   const auto entry = sequences_.find(id);
   if (entry == sequences_.end()) return false;
+  if (log_ != nullptr) log_->add(EventLog::Expect{id, length});
   Sequence& sequence = *entry->second;
+  if (sequence.hinted) return true;
   const bool waiting = sequence.state == SequenceState::kWaiting;
-  if (waiting) policy_->remove(sequence);
+  if (waiting) dequeue(sequence);
   sequence.expected_length = length;
-  if (waiting) policy_->push(sequence);
+  if (waiting) enqueue(sequence);
   return true;
 }
 
 const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
   if (in_flight_) fail(ErrorCode::kInternal, "schedule() before the update() of the last step");
+  if (log_ != nullptr) log_->add(EventLog::Step{now_us});
   retired_.clear();
   batch_.items.clear();
   batch_.preempted.clear();
   batch_.num_tokens = 0;
   now_us_ = now_us;
   budget_ = config_.max_num_batched_tokens;
+  any_paused_ = false;
   while (Sequence* sequence = policy_->set_aside(context(running_))) {
     if (sequence->state != SequenceState::kRunning) {
       fail(ErrorCode::kInternal, "the scheduling policy set aside sequence ", sequence->id,
            ", which does not run");
     }
+    ++totals_.set_aside;
     preempt(*sequence);
   }
+  promote_waiting();
 
   order_ = running_;
   for (Sequence* sequence : order_) {
@@ -128,7 +167,8 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
     Sequence& sequence = owned(item);
     blocks_.register_computed(sequence, sequence.num_computed + item.num_tokens);
   }
-  if (batch_.preempted.empty() || running_.empty()) plan_waiting();
+  if ((batch_.preempted.empty() && !any_paused_) || running_.empty()) plan_waiting();
+  batch_.graph_size = graph_size();
   in_flight_ = !batch_.items.empty();
   if (!in_flight_ && !sequences_.empty()) {
     fail(ErrorCode::kInternal, "the scheduling policy holds back all ", sequences_.size(),
@@ -151,10 +191,14 @@ void Scheduler::plan_running(Sequence& sequence) {
   const std::int64_t fitting = blocks_.capacity(sequence) - sequence.num_computed;
   num_tokens = static_cast<int>(std::clamp<std::int64_t>(fitting, 1, num_tokens));
   while (!blocks_.grow(sequence, sequence.num_computed + num_tokens)) {
+    if (may_pause(sequence)) return;
     Sequence& victim = choose_victim();
+    ++(sequence.num_pending() == 1 ? totals_.evicted_for_decode : totals_.evicted_for_prefill);
+    ++victim.evictions;
     preempt(victim);
     if (&victim == &sequence) return;
   }
+  sequence.pause = 0;
   plan_item(sequence, num_tokens);
 }
 
@@ -164,43 +208,10 @@ void Scheduler::plan_item(Sequence& sequence, int num_tokens) {
   budget_ -= num_tokens;
 }
 
-Sequence& Scheduler::choose_victim() {
-  const auto first = std::ranges::min_element(
-      running_, [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); });
-  candidates_.clear();
-  for (Sequence* sequence : running_) {
-    if (sequence != *first) candidates_.push_back(sequence);
-  }
-  if (candidates_.empty()) {
-    fail(ErrorCode::kInternal, "no KV block for sequence ", (*first)->id, " running alone");
-  }
-  Sequence* victim = policy_->victim(context(candidates_));
-  if (std::ranges::find(candidates_, victim) == candidates_.end()) {
-    fail(ErrorCode::kInternal, "the scheduling policy chose a victim that is no candidate");
-  }
-  return *victim;
-}
-
-void Scheduler::preempt(Sequence& sequence) {
-  const auto item = std::ranges::find(batch_.items, &sequence, &ScheduledSequence::sequence);
-  if (item != batch_.items.end()) {
-    budget_ += item->num_tokens;
-    batch_.num_tokens -= item->num_tokens;
-    batch_.items.erase(item);
-  }
-  sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
-  blocks_.release(sequence);
-  ++sequence.preemptions;
-  ++totals_.num_preemptions;
-  sequence.state = SequenceState::kWaiting;
-  std::erase(running_, &sequence);
-  policy_->push(sequence);
-  batch_.preempted.push_back(sequence.id);
-}
-
 void Scheduler::plan_waiting() {
   pledged_blocks_ = 0;
   for (const Sequence* sequence : running_) pledged_blocks_ += missing_blocks(*sequence);
+  admission_.begin(running_);
   while (budget_ > 0 && static_cast<int>(running_.size()) < config_.max_num_seqs) {
     Sequence* sequence = policy_->next(context(running_));
     if (sequence == nullptr || !try_admit(*sequence)) return;
@@ -228,9 +239,10 @@ bool Scheduler::try_admit(Sequence& sequence) {
   blocks_.match_prefix(sequence, match_);
   const std::int64_t needed = blocks_.blocks_for(sequence.length()) -
                               static_cast<std::int64_t>(match_.blocks.size()) + match_.num_cached;
-  if (needed > spare) return false;
+  if (needed > spare || !admission_.has_room(sequence, match_)) return false;
 
-  policy_->remove(sequence);
+  dequeue(sequence);
+  if (sequence.preemptions == 0) admission_.note_belief(sequence);
   sequence.state = SequenceState::kRunning;
   running_.push_back(&sequence);
   blocks_.take_prefix(sequence, match_);
@@ -243,7 +255,14 @@ bool Scheduler::try_admit(Sequence& sequence) {
   pledged_blocks_ += missing_blocks(sequence);
   // At once, so that the other samples of the same prompt share its blocks in this very step.
   blocks_.register_computed(sequence, sequence.num_computed + num_tokens);
+  admission_.admitted(running_);
   return true;
+}
+
+int Scheduler::graph_size() const {
+  const auto size =
+      std::ranges::lower_bound(config_.graph_sizes, static_cast<int>(batch_.items.size()));
+  return size == config_.graph_sizes.end() ? 0 : *size;
 }
 
 void Scheduler::update(std::span<const SampledToken> sampled) {
@@ -252,7 +271,9 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
   if (static_cast<std::size_t>(samples) != sampled.size()) {
     fail(ErrorCode::kInternal, "the step samples ", samples, " tokens, got ", sampled.size());
   }
+  if (log_ != nullptr) log_->add(EventLog::Update{{sampled.begin(), sampled.end()}});
   in_flight_ = false;
+  compare_forecast();
   std::size_t next = 0;
   bool any_finished = false;
   for (const ScheduledSequence& item : batch_.items) {
@@ -267,8 +288,13 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
       fail(ErrorCode::kInternal, "a token for sequence ", answer.id, " in place of ", sequence.id);
     }
     sequence.tokens.push_back(answer.token);
+    ++totals_.generated_tokens;
     if (answer.finished) {
-      retire(sequence);
+      // At its limit it may have had more to say.
+      retire(sequence, sequence.num_generated() < sequence.max_new_tokens);
+      if (sequence.admission_mean > 0.0f) {
+        accuracy_.add(sequence.admission_mean, sequence.admission_q90, sequence.num_generated());
+      }
       any_finished = true;
     } else if (sequence.num_generated() >= sequence.max_new_tokens) {
       fail(ErrorCode::kInternal, "sequence ", sequence.id, " goes on after its max_new_tokens ",
@@ -280,7 +306,21 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
   }
 }
 
-void Scheduler::retire(Sequence& sequence) {
+void Scheduler::compare_forecast() {
+  window_forecast_ = std::max(window_forecast_, admission_.forecast_blocks());
+  window_used_ = std::max<std::int64_t>(window_used_, blocks_.num_used());
+  if (++window_steps_ < SchedulerStats::kForecastWindow) return;
+  if (window_forecast_ > 0) {
+    totals_.forecast_error =
+        static_cast<double>(window_forecast_ - window_used_) / config_.num_blocks;
+  }
+  window_steps_ = 0;
+  window_forecast_ = 0;
+  window_used_ = 0;
+}
+
+void Scheduler::retire(Sequence& sequence, bool ended) {
+  admission_.observe(sequence, ended);
   blocks_.release(sequence);
   sequence.state = SequenceState::kFinished;
   const auto entry = sequences_.find(sequence.id);
@@ -289,7 +329,9 @@ void Scheduler::retire(Sequence& sequence) {
 }
 
 SchedulingContext Scheduler::context(std::span<Sequence* const> running) const {
-  return {now_us_, running, config_.max_num_seqs, blocks_.num_available()};
+  return {
+      now_us_, running, config_.max_num_seqs, blocks_.num_available(), admission_.history().mean(),
+      &blocks_};
 }
 
 const Sequence* Scheduler::find(SequenceId id) const {
@@ -304,6 +346,8 @@ SchedulerStats Scheduler::stats() const {
   stats.free_blocks = blocks_.num_free();
   stats.cached_blocks = blocks_.num_cached();
   stats.used_blocks = blocks_.num_used();
+  for (const Sequence* sequence : running_) stats.promised_blocks += missing_blocks(*sequence);
+  stats.forecast_blocks = admission_.forecast_blocks();
   return stats;
 }
 

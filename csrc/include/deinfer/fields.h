@@ -34,6 +34,7 @@ void visit_fields(SamplingParams*, Visitor&& visitor) {
   visitor("prompt_logits", &T::prompt_logits);
   visitor("hidden_states", &T::hidden_states);
   visitor("priority", &T::priority);
+  visitor("expected_tokens", &T::expected_tokens);
 }
 
 template <typename Visitor>
@@ -54,6 +55,14 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("num_kv_blocks", &T::num_kv_blocks);
   visitor("kv_cache_bytes", &T::kv_cache_bytes);
   visitor("scheduling_policy", &T::scheduling_policy);
+  visitor("admission", &T::admission);
+  visitor("safety", &T::safety);
+  visitor("kv_watermark", &T::kv_watermark);
+  visitor("max_pause", &T::max_pause);
+  visitor("preempt_limit", &T::preempt_limit);
+  visitor("promote_after", &T::promote_after);
+  visitor("promote_per_token", &T::promote_per_token);
+  visitor("bucket_width", &T::bucket_width);
   visitor("enable_prefix_caching", &T::enable_prefix_caching);
   visitor("hidden_state_layers", &T::hidden_state_layers);
   visitor("length_predictor", &T::length_predictor);

@@ -23,17 +23,21 @@ struct DEINFER_API SamplingParams {
   float repetition_penalty = 1.0f;     // > 0; divides positive logits of seen tokens (CTRL)
   float presence_penalty = 0.0f;       // [-2, 2]; subtracted once from generated tokens
   float frequency_penalty = 0.0f;      // [-2, 2]; subtracted per occurrence
-  std::optional<std::uint64_t> seed =
-      {};  // empty: derived from the engine's seed and request number
-  std::vector<TokenId> stop_token_ids =
-      {};                            // end the sample, besides the model's end-of-sequence ids
-  bool ignore_eos = false;           // do not stop at the model's end-of-sequence ids
-  std::optional<int> logprobs = {};  // >= 0: report the chosen token and the k most likely
+  // Empty: derived from the engine's seed and the request's number.
+  std::optional<std::uint64_t> seed = {};
+  // They end the sample, besides the model's end-of-sequence ids.
+  std::vector<TokenId> stop_token_ids = {};
+  bool ignore_eos = false;                  // do not stop at the model's end-of-sequence ids
+  std::optional<int> logprobs = {};         // >= 0: report the chosen token and the k most likely
   std::optional<int> prompt_logprobs = {};  // the same for every prompt token but the first
   bool prompt_logits = false;               // return fp32 logits of all prompt positions (large)
-  std::optional<int> hidden_states = {};    // >= 0: report the hidden states of the prompt's last
-                                            // token and (not 0) of every so many generated ones
-  int priority = 0;                         // higher runs earlier
+  // >= 0: report the hidden states of the prompt's last token and (not 0) of every so many
+  // generated ones.
+  std::optional<int> hidden_states = {};
+  int priority = 0;  // higher runs earlier
+  // > 0: the caller's guess at the length of the answer, which scheduling prefers to any
+  // prediction.
+  std::optional<float> expected_tokens = {};
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;
