@@ -24,6 +24,7 @@ struct Team {
   const cpu::KernelTable& kernels;
   ThreadTeam team;
   std::vector<ThreadScratch> scratch;
+  BufferArena weights;  // small matrices have huge pages, as in a model
 };
 
 /// The message of the last failure on this thread.

@@ -26,8 +26,9 @@ DType activation_dtype(DType weights) {
 }
 
 cpu::PackedMatrix pack(Team& team, DType dtype, const TensorView& source) {
-  cpu::PackedMatrix packed = cpu::allocate_packed(dtype, static_cast<int>(source.rows),
-                                                  static_cast<int>(source.cols), cpu::kPanelRows);
+  cpu::PackedMatrix packed =
+      cpu::allocate_packed(dtype, static_cast<int>(source.rows), static_cast<int>(source.cols),
+                           cpu::kPanelRows, &team.weights);
   team.team.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
     cpu::pack_rows(source, {}, first, last, packed);

@@ -1,7 +1,6 @@
 #include "base/core_binding.h"
 
 #include <algorithm>
-#include <fstream>
 #include <map>
 #include <string>
 
@@ -31,11 +30,7 @@ std::vector<int> cpus_of_rank(const std::vector<int>& cpus, int rank, int size,
   std::map<std::string, std::pair<int, int>> places;
   for (int cpu : cpus) {
     fs::path path = root / "sys/devices/system/cpu" / ("cpu" + std::to_string(cpu));
-    std::string siblings;
-    if (std::ifstream file(path / "topology/thread_siblings_list"); !(file >> siblings)) {
-      siblings = "cpu" + std::to_string(cpu);
-    }
-    auto place = places.try_emplace(siblings, node_of(path), cpu).first->second;
+    auto place = places.try_emplace(core_of(cpu, root), node_of(path), cpu).first->second;
     cores[place].push_back(cpu);
   }
   auto count = static_cast<std::int64_t>(cores.size());

@@ -32,14 +32,16 @@ int quota_of(const fs::path& group) {
 
 }  // namespace
 
+std::string core_of(int cpu, const fs::path& root) {
+  std::string name = "cpu" + std::to_string(cpu);
+  std::ifstream file(root / "sys/devices/system/cpu" / name / "topology/thread_siblings_list");
+  std::string siblings;
+  return file >> siblings ? siblings : name;
+}
+
 int count_cores(const std::vector<int>& cpus, const fs::path& root) {
   std::set<std::string> cores;
-  for (int cpu : cpus) {
-    std::string name = "cpu" + std::to_string(cpu);
-    std::ifstream file(root / "sys/devices/system/cpu" / name / "topology/thread_siblings_list");
-    std::string siblings;
-    cores.insert(file >> siblings ? siblings : name);
-  }
+  for (int cpu : cpus) cores.insert(core_of(cpu, root));
   return static_cast<int>(cores.size());
 }
 

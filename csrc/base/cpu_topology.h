@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <string>
 #include <vector>
 
 namespace deinfer {
@@ -15,8 +16,11 @@ int available_cores();
 /// The CPUs of the calling thread's affinity mask, ascending.
 std::vector<int> allowed_cpus();
 
-/// The physical cores among `cpus`, from sysfs' topology below `root`; a CPU that sysfs does not
-/// describe counts as a core of its own.
+/// The physical core of a CPU, by the list of its hardware threads in sysfs' topology below `root`;
+/// a CPU that sysfs does not describe is a core of its own.
+std::string core_of(int cpu, const std::filesystem::path& root);
+
+/// The physical cores among `cpus`, from sysfs' topology below `root`.
 int count_cores(const std::vector<int>& cpus, const std::filesystem::path& root);
 
 /// The whole CPUs that the cgroups (version 1 and 2) of this process allow, at least 1, or 0 when

@@ -1,20 +1,16 @@
 #include "base/thread_team.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <system_error>
 
 #include "base/check.h"
+#include "base/spin_wait.h"
 
 namespace deinfer {
 namespace {
 
-constexpr int kSpinsBeforeYield = 2000;
 // A team between two steps of a busy engine waits microseconds; an idle one must not burn a core.
-constexpr int kYieldsBeforeSleep = 2000;
-
-inline void pause() { __builtin_ia32_pause(); }
+constexpr int kWaitsBeforeSleep = SpinWait::kSpinsBeforeYield + 2000;
 
 }  // namespace
 
@@ -25,14 +21,8 @@ void SpinBarrier::wait() {
     generation_.fetch_add(1, std::memory_order_release);
     return;
   }
-  int spins = 0;
-  while (generation_.load(std::memory_order_acquire) == generation) {
+  for (SpinWait spin; generation_.load(std::memory_order_acquire) == generation; spin.once()) {
     if (aborted_.load(std::memory_order_acquire)) throw TeamAborted{};
-    if (++spins < kSpinsBeforeYield) {
-      pause();
-    } else {
-      sched_yield();
-    }
   }
 }
 
@@ -78,13 +68,10 @@ void ThreadTeam::execute(int id) {
 void ThreadTeam::work(int id) {
   std::uint32_t seen = 0;
   while (true) {
-    int waits = 0;
-    while (epoch_.load(std::memory_order_acquire) == seen) {
-      ++waits;
-      if (waits < kSpinsBeforeYield) {
-        pause();
-      } else if (waits < kSpinsBeforeYield + kYieldsBeforeSleep) {
-        sched_yield();
+    SpinWait spin;
+    for (int waits = 0; epoch_.load(std::memory_order_acquire) == seen; ++waits) {
+      if (waits < kWaitsBeforeSleep) {
+        spin.once();
       } else {
         epoch_.wait(seen, std::memory_order_acquire);
       }
@@ -104,13 +91,7 @@ void ThreadTeam::run(const std::function<void(TeamMember&)>& fn) {
     epoch_.notify_all();
   }
   execute(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
-    if (spins < kSpinsBeforeYield) {
-      pause();
-    } else {
-      sched_yield();
-    }
-  }
+  for (SpinWait spin; running_.load(std::memory_order_acquire) != 0;) spin.once();
   task_ = nullptr;
   std::exception_ptr first;
   for (std::exception_ptr& error : errors_) {

@@ -91,6 +91,10 @@ class TeamMember {
   /// up by one item at most. Items are not negative. A barrier must lie between two calls.
   template <typename F>
   void work(int begin, int end, F f) {
+    if (size_ == 1) {
+      for (int item = begin; item < end; ++item) f(item);
+      return;
+    }
     WorkQueue& own = queues_[id_];
     own.fill(begin, end);
     for (int item; (item = own.take_front()) >= 0;) f(item);

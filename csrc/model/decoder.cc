@@ -56,6 +56,7 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
       weights_(std::move(weights)),
       rope_(config.rope, config.head_dim, limits.max_model_len),
       attention_(attention_shape(config, share), num_threads),
+      wanted_attention_(attention_shape(config, share), num_threads),
       angle_cols_((config.head_dim / 2 + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes),
       cos_(float_bytes(limits.max_tokens, angle_cols_)),
       sin_(float_bytes(limits.max_tokens, angle_cols_)),
@@ -111,7 +112,13 @@ std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
   return attention_scratch_bytes(kernels, attention_shape(config_, share_));
 }
 
-void Decoder::plan(const Batch& batch) { attention_.plan(batch); }
+void Decoder::plan(const Batch& batch) {
+  attention_.plan(batch);
+  wanted_.select(batch);
+  // Over ranks, what a step exchanges is counted for all of its tokens (plan/exchanges.h).
+  narrows_ = share_.size == 1 && wanted_.batch.num_tokens() < batch.num_tokens();
+  if (narrows_) wanted_attention_.plan(wanted_.batch);
+}
 
 void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache) {
   if (config_.positions == PositionKind::kRotary) {
@@ -127,9 +134,27 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
   }
   for (int i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
-    attention_block(ctx, batch, layer, cache.layer(i));
-    mlp_block(ctx, batch.num_tokens(), layer);
+    project_qkv(ctx, batch, layer, cache.layer(i));
+    const bool narrow = narrows_ && i + 1 == config_.num_layers;
+    if (narrow) keep_wanted(ctx);
+    const Batch& rows = narrow ? wanted_.batch : batch;
+    attention_block(ctx, narrow ? wanted_attention_ : attention_, rows, layer, cache.layer(i));
+    mlp_block(ctx, rows.num_tokens(), layer);
   }
+}
+
+void Decoder::keep_wanted(ExecutionContext& ctx) {
+  auto move_rows = [&](float* data, std::ptrdiff_t cols) {
+    for (std::size_t i = 0; i < wanted_.rows.size(); ++i) {
+      const auto from = wanted_.rows[i];
+      const auto to = static_cast<int>(i);
+      if (from != to) std::copy_n(data + from * cols, cols, data + to * cols);
+    }
+  };
+  // Row by row, as a row moves to where another has been.
+  if (ctx.member.id() == 0) move_rows(query_.as<float>(), query_cols());
+  if (ctx.member.id() == ctx.member.size() - 1) move_rows(residual_.rows(), residual_.ld());
+  ctx.member.barrier();
 }
 
 void Decoder::add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
@@ -142,14 +167,14 @@ void Decoder::add_to_residual(ExecutionContext& ctx, int m, const Activations& x
   residual_.add_branch(ctx, m, norm);
 }
 
-void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
-                              const KvLayer& kv) {
+void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
+                          const KvLayer& kv) {
   int m = batch.num_tokens();
   bool gather = gathers(ctx.step_kind, {&layer.query, &layer.key, &layer.value});
   GroupInput x = residual_.normed(ctx, m, layer.attention_norm, gather);
   QkvOutput qkv;
   qkv.q = query_.as<float>();
-  qkv.ldq = std::ptrdiff_t{share_.heads.heads.size()} * config_.head_dim;
+  qkv.ldq = query_cols();
   qkv.kv = kv;
   qkv.slots = batch.slots;
   if (rotates_tiles(config_)) qkv.angles = angles();
@@ -163,8 +188,13 @@ void Decoder::attention_block(ExecutionContext& ctx, const Batch& batch, const D
                 share_.heads,    config_.num_heads, config_.num_kv_heads};
     normalize_qk(ctx, m, norm, angles(), qkv);
   }
-  attention_.run(ctx, batch, qkv.q, qkv.ldq, kv, attended_.view());
-  add_to_residual(ctx, m, attended_.view(), layer.output, layer.attention_output_norm);
+}
+
+void Decoder::attention_block(ExecutionContext& ctx, AttentionSchedule& schedule,
+                              const Batch& batch, const DecoderLayer& layer, const KvLayer& kv) {
+  schedule.run(ctx, batch, query_.as<float>(), query_cols(), kv, attended_.view());
+  add_to_residual(ctx, batch.num_tokens(), attended_.view(), layer.output,
+                  layer.attention_output_norm);
 }
 
 void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
@@ -179,14 +209,16 @@ void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer)
 }
 
 void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out) {
-  Activations x = residual_.wanted(ctx, count, batch.logit_rows.data() + first, batch.num_tokens(),
+  const Batch& rows = rows_after(batch);
+  Activations x = residual_.wanted(ctx, count, rows.logit_rows.data() + first, rows.num_tokens(),
                                    weights_.final_norm);
   output_logits(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies, out);
 }
 
 void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
                           TokenId* tokens) {
-  Activations x = residual_.wanted(ctx, count, batch.argmax_rows.data() + first, batch.num_tokens(),
+  const Batch& rows = rows_after(batch);
+  Activations x = residual_.wanted(ctx, count, rows.argmax_rows.data() + first, rows.num_tokens(),
                                    weights_.final_norm);
   output_most_likely(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies,
                      maxima_, best_value_.data(), tokens);

@@ -42,7 +42,8 @@ class Decoder {
   /// Prepares for `batch` (at most max_tokens tokens); call it on one thread before forward().
   void plan(const Batch& batch);
 
-  /// Computes the final hidden states of all tokens and writes their K and V.
+  /// Writes K and V of all tokens and computes the final hidden states of those whose logits, or
+  /// most likely token, are wanted.
   void forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache);
 
   /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(),
@@ -60,23 +61,36 @@ class Decoder {
   const DecoderWeights& weights() const { return weights_; }
 
  private:
-  void attention_block(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
-                       const KvLayer& kv);
+  /// q, and K and V in the cache.
+  void project_qkv(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
+                   const KvLayer& kv);
+  /// Moves the wanted rows of q and of the residual stream to the front.
+  void keep_wanted(ExecutionContext& ctx);
+  void attention_block(ExecutionContext& ctx, AttentionSchedule& schedule, const Batch& batch,
+                       const DecoderLayer& layer, const KvLayer& kv);
   void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
   /// residual += norm(linear(x)).
   void add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
                        const LowRankLinear& linear, const Norm& norm);
   RotaryAngles angles() const { return {cos_.as<float>(), sin_.as<float>(), angle_cols_}; }
+  std::ptrdiff_t query_cols() const {
+    return std::ptrdiff_t{share_.heads.heads.size()} * config_.head_dim;
+  }
+  /// The batch as it is after forward().
+  const Batch& rows_after(const Batch& batch) const { return narrows_ ? wanted_.batch : batch; }
 
   ModelConfig config_;
   RankShare share_;
   DecoderWeights weights_;
   Rope rope_;
   AttentionSchedule attention_;
-  int angle_cols_;    // head_dim / 2, padded to 16
-  Buffer cos_, sin_;  // [max_tokens, angle_cols]
-  Buffer query_;      // [max_tokens, heads, head_dim] fp32
-  Buffer key_;        // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
+  WantedRows wanted_;
+  AttentionSchedule wanted_attention_;
+  bool narrows_ = false;  // the last layer, to the wanted rows
+  int angle_cols_;        // head_dim / 2, padded to 16
+  Buffer cos_, sin_;      // [max_tokens, angle_cols]
+  Buffer query_;          // [max_tokens, heads, head_dim] fp32
+  Buffer key_;            // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
   ResidualStream residual_;
   ActivationBuffer attended_, inner_, z_;
   std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows

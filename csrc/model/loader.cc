@@ -23,19 +23,6 @@ TensorView part_of(const TensorView& whole, Range rows, Range cols) {
   return part;
 }
 
-float read_float(const TensorView& view, std::int64_t row, std::int64_t col) {
-  const std::byte* at = view.row(row) + static_cast<std::size_t>(col) * dtype_size(view.dtype);
-  switch (view.dtype) {
-    case DType::kFloat32: return *reinterpret_cast<const float*>(at);
-    case DType::kBFloat16: return to_float(*reinterpret_cast<const bf16*>(at));
-    default: return half_to_float(*reinterpret_cast<const std::uint16_t*>(at));
-  }
-}
-
-void read_floats(const TensorView& view, std::int64_t row, float* out) {
-  for (std::int64_t col = 0; col < view.cols; ++col) out[col] = read_float(view, row, col);
-}
-
 std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text = "[";
   for (std::int64_t extent : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
@@ -100,16 +87,21 @@ cpu::PackedMatrix WeightLoader::multiply_out(const std::string& v, const std::st
   auto rows = static_cast<std::size_t>(factor_u.rows);
   auto cols = static_cast<std::size_t>(factor_v.cols);
   std::vector<float> product(rows * cols, 0.0f);
+  std::vector<float> v_rows(static_cast<std::size_t>(rank) * cols);
   team_.run([&](TeamMember& member) {
-    std::vector<float> v_row(cols);
+    auto [v_first, v_last] = member.share(rank);
+    for (int j = v_first; j < v_last; ++j) {
+      cpu::read_row(factor_v, j, v_rows.data() + static_cast<std::size_t>(j) * cols);
+    }
+    member.barrier();
     std::vector<float> u_row(static_cast<std::size_t>(rank));
     auto [first, last] = member.share(static_cast<int>(rows));
-    for (int j = 0; j < rank; ++j) {
-      read_floats(factor_v, j, v_row.data());
-      for (int i = first; i < last; ++i) {
-        float factor = read_float(factor_u, i, j);
-        float* out = product.data() + static_cast<std::size_t>(i) * cols;
-        for (std::size_t c = 0; c < cols; ++c) out[c] += factor * v_row[c];
+    for (int i = first; i < last; ++i) {
+      cpu::read_row(factor_u, i, u_row.data());
+      float* out = product.data() + static_cast<std::size_t>(i) * cols;
+      for (std::size_t j = 0; j < u_row.size(); ++j) {
+        const float* v_row = v_rows.data() + j * cols;
+        for (std::size_t c = 0; c < cols; ++c) out[c] += u_row[j] * v_row[c];
       }
     }
   });

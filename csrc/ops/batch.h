@@ -41,4 +41,13 @@ struct Batch {
   }
 };
 
+/// The rows of a batch that matter once the K and V of the last layer are written: of every
+/// sequence, those from its first wanted one on. With prompts that is one row of many.
+struct WantedRows {
+  std::vector<int> rows;  // in the whole batch, ascending
+  Batch batch;            // those rows, renumbered; they have no slots
+
+  void select(const Batch& whole);
+};
+
 }  // namespace deinfer

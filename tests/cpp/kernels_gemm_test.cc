@@ -17,7 +17,7 @@ struct GemmCase {
     Random random(seed);
     float scale = 1.0f / std::sqrt(static_cast<float>(k));
     weights = random.vector<T>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(k), scale);
-    packed = cpu::allocate_packed(kPacked, rows, k, rows);
+    packed = cpu::allocate_packed(kPacked, rows, k, rows == 16 ? 16 : cpu::kPanelRows);
     TensorView view{weights.data(), kDTypeOf<T>, rows, k, k};
     cpu::pack_rows(view, {}, 0, 1, packed);
     std::vector<float> row(static_cast<std::size_t>(k));
@@ -81,7 +81,7 @@ void expect_matches_reference(const cpu::KernelTable& kernels, int m, int k, int
 }
 
 TEST_P(GemmTest, MatchesFp64) {
-  for (int rows : {16, 32}) {
+  for (int rows : {8, 16, 24, 32}) {
     for (int m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 37, 64}) {
       for (int k : {1, 7, 8, 114, 331}) {
         expect_matches_reference<float>(kernels(), m, k, rows);
@@ -117,7 +117,7 @@ void expect_batch_invariant(const cpu::KernelTable& kernels, int k, int rows) {
 }
 
 TEST_P(GemmTest, BitsDoNotDependOnTheBatch) {
-  for (int rows : {16, 32}) {
+  for (int rows : {8, 16, 24, 32}) {
     for (int k : {61, 600, 1500}) {
       expect_batch_invariant<float>(kernels(), k, rows);
       expect_batch_invariant<bf16>(kernels(), k, rows);
@@ -126,17 +126,20 @@ TEST_P(GemmTest, BitsDoNotDependOnTheBatch) {
 }
 
 template <typename T, DType kPacked = kDTypeOf<T>>
-void expect_same_bits_as(const cpu::KernelTable& scalar, const cpu::KernelTable& kernels) {
-  GemmCase<T, kPacked> test(11, 777, 32, 9);
+void expect_same_bits_as(const cpu::KernelTable& scalar, const cpu::KernelTable& kernels,
+                         int rows = 32) {
+  GemmCase<T, kPacked> test(11, 777, rows, 9);
   std::vector<float> a = test.run(scalar, 0, 11);
   std::vector<float> b = test.run(kernels, 0, 11);
   EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
 }
 
 TEST_P(GemmTest, BitsDoNotDependOnTheInstructionSet) {
-  expect_same_bits_as<float>(scalar(), kernels());
-  // TDPBF16PS sums in another order (amx_gemm_impl.h); MatchesFp64 bounds what that does.
-  if (GetParam() != Isa::kAmxBf16) expect_same_bits_as<bf16>(scalar(), kernels());
+  for (int rows : {8, 16, 24, 32}) {
+    expect_same_bits_as<float>(scalar(), kernels(), rows);
+    // TDPBF16PS sums in another order (amx_gemm_impl.h); MatchesFp64 bounds what that does.
+    if (GetParam() != Isa::kAmxBf16) expect_same_bits_as<bf16>(scalar(), kernels(), rows);
+  }
   expect_same_bits_as<bf16, DType::kInt8>(scalar(), kernels());
 }
 

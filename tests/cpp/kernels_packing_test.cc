@@ -128,12 +128,12 @@ class PackingTest : public testing::TestWithParam<std::pair<DType, DType>> {};
 TEST_P(PackingTest, RoundTrip) {
   auto [from, to] = GetParam();
   for (int panel_rows : {16, 32}) {
-    for (auto [n, k] : {std::pair{1, 1}, {16, 8}, {33, 13}, {47, 114}, {64, 301}}) {
+    for (auto [n, k] : {std::pair{1, 1}, {16, 8}, {33, 13}, {47, 114}, {50, 9}, {64, 301}}) {
       SCOPED_TRACE(testing::Message() << "n=" << n << " k=" << k << " panel_rows=" << panel_rows);
       Source source(from, n, k, k + 3);
       cpu::PackedMatrix packed = cpu::allocate_packed(to, n, k, panel_rows);
-      EXPECT_EQ(packed.n_pad % 16, 0);
-      EXPECT_EQ(packed.k_pad % 8, 0);
+      EXPECT_EQ(packed.n_pad, (n + 7) / 8 * 8);
+      EXPECT_EQ(packed.k_pad, (k + 1) / 2 * 2);
       int middle = packed.num_panels() / 2;
       cpu::pack_rows(source.view, {}, middle, packed.num_panels(), packed);
       cpu::pack_rows(source.view, {}, 0, middle, packed);
@@ -160,7 +160,7 @@ TEST_P(PackingTest, RowMap) {
   cpu::PackedMatrix packed = cpu::allocate_packed(to, 50, 21, 32);
   ASSERT_EQ(packed.num_panels(), 2);
   EXPECT_EQ(packed.rows_of(0), 32);
-  EXPECT_EQ(packed.rows_of(1), 32);
+  EXPECT_EQ(packed.rows_of(1), 24);
   cpu::pack_rows(source.view, map, 0, 2, packed);
   for (int i = 0; i < packed.n_pad; ++i) {
     std::int32_t row = i < 50 ? map[static_cast<std::size_t>(i)] : -1;
@@ -183,12 +183,14 @@ INSTANTIATE_TEST_SUITE_P(Types, PackingTest,
                                   dtype_name(test.param.second);
                          });
 
-TEST(Packing, LastPanelOf16Rows) {
-  cpu::PackedMatrix packed = cpu::allocate_packed(DType::kBFloat16, 33, 8, 32);
-  EXPECT_EQ(packed.n_pad, 48);
-  EXPECT_EQ(packed.num_panels(), 2);
-  EXPECT_EQ(packed.rows_of(0), 32);
-  EXPECT_EQ(packed.rows_of(1), 16);
+TEST(Packing, LastPanelHasTheRowsThatAreLeft) {
+  for (int left : {8, 16, 24}) {
+    cpu::PackedMatrix packed = cpu::allocate_packed(DType::kBFloat16, 32 + left - 7, 8, 32);
+    EXPECT_EQ(packed.n_pad, 32 + left);
+    EXPECT_EQ(packed.num_panels(), 2);
+    EXPECT_EQ(packed.rows_of(0), 32);
+    EXPECT_EQ(packed.rows_of(1), left);
+  }
 }
 
 TEST(Packing, RoundsToNearestEven) {

@@ -13,9 +13,10 @@
 // ascending order from zero; denormals count as zero. Hence the bits differ from those of other
 // instruction sets, but depend neither on m nor on the row of the tile: every m takes this path.
 //
-// - k_pad is a multiple of 8 only. What is left after whole steps is copied to tiles padded with
+// - k_pad is a multiple of 2 only. What is left after whole steps is copied to tiles padded with
 //   zeros, whose products add exactly nothing. A tile of another shape would need another tile
 //   configuration, and loading one clears C.
+// - Of a panel of 24 or 8 rows, the last tile of weights, and C, have half the columns.
 // - m below 16 has tiles of m rows. From 16 on all tiles have 16 rows and the last begins at
 //   m - 16: the tokens it shares with the one before get the same bits again. So one configuration
 //   serves a call, where another would cost some 200 cycles and a fresh start of the pipeline;
@@ -51,6 +52,7 @@ inline constexpr int kTileA = 4;
 inline constexpr int kTileB = 6;
 
 inline constexpr int kTileRows = 16;
+inline constexpr int kHalfTile = 8;    // columns of a half tile of C
 inline constexpr int kTileBytes = 64;  // of a row
 inline constexpr int kTileK = 32;      // of k per step
 inline constexpr int kBlockTokens = 2 * kTileRows;
@@ -60,23 +62,29 @@ inline constexpr int kAmxPrefetchAhead = 8192;
 // Of the next panel, fetched while this one is computed from L2; L2 holds both, and x.
 inline constexpr int kAmxNextBytes = 256 << 10;
 
-constexpr TileConfig tile_config(int token_rows) {
+/// For tiles of `tokens` rows, and panels of `halves` * 8 rows.
+constexpr TileConfig tile_config(int tokens, int halves) {
   TileConfig config{};
   config.palette = 1;
   for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = kTileBytes;
-    config.rows[tile] = static_cast<std::uint8_t>(tile < kTileB ? token_rows : kTileRows);
+    const bool last = tile < kTileA || tile >= kTileB ? tile % 2 == (halves - 1) / 2 : false;
+    config.row_bytes[tile] = last && halves % 2 == 1 ? kTileBytes / 2 : kTileBytes;
+    config.rows[tile] = static_cast<std::uint8_t>(tile < kTileB ? tokens : kTileRows);
   }
   return config;
 }
 
 struct TileConfigs {
-  TileConfig of_rows[kTileRows + 1];
+  TileConfig of[kTileRows + 1][kPanelRows / kHalfTile + 1];
 };
 
 constexpr TileConfigs make_tile_configs() {
   TileConfigs configs{};
-  for (int rows = 1; rows <= kTileRows; ++rows) configs.of_rows[rows] = tile_config(rows);
+  for (int tokens = 1; tokens <= kTileRows; ++tokens) {
+    for (int halves = 1; halves <= kPanelRows / kHalfTile; ++halves) {
+      configs.of[tokens][halves] = tile_config(tokens, halves);
+    }
+  }
   return configs;
 }
 
@@ -129,24 +137,25 @@ void multiply_step(Tiles& tiles, const void* a0, const void* a1, std::ptrdiff_t 
 }
 
 /// The last k_pad % kTileK of k, padded with zeros.
-template <int kVecs>
+template <int kRows>
 struct AmxTail {
   alignas(64) bf16 x[kBlockTokens][kTileK];
-  alignas(64) bf16 w[kTileK * kVecs * kLanes];
+  alignas(64) bf16 w[kTileK * kRows];
 };
 
 /// Copies what tiles of `tokens` rows read of x.
-template <int kVecs>
+template <int kRows>
 void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count, int row,
-                      AmxTail<kVecs>& tail) {
+                      AmxTail<kRows>& tail) {
   for (int i = 0; i < tokens; ++i) {
-    for (int j = 0; j < count; j += 8) __builtin_memcpy(&tail.x[row + i][j], x + i * ldx + j, 16);
+    for (int j = 0; j < count; j += 2) __builtin_memcpy(&tail.x[row + i][j], x + i * ldx + j, 4);
   }
 }
 
-template <int kVecs, int kTokenTiles, typename Tiles>
-void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVecs>& tail) {
-  constexpr std::ptrdiff_t kPairBytes = kVecs * kLanes * 2 * sizeof(bf16);
+template <int kRows, int kTokenTiles, typename Tiles>
+void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kRows>& tail) {
+  constexpr int kVecs = (kRows + kLanes - 1) / kLanes;
+  constexpr std::ptrdiff_t kPairBytes = kRows * 2 * sizeof(bf16);
   const int steps = block.k_pad / kTileK;
   const int left = block.k_pad % kTileK;
   const bf16* x0 = block.x + block.first * block.ldx;
@@ -164,7 +173,7 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVe
     multiply_step<kVecs, kTokenTiles>(tiles, x0, x1, ldx, w, kPairBytes);
     x0 += kTileK;
     x1 += kTileK;
-    w += kTileK * kVecs * kLanes;
+    w += kTileK * kRows;
   }
   if (left > 0) {
     prefetch_step(tiles, block, steps);
@@ -186,11 +195,11 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVe
 
 /// The block that reads the panel first fetches ahead in it. The others, which find it in L2, each
 /// fetch a slice of `next`; when there are none, the first goes on to the beginning of `next`.
-template <int kVecs>
+template <int kRows>
 void plan_prefetch(int index, int blocks, const void* next, AmxBlock& block) {
-  constexpr int kStepLines = kTileK * kVecs * kLanes * static_cast<int>(sizeof(bf16)) / kCacheLine;
+  constexpr int kStepLines = kTileK * kRows * static_cast<int>(sizeof(bf16)) / kCacheLine;
   const auto* panel = reinterpret_cast<const char*>(block.panel);
-  const auto panel_bytes = std::ptrdiff_t{block.k_pad} * kVecs * kLanes * 2;
+  const auto panel_bytes = std::ptrdiff_t{block.k_pad} * kRows * 2;
   const auto* after = static_cast<const char*>(next);
   if (index == 0) {
     block.fetch = panel + kAmxPrefetchAhead;
@@ -211,19 +220,19 @@ void plan_prefetch(int index, int blocks, const void* next, AmxBlock& block) {
   block.lines = wanted ? lines : 0;
 }
 
-template <int kVecs, typename Tiles>
+template <int kRows, typename Tiles>
 void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                         int k_pad, const void* next, float* c) {
   const int tokens = m < kTileRows ? m : kTileRows;  // of a tile
   const int blocks = (m + kBlockTokens - 1) / kBlockTokens;
-  AmxTail<kVecs> tail;
+  AmxTail<kRows> tail;
   const int left = k_pad % kTileK;
   if (left > 0) {
     __builtin_memset(&tail, 0, sizeof tail);
-    __builtin_memcpy(tail.w, panel + std::ptrdiff_t{k_pad - left} * kVecs * kLanes,
-                     static_cast<std::size_t>(left) * kVecs * kLanes * sizeof(bf16));
+    __builtin_memcpy(tail.w, panel + std::ptrdiff_t{k_pad - left} * kRows,
+                     static_cast<std::size_t>(left) * kRows * sizeof(bf16));
   }
-  tiles.configure(kTileConfigs.of_rows[tokens]);
+  tiles.configure(kTileConfigs.of[tokens][kRows / kHalfTile]);
   for (int index = 0; index < blocks; ++index) {
     const int last = m - tokens;
     const int first = index * kBlockTokens;
@@ -236,11 +245,11 @@ void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, 
     block.panel = panel;
     block.k_pad = k_pad;
     block.c = c;
-    plan_prefetch<kVecs>(index, blocks, next, block);
+    plan_prefetch<kRows>(index, blocks, next, block);
     if (second < m) {
-      multiply_block<kVecs, 2>(tiles, block, tokens, tail);
+      multiply_block<kRows, 2>(tiles, block, tokens, tail);
     } else {
-      multiply_block<kVecs, 1>(tiles, block, tokens, tail);
+      multiply_block<kRows, 1>(tiles, block, tokens, tail);
     }
   }
   tiles.release();
@@ -254,10 +263,11 @@ template <typename Tiles>
 void amx_panel_gemm(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                     int rows, int k_pad, const void* next, float* c) {
   if (m <= 0) return;
-  if (rows == kPanelRows) {
-    amx_multiply_panel<kPanelRows / kLanes>(tiles, x, ldx, m, panel, k_pad, next, c);
-  } else {
-    amx_multiply_panel<1>(tiles, x, ldx, m, panel, k_pad, next, c);
+  switch (rows) {
+    case 8: return amx_multiply_panel<8>(tiles, x, ldx, m, panel, k_pad, next, c);
+    case 16: return amx_multiply_panel<16>(tiles, x, ldx, m, panel, k_pad, next, c);
+    case 24: return amx_multiply_panel<24>(tiles, x, ldx, m, panel, k_pad, next, c);
+    default: return amx_multiply_panel<kPanelRows>(tiles, x, ldx, m, panel, k_pad, next, c);
   }
 }
 

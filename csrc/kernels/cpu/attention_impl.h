@@ -275,8 +275,10 @@ void attention_split(const QueryView& query, const KvView& kv, int split, float*
                      std::ptrdiff_t{row % query.group} * head_dim;
     float* scaled = scratch + std::ptrdiff_t{row} * head_dim;
     float* output = state.output + std::ptrdiff_t{row} * head_dim;
-    for (int d = 0; d < head_dim; ++d) scaled[d] = q[d] * query.scale;
-    for (int d = 0; d < head_dim; ++d) output[d] = 0.0f;
+    for_each_chunk(head_dim, [&](int d, int count) {
+      store_some(scaled + d, mul(load_some(q + d, count), broadcast(query.scale)), count);
+      store_some(output + d, zero(), count);
+    });
     state.maximum[row] = -kInfinity;
     state.sum[row] = 0.0f;
   }

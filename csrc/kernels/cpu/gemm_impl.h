@@ -1,6 +1,7 @@
 // Tokens times one panel of packed weights. Include a simd_*.h before.
 //
-// A step is one vector of weights per 16 rows: one k of fp32, or a pair of k of bf16 or int8.
+// A step is a vector of weights per 16 rows, and half a vector for 8 rows left: one k of fp32, or a
+// pair of k of bf16 or int8.
 // Every output is one accumulator that takes the steps in ascending order, whatever m, the pass or
 // the chunk, so its bits depend on its own inputs only.
 #pragma once
@@ -12,9 +13,14 @@ struct DotF32 {
   using Element = float;
   using Weight = float;
   using Operand = Vec;
+  using HalfOperand = Half;
   static constexpr int kElements = 1;  // of k per step
   static constexpr int kMaxTokens = kGemmTokensF32;
-  static constexpr int kPhases = 1;  // multiply-adds per step and 16 rows
+  static constexpr int kPhases = 1;  // multiply-adds per step and vector
+  template <int kPhase>
+  static Half half_weights(const float* w) {
+    return load_half(w);
+  }
   template <int kPhase, int kVecs>
   static void weights(const float* w, Vec (&out)[kVecs]) {
 #pragma GCC unroll 2
@@ -24,16 +30,24 @@ struct DotF32 {
   static Vec input(const float* x) {
     return broadcast(*x);
   }
-  static Vec dot(Vec acc, const Vec& w, const Vec& x) { return fma(w, x, acc); }
+  template <typename V>
+  static V dot(V acc, const V& w, const V& x) {
+    return fma(w, x, acc);
+  }
 };
 
 struct DotBf16 {
   using Element = bf16;
   using Weight = bf16;
   using Operand = Pairs;
+  using HalfOperand = HalfPairs;
   static constexpr int kElements = 2;
   static constexpr int kMaxTokens = kGemmTokensBf16;
   static constexpr int kPhases = kPairPhases;
+  template <int kPhase>
+  static HalfPairs half_weights(const bf16* w) {
+    return load_half_pairs<kPhase>(w);
+  }
   template <int kPhase, int kVecs>
   static void weights(const bf16* w, Pairs (&out)[kVecs]) {
 #pragma GCC unroll 2
@@ -43,7 +57,10 @@ struct DotBf16 {
   static Pairs input(const bf16* x) {
     return broadcast_pair<kPhase>(x);
   }
-  static Vec dot(Vec acc, const Pairs& w, const Pairs& x) { return pair_dot(acc, w, x); }
+  template <typename V, typename P>
+  static V dot(V acc, const P& w, const P& x) {
+    return pair_dot(acc, w, x);
+  }
 };
 
 /// Expands the weights in registers; the products are those of DotBf16, bit for bit.
@@ -55,7 +72,9 @@ struct DotInt8 : DotBf16 {
   }
 };
 
-inline constexpr int kStepUnroll = 4;    // steps are a multiple of it, since k_pad is one of 8
+inline constexpr int kHalfLanes = kLanes / 2;
+inline constexpr int kPanelHalves = kPanelRows / kHalfLanes;
+inline constexpr int kStepUnroll = 4;
 inline constexpr int kChunkSteps = 512;  // 64 KiB of a panel, which the passes read from L2
 inline constexpr int kLineBytes = 64;
 // Measured on Zen 4: while one pass is bound by memory the hardware streamer alone is fastest; from
@@ -66,86 +85,124 @@ inline constexpr int kPrefetchMinTokens =
     sizeof(typename Dot::Weight) == 1 ? 1 : (6 + Dot::kPhases) / Dot::kPhases;
 inline constexpr int kPrefetchAhead = 8192;
 
-/// Cache lines of weights per step.
-template <typename Dot, int kVecs>
+/// Weights per step of a panel of kHalves * 8 rows.
+template <typename Dot, int kHalves>
+inline constexpr int kStepWeights = kHalves * kHalfLanes * Dot::kElements;
+
+/// Cache lines of weights per step, rounded up.
+template <typename Dot, int kHalves>
 inline constexpr int kStepLines =
-    kVecs * kLanes * Dot::kElements * static_cast<int>(sizeof(typename Dot::Weight)) / kLineBytes;
+    (kStepWeights<Dot, kHalves> * static_cast<int>(sizeof(typename Dot::Weight)) + kLineBytes - 1) /
+    kLineBytes;
+
+/// The outputs of kTokens tokens and kHalves * 8 rows in registers.
+template <int kHalves, int kTokens>
+struct Sums {
+  static constexpr int kVecs = kHalves / 2;
+  static constexpr bool kHasHalf = kHalves % 2 == 1;
+  Vec vec[kTokens][kVecs == 0 ? 1 : kVecs];
+  Half half[kTokens];
+};
 
 /// One phase of one step; w is at its weights, x at its input of token 0.
-template <typename Dot, int kPhase, int kVecs, int kTokens>
+template <typename Dot, int kPhase, int kHalves, int kTokens>
 [[gnu::always_inline]] inline void add_phase(const typename Dot::Element* x, std::ptrdiff_t ldx,
                                              const typename Dot::Weight* w,
-                                             Vec (&acc)[kTokens][kVecs]) {
-  typename Dot::Operand weights[kVecs];
-  Dot::template weights<kPhase>(w, weights);
+                                             Sums<kHalves, kTokens>& sums) {
+  constexpr int kVecs = kHalves / 2;
+  typename Dot::Operand weights[kVecs == 0 ? 1 : kVecs];
+  typename Dot::HalfOperand half_weights;
+  if constexpr (kVecs > 0) Dot::template weights<kPhase>(w, weights);
+  if constexpr (sums.kHasHalf) {
+    half_weights = Dot::template half_weights<kPhase>(w + kVecs * kLanes * Dot::kElements);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
     auto input = Dot::template input<kPhase>(x + i * ldx);
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) acc[i][j] = Dot::dot(acc[i][j], weights[j], input);
+    for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = Dot::dot(sums.vec[i][j], weights[j], input);
+    if constexpr (sums.kHasHalf) {
+      sums.half[i] = Dot::dot(sums.half[i], half_weights, low_half(input));
+    }
   }
 }
 
-/// kTokens tokens times kVecs * 16 rows over some steps, in registers; from zero if `first`, else
+/// One step, and kPrefetch lines from `prefetch` on.
+template <typename Dot, int kPrefetch, int kHalves, int kTokens>
+[[gnu::always_inline]] inline void add_step(const typename Dot::Element*& x, std::ptrdiff_t ldx,
+                                            const typename Dot::Weight* w, const char* prefetch,
+                                            Sums<kHalves, kTokens>& sums) {
+  // Keeps the loads in address order, as reordered ones make the hardware lose the stream; and
+  // hides x, of which the compiler would else keep an address per token and step.
+  asm volatile("" : "+r"(x) : : "memory");
+#pragma GCC unroll 2
+  for (int j = 0; j < kPrefetch; ++j) {
+    __builtin_prefetch(prefetch + j * kLineBytes, 0, 2);  // to L2
+  }
+  add_phase<Dot, 0>(x, ldx, w, sums);
+  if constexpr (Dot::kPhases == 2) {
+    asm volatile("" : "+r"(x) : : "memory");  // loads again, as registers are few
+    add_phase<Dot, 1>(x, ldx, w, sums);
+  }
+  x += Dot::kElements;
+}
+
+/// kTokens tokens times kHalves * 8 rows over some steps, in registers; from zero if `first`, else
 /// on top of c. Fetches kPrefetch lines from `prefetch` on per step. The arguments are scalars
 /// because the copy of a struct reads 32 bytes that 8-byte stores have just written, which waits
 /// until all loads before it are done: 200 ns per panel without a request to memory.
-template <typename Dot, int kVecs, int kTokens, int kPrefetch>
+template <typename Dot, int kHalves, int kTokens, int kPrefetch>
 [[gnu::noinline]] void micro_kernel(const typename Dot::Element* x, std::ptrdiff_t ldx,
                                     const typename Dot::Weight* w, int steps, bool first,
                                     const char* prefetch, float* c) {
-  Vec acc[kTokens][kVecs];
+  constexpr int kVecs = kHalves / 2;
+  Sums<kHalves, kTokens> sums;
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
+    const float* row = c + i * kPanelRows;
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) {
-      acc[i][j] = first ? zero() : load(c + i * kPanelRows + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = first ? zero() : load(row + j * kLanes);
+    if constexpr (sums.kHasHalf) {
+      sums.half[i] = first ? low_half(zero()) : load_half(row + kVecs * kLanes);
     }
   }
-  for (int step = 0; step < steps; step += kStepUnroll) {
+  constexpr int kWeights = kStepWeights<Dot, kHalves>;
+  int step = 0;
+  for (; step + kStepUnroll <= steps; step += kStepUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kStepUnroll; ++u) {
-      // Keeps the loads in address order, as reordered ones make the hardware lose the stream; and
-      // hides x, of which the compiler would else keep an address per token and step.
-      asm volatile("" : "+r"(x) : : "memory");
-#pragma GCC unroll 2
-      for (int j = 0; j < kPrefetch; ++j) {
-        __builtin_prefetch(prefetch + (u * kPrefetch + j) * kLineBytes, 0, 2);  // to L2
-      }
-      const auto* weights = w + u * kVecs * kLanes * Dot::kElements;
-      add_phase<Dot, 0, kVecs, kTokens>(x, ldx, weights, acc);
-      if constexpr (Dot::kPhases == 2) {
-        asm volatile("" : "+r"(x) : : "memory");  // loads again, as registers are few
-        add_phase<Dot, 1, kVecs, kTokens>(x, ldx, weights, acc);
-      }
-      x += Dot::kElements;
+      add_step<Dot, kPrefetch>(x, ldx, w + u * kWeights, prefetch + u * kPrefetch * kLineBytes,
+                               sums);
     }
-    w += kStepUnroll * kVecs * kLanes * Dot::kElements;
+    w += kStepUnroll * kWeights;
     prefetch += kStepUnroll * kPrefetch * kLineBytes;
   }
+  for (; step < steps; ++step, w += kWeights) add_step<Dot, 0>(x, ldx, w, nullptr, sums);
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
+    float* row = c + i * kPanelRows;
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) store(c + i * kPanelRows + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kVecs; ++j) store(row + j * kLanes, sums.vec[i][j]);
+    if constexpr (sums.kHasHalf) store_half(row + kVecs * kLanes, sums.half[i]);
   }
 }
 
 /// The kernel for `tokens` tokens, of 1 to kTokens, and `lines` lines of prefetch, of 0 to 2.
-template <typename Dot, int kVecs, int kTokens = Dot::kMaxTokens>
+template <typename Dot, int kHalves, int kTokens = Dot::kMaxTokens>
 auto* micro_kernel_for(int tokens, int lines) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return micro_kernel_for<Dot, kVecs, kTokens - 1>(tokens, lines);
+    if (tokens < kTokens) return micro_kernel_for<Dot, kHalves, kTokens - 1>(tokens, lines);
   }
   switch (lines) {
-    case 0: return micro_kernel<Dot, kVecs, kTokens, 0>;
-    case 1: return micro_kernel<Dot, kVecs, kTokens, 1>;
-    default: return micro_kernel<Dot, kVecs, kTokens, 2>;
+    case 0: return micro_kernel<Dot, kHalves, kTokens, 0>;
+    case 1: return micro_kernel<Dot, kHalves, kTokens, 1>;
+    default: return micro_kernel<Dot, kHalves, kTokens, 2>;
   }
 }
 
 /// m tokens times some steps of weights in balanced passes. `next` is what is read after these
 /// weights, next_lines its cache lines per step.
-template <typename Dot, int kVecs>
+template <typename Dot, int kHalves>
 void multiply_chunk(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                     const typename Dot::Weight* w, int steps, bool first, const void* next,
                     int next_lines, float* c) {
@@ -156,7 +213,7 @@ void multiply_chunk(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
     int lines = 0;
     const char* prefetch = nullptr;
     if (passes == 1) {
-      if (m >= kPrefetchMinTokens<Dot>) lines = kStepLines<Dot, kVecs>;
+      if (m >= kPrefetchMinTokens<Dot>) lines = kStepLines<Dot, kHalves>;
       prefetch = reinterpret_cast<const char*>(w) + kPrefetchAhead;
     } else if (next != nullptr) {  // each pass fetches its slice of what is read next
       lines = (next_lines + passes - 1) / passes;
@@ -164,23 +221,23 @@ void multiply_chunk(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
       if (begin >= kChunkSteps * next_lines * kLineBytes) lines = 0;
       prefetch = static_cast<const char*>(next) + begin;
     }
-    auto* kernel = micro_kernel_for<Dot, kVecs>(tokens, lines);
+    auto* kernel = micro_kernel_for<Dot, kHalves>(tokens, lines);
     kernel(x + token * ldx, ldx, w, steps, first, prefetch, c + std::ptrdiff_t{token} * kPanelRows);
   }
 }
 
-template <typename Dot, int kVecs>
+template <typename Dot, int kHalves>
 void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                     const typename Dot::Weight* panel, int k_pad, const void* next, float* c) {
-  constexpr std::ptrdiff_t kStepWeights = kVecs * kLanes * Dot::kElements;
+  constexpr std::ptrdiff_t kWeights = kStepWeights<Dot, kHalves>;
   const int steps = k_pad / Dot::kElements;
   const int chunk = m <= Dot::kMaxTokens ? steps : kChunkSteps;
   for (int step = 0; step < steps; step += chunk) {
     const int count = steps - step < chunk ? steps - step : chunk;
-    const auto* w = panel + step * kStepWeights;
-    const void* after = step + count == steps ? next : w + count * kStepWeights;
-    multiply_chunk<Dot, kVecs>(x + std::ptrdiff_t{step} * Dot::kElements, ldx, m, w, count,
-                               step == 0, after, kStepLines<Dot, kVecs>, c);
+    const auto* w = panel + step * kWeights;
+    const void* after = step + count == steps ? next : w + count * kWeights;
+    multiply_chunk<Dot, kHalves>(x + std::ptrdiff_t{step} * Dot::kElements, ldx, m, w, count,
+                                 step == 0, after, kStepLines<Dot, kHalves>, c);
   }
 }
 
@@ -188,10 +245,11 @@ template <typename Dot>
 void panel_gemm(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                 const typename Dot::Weight* panel, int rows, int k_pad, const void* next,
                 float* c) {
-  if (rows == kPanelRows) {
-    multiply_panel<Dot, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
-  } else {
-    multiply_panel<Dot, 1>(x, ldx, m, panel, k_pad, next, c);
+  switch (rows / kHalfLanes) {
+    case 1: return multiply_panel<Dot, 1>(x, ldx, m, panel, k_pad, next, c);
+    case 2: return multiply_panel<Dot, 2>(x, ldx, m, panel, k_pad, next, c);
+    case 3: return multiply_panel<Dot, 3>(x, ldx, m, panel, k_pad, next, c);
+    default: return multiply_panel<Dot, kPanelHalves>(x, ldx, m, panel, k_pad, next, c);
   }
 }
 
@@ -199,24 +257,24 @@ void panel_gemm(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
 /// memory that stays in L2.
 void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                        int k_pad, const void* next, float* c) {
-  constexpr int kVecs = kPanelRows / kLanes;
-  constexpr std::ptrdiff_t kStepWeights = kPanelRows * DotBf16::kElements;
-  alignas(64) bf16 expanded[kChunkSteps * kStepWeights];
+  constexpr std::ptrdiff_t kWeights = kStepWeights<DotBf16, kPanelHalves>;
+  alignas(64) bf16 expanded[kChunkSteps * kWeights];
   const int steps = k_pad / DotBf16::kElements;
   for (int step = 0; step < steps; step += kChunkSteps) {
     const int count = steps - step < kChunkSteps ? steps - step : kChunkSteps;
-    const auto* w = panel + step * kStepWeights;
-    for (int i = 0; i < count; ++i) expand_int8(w + i * kStepWeights, expanded + i * kStepWeights);
-    const void* after = step + count == steps ? next : w + count * kStepWeights;
-    multiply_chunk<DotBf16, kVecs>(x + std::ptrdiff_t{step} * DotBf16::kElements, ldx, m, expanded,
-                                   count, step == 0, after, kStepLines<DotInt8, kVecs>, c);
+    const auto* w = panel + step * kWeights;
+    for (int i = 0; i < count; ++i) expand_int8(w + i * kWeights, expanded + i * kWeights);
+    const void* after = step + count == steps ? next : w + count * kWeights;
+    multiply_chunk<DotBf16, kPanelHalves>(x + std::ptrdiff_t{step} * DotBf16::kElements, ldx, m,
+                                          expanded, count, step == 0, after,
+                                          kStepLines<DotInt8, kPanelHalves>, c);
   }
 }
 
 void panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                      const float* scale, int k_pad, const void* next, float* c) {
   if (m <= DotInt8::kMaxTokens) {
-    multiply_panel<DotInt8, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
+    multiply_panel<DotInt8, kPanelHalves>(x, ldx, m, panel, k_pad, next, c);
   } else {
     multiply_expanded(x, ldx, m, panel, k_pad, next, c);
   }

@@ -5,11 +5,11 @@
 // the call (batch invariance): one accumulator per output over all of k, fixed tiles of KV
 // positions, explicit fused multiply-adds only (built with -ffp-contract=off).
 //
-// Packed weights. W[n, k] is stored as panels of 32 (or 16) consecutive rows, one contiguous
-// stream:
+// Packed weights. W[n, k] is stored as panels of 32 (or 16) consecutive rows, of which the last may
+// have fewer, one contiguous stream:
 //   bf16: [panel][k_pad/2][rows][2]     fp32: [panel][k_pad][rows]
 //   int8: [panel][k_pad/2][4][2][4][2], byte (l, h, i, e) = row 16 h + 4 l + i, element e of a pair
-// n is padded to 16 (int8: 32) and k to 8 with zeros (kernels/cpu/packing.h). An int8 weight is
+// n is padded to 8 (int8: 32) and k to 2 with zeros (kernels/cpu/packing.h). An int8 weight is
 // q * scale[row] with q in [-127, 127] stored as magnitude and sign (bit 7): both orders are what
 // one table look-up and an unpack turn into two vectors of bf16 pairs.
 //
@@ -86,9 +86,9 @@ struct KernelTable {
   Isa isa;
 
   // --- matrix products -------------------------------------------------------------------------
-  /// c[m, kPanelRows] = x[m, k_pad] . panel^T for one panel of `rows` (16 or 32) rows. x rows are
-  /// ldx elements apart and zero beyond k. `next` (may be null) is memory read soon after, for
-  /// prefetching. c is 64-byte aligned; with 16 rows, columns 16..31 of c are left alone.
+  /// c[m, kPanelRows] = x[m, k_pad] . panel^T for one panel of `rows` (8, 16, 24 or 32) rows. x
+  /// rows are ldx elements apart and zero beyond k. `next` (may be null) is memory read soon after,
+  /// for prefetching. c is 64-byte aligned; its columns from `rows` on are left alone.
   void (*panel_gemm_f32)(const float* x, std::ptrdiff_t ldx, int m, const float* panel, int rows,
                          int k_pad, const void* next, float* c);
   /// The same for bf16 x and weights with fp32 accumulation: for each pair of k the odd element is

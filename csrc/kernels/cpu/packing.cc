@@ -12,7 +12,8 @@
 namespace deinfer::cpu {
 namespace {
 
-constexpr int kKMultiple = 8;
+constexpr int kKMultiple = 2;  // pairs
+constexpr int kRowMultiple = kLanes / 2;
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -96,6 +97,12 @@ std::int64_t source_row(std::span<const std::int32_t> row_map, int row, std::int
 
 }  // namespace
 
+void read_row(const TensorView& source, std::int64_t row, float* out) {
+  visit_row(source, row, [&](auto* data) {
+    for (std::int64_t i = 0; i < source.cols; ++i) out[i] = as_float(data[i]);
+  });
+}
+
 int PackedMatrix::rows_of(int panel) const {
   return std::min(panel_rows, n_pad - panel * panel_rows);
 }
@@ -136,7 +143,7 @@ PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferAr
   packed.dtype = dtype;
   packed.n = n;
   packed.k = k;
-  packed.n_pad = round_up(n, int8 ? kPanelRows : kLanes);
+  packed.n_pad = round_up(n, int8 ? kPanelRows : kRowMultiple);
   packed.k_pad = round_up(k, kKMultiple);
   packed.panel_rows = panel_rows;
   std::size_t bytes = static_cast<std::size_t>(packed.n_pad) *

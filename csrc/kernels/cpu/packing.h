@@ -15,20 +15,23 @@ struct PackedMatrix {
   DType dtype = DType::kFloat32;  // kFloat32, kBFloat16 or kInt8
   int n = 0;                      // rows in the packed order, before padding
   int k = 0;
-  int n_pad = 0;       // multiple of 16 (int8: 32)
-  int k_pad = 0;       // multiple of 8
-  int panel_rows = 0;  // 32 or 16; the last panel of 32 may have 16
+  int n_pad = 0;       // multiple of 8 (int8: 32)
+  int k_pad = 0;       // multiple of 2
+  int panel_rows = 0;  // 32 or 16; the last panel may have fewer
   Buffer data;
   std::vector<float> scales;  // [n_pad] of int8 rows, else empty
 
   bool empty() const { return n == 0; }
   int num_panels() const { return empty() ? 0 : (n_pad + panel_rows - 1) / panel_rows; }
-  int rows_of(int panel) const;        // 16 or 32
+  int rows_of(int panel) const;        // 8, 16, 24 or 32
   const void* panel(int panel) const;  // its first byte
   std::size_t bytes() const { return data.size() + scales.size() * sizeof(float); }
   /// out[k] = row `row` (packed order) as fp32, for embedding look-ups.
   void read_row(int row, float* out) const;
 };
+
+/// out[source.cols] = row `row` of unpacked fp32, bf16 or fp16 weights as fp32.
+void read_row(const TensorView& source, std::int64_t row, float* out);
 
 /// Allocates the packed matrix (zeros) for W[n, k], from `arena` if there is one; fill it with
 /// pack_rows. int8 panels have 32 rows.

@@ -54,6 +54,12 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 
+using Half = __m256;
+inline Half low_half(Vec v) { return _mm512_castps512_ps256(v); }
+inline Half load_half(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_half(float* p, Half v) { _mm256_storeu_ps(p, v); }
+inline Half fma(Half a, Half b, Half c) { return _mm256_fmadd_ps(a, b, c); }
+
 inline Vec exponent_from_bits(Vec v, std::uint32_t bias) {
   __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(v), 23);
   return _mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(static_cast<int>(bias))));

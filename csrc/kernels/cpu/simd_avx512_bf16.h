@@ -28,6 +28,16 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, Pairs w, Pairs x) { return _mm512_dpbf16_ps(acc, w, x); }
 
+using HalfPairs = __m256bh;
+inline HalfPairs low_half(Pairs v) {
+  return reinterpret_cast<HalfPairs>(_mm512_castsi512_si256(reinterpret_cast<__m512i>(v)));
+}
+template <int kPhase>
+inline HalfPairs load_half_pairs(const bf16* p) {
+  return reinterpret_cast<HalfPairs>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Half pair_dot(Half acc, HalfPairs w, HalfPairs x) { return _mm256_dpbf16_ps(acc, w, x); }
+
 /// The two bytes of the bf16 numbers 0 .. 127.
 struct Bf16Bytes {
   constexpr Bf16Bytes() : low(), high() {
