@@ -19,12 +19,13 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
     communicators_.push_back(make_single_communicator(bytes));
   } else {
     if (!config.emulated_link.empty()) bytes += kEmulatedLinkHeaderBytes;
+    LinkModel link;
+    if (!config.emulated_link.empty()) link = parse_link_model(config.emulated_link);
     LocalGroup group(size, bytes);
     for (int rank = 0; rank < size; ++rank) {
       std::unique_ptr<Communicator> communicator = group.communicator(rank);
       if (!config.emulated_link.empty()) {
-        communicator =
-            make_emulated_link(std::move(communicator), parse_link_model(config.emulated_link));
+        communicator = make_emulated_link(std::move(communicator), link);
       }
       if (wrap) communicator = wrap(std::move(communicator));
       communicators_.push_back(std::move(communicator));
