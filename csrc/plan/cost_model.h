@@ -25,6 +25,7 @@ struct Hardware {
   double attention_flops_per_s = 0;
   double operation_s = 0;          // launch, ramp and tail of one operation
   std::uint64_t memory_bytes = 0;  // 0: not known
+  int tile_tokens = 0;             // that a product takes at once; 0: any
 };
 
 /// "h100" (SXM, operations as kernels of their own in a CUDA graph) or "cpu:GB_per_s:GFLOP_per_s"
@@ -60,9 +61,10 @@ struct StepCost {
   double total() const { return products + operations + attention + exchanges; }
 };
 
-/// The cost with every product next to an exchange cut in `chunks`: chunk c travels while chunk
-/// c + 1 is computed, and is consumed while others still travel. Each further chunk of a product
-/// is an operation more, which counts as exchange.
+/// The cost of a step in `chunks` chunks as the runtime overlaps them (plan/overlap.h): of the rank
+/// dimension for few tokens, else of the tokens. What the cutting costs counts as exchange: further
+/// operations, weights that are read again. The embedding and what follows the layers overlap with
+/// nothing.
 StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
                    const Hardware& hardware, const LinkModel& link, const Phase& phase, int chunks);
 

@@ -144,7 +144,20 @@ void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count, 
   }
 }
 
-template <int kVecs, int kTokenTiles, typename Tiles>
+/// The sums of a tile of tokens, from zero or with kAdd from c.
+template <int kTile, int kVecs, bool kAdd, typename Tiles>
+void begin_sums(Tiles& tiles, const float* c) {
+  constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
+  if constexpr (kAdd) {
+    tiles.template load<kTile>(c, kTokenBytes);
+    if constexpr (kVecs == 2) tiles.template load<kTile + 1>(c + kLanes, kTokenBytes);
+  } else {
+    tiles.template zero<kTile>();
+    if constexpr (kVecs == 2) tiles.template zero<kTile + 1>();
+  }
+}
+
+template <int kVecs, int kTokenTiles, bool kAdd, typename Tiles>
 void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVecs>& tail) {
   constexpr std::ptrdiff_t kPairBytes = kVecs * kLanes * 2 * sizeof(bf16);
   const int steps = block.k_pad / kTileK;
@@ -153,12 +166,10 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVe
   const bf16* x1 = block.x + block.second * block.ldx;
   const bf16* w = block.panel;
   const auto ldx = static_cast<std::ptrdiff_t>(block.ldx * static_cast<int>(sizeof(bf16)));
-  tiles.template zero<kTileC>();
-  if constexpr (kVecs == 2) tiles.template zero<kTileC + 1>();
-  if constexpr (kTokenTiles == 2) {
-    tiles.template zero<kTileC + 2>();
-    if constexpr (kVecs == 2) tiles.template zero<kTileC + 3>();
-  }
+  float* c0 = block.c + std::ptrdiff_t{block.first} * kPanelRows;
+  float* c1 = block.c + std::ptrdiff_t{block.second} * kPanelRows;
+  begin_sums<kTileC, kVecs, kAdd>(tiles, c0);
+  if constexpr (kTokenTiles == 2) begin_sums<kTileC + 2, kVecs, kAdd>(tiles, c1);
   for (int step = 0; step < steps; ++step) {
     prefetch_step(tiles, block, step);
     multiply_step<kVecs, kTokenTiles>(tiles, x0, x1, ldx, w, kPairBytes);
@@ -174,11 +185,9 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kVe
                                       kPairBytes);
   }
   constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
-  float* c0 = block.c + std::ptrdiff_t{block.first} * kPanelRows;
   tiles.template store<kTileC>(c0, kTokenBytes);
   if constexpr (kVecs == 2) tiles.template store<kTileC + 1>(c0 + kLanes, kTokenBytes);
   if constexpr (kTokenTiles == 2) {
-    float* c1 = block.c + std::ptrdiff_t{block.second} * kPanelRows;
     tiles.template store<kTileC + 2>(c1, kTokenBytes);
     if constexpr (kVecs == 2) tiles.template store<kTileC + 3>(c1 + kLanes, kTokenBytes);
   }
@@ -211,7 +220,7 @@ void plan_prefetch(int index, int blocks, const void* next, AmxBlock& block) {
   block.lines = wanted ? lines : 0;
 }
 
-template <int kVecs, typename Tiles>
+template <int kVecs, bool kAdd, typename Tiles>
 void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                         int k_pad, const void* next, float* c) {
   const int tokens = m < kTileRows ? m : kTileRows;  // of a tile
@@ -238,9 +247,9 @@ void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, 
     block.c = c;
     plan_prefetch<kVecs>(index, blocks, next, block);
     if (second < m) {
-      multiply_block<kVecs, 2>(tiles, block, tokens, tail);
+      multiply_block<kVecs, 2, kAdd>(tiles, block, tokens, tail);
     } else {
-      multiply_block<kVecs, 1>(tiles, block, tokens, tail);
+      multiply_block<kVecs, 1, kAdd>(tiles, block, tokens, tail);
     }
   }
   tiles.release();
@@ -250,14 +259,21 @@ void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, 
 ///   configure(const TileConfig&), release(), prefetch(const void*) to L2,
 ///   zero<tile>(), load<tile>(memory, row stride in bytes), store<tile>(memory, row stride),
 ///   multiply<c, a, b>(): TDPBF16PS.
-template <typename Tiles>
+template <bool kAdd = false, typename Tiles>
 void amx_panel_gemm(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                     int rows, int k_pad, const void* next, float* c) {
   if (m <= 0) return;
+  if (kAdd && m > kTileRows && m % kTileRows != 0) {  // no token may be added to twice
+    const int whole = m / kTileRows * kTileRows;
+    amx_panel_gemm<kAdd>(tiles, x, ldx, whole, panel, rows, k_pad, panel, c);
+    amx_panel_gemm<kAdd>(tiles, x + whole * ldx, ldx, m - whole, panel, rows, k_pad, next,
+                         c + std::ptrdiff_t{whole} * kPanelRows);
+    return;
+  }
   if (rows == kPanelRows) {
-    amx_multiply_panel<kPanelRows / kLanes>(tiles, x, ldx, m, panel, k_pad, next, c);
+    amx_multiply_panel<kPanelRows / kLanes, kAdd>(tiles, x, ldx, m, panel, k_pad, next, c);
   } else {
-    amx_multiply_panel<1>(tiles, x, ldx, m, panel, k_pad, next, c);
+    amx_multiply_panel<1, kAdd>(tiles, x, ldx, m, panel, k_pad, next, c);
   }
 }
 

@@ -169,7 +169,8 @@ void multiply_chunk(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
   }
 }
 
-template <typename Dot, int kVecs>
+/// From zero, or with kAdd on top of c.
+template <typename Dot, int kVecs, bool kAdd>
 void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                     const typename Dot::Weight* panel, int k_pad, const void* next, float* c) {
   constexpr std::ptrdiff_t kStepWeights = kVecs * kLanes * Dot::kElements;
@@ -180,23 +181,24 @@ void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
     const auto* w = panel + step * kStepWeights;
     const void* after = step + count == steps ? next : w + count * kStepWeights;
     multiply_chunk<Dot, kVecs>(x + std::ptrdiff_t{step} * Dot::kElements, ldx, m, w, count,
-                               step == 0, after, kStepLines<Dot, kVecs>, c);
+                               !kAdd && step == 0, after, kStepLines<Dot, kVecs>, c);
   }
 }
 
-template <typename Dot>
+template <typename Dot, bool kAdd = false>
 void panel_gemm(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                 const typename Dot::Weight* panel, int rows, int k_pad, const void* next,
                 float* c) {
   if (rows == kPanelRows) {
-    multiply_panel<Dot, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
+    multiply_panel<Dot, kPanelRows / kLanes, kAdd>(x, ldx, m, panel, k_pad, next, c);
   } else {
-    multiply_panel<Dot, 1>(x, ldx, m, panel, k_pad, next, c);
+    multiply_panel<Dot, 1, kAdd>(x, ldx, m, panel, k_pad, next, c);
   }
 }
 
 /// Several passes read the weights several times, so they are expanded once, chunk by chunk, in
 /// memory that stays in L2.
+template <bool kAdd>
 void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                        int k_pad, const void* next, float* c) {
   constexpr int kVecs = kPanelRows / kLanes;
@@ -209,17 +211,19 @@ void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8
     for (int i = 0; i < count; ++i) expand_int8(w + i * kStepWeights, expanded + i * kStepWeights);
     const void* after = step + count == steps ? next : w + count * kStepWeights;
     multiply_chunk<DotBf16, kVecs>(x + std::ptrdiff_t{step} * DotBf16::kElements, ldx, m, expanded,
-                                   count, step == 0, after, kStepLines<DotInt8, kVecs>, c);
+                                   count, !kAdd && step == 0, after, kStepLines<DotInt8, kVecs>, c);
   }
 }
 
+template <bool kAdd = false>
 void panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                      const float* scale, int k_pad, const void* next, float* c) {
   if (m <= DotInt8::kMaxTokens) {
-    multiply_panel<DotInt8, kPanelRows / kLanes>(x, ldx, m, panel, k_pad, next, c);
+    multiply_panel<DotInt8, kPanelRows / kLanes, kAdd>(x, ldx, m, panel, k_pad, next, c);
   } else {
-    multiply_expanded(x, ldx, m, panel, k_pad, next, c);
+    multiply_expanded<kAdd>(x, ldx, m, panel, k_pad, next, c);
   }
+  if (scale == nullptr) return;
   const Vec scales[] = {load(scale), load(scale + kLanes)};
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < 2; ++j) {
