@@ -75,7 +75,7 @@ struct ExecutionContext {
   Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::next_ticket()
   StepKind step_kind = StepKind::kDecode;
   ResidualLayout residual = ResidualLayout::kReplicated;  // in this kind of step
-  Overlap overlap;                                        // of this step
+  Overlap overlap{};                                      // of this step
   float* partial_sums = nullptr;  // shared by the team: of U over the chunks of z that have come;
                                   // partial_sums_bytes() of any group of linears
 
