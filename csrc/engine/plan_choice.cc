@@ -27,9 +27,13 @@ PlanReport predict(const EngineConfig& config, const ModelConfig& model, int thr
   DType dtype = resolve_dtype(config.dtype, io::WeightSource::open(config.model), model);
   PlannerOptions options;
   options.size = size;
-  options.link = config.emulated_link.empty() ? measure_local_link(size)
-                                              : parse_link_model(config.emulated_link);
+  options.link = measure_local_link(size);
   options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
+  if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
+    options.hardware.exchange_s = options.link.latency_s;
+    options.hardware.received_bytes_per_s = options.link.bytes_per_s;
+    options.link = parse_link_model(config.emulated_link);
+  }
   options.batches.assign(std::begin(kBatches), std::end(kBatches));
   options.prefill = {config.max_num_batched_tokens};
   options.context = kContext;

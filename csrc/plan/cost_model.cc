@@ -43,8 +43,9 @@ struct Work {
 
 /// A group of linears as the slowest rank computes it.
 struct GroupCost {
-  double v = 0;  // seconds of the product with V
-  double u = 0;  // with U or W
+  double v = 0;     // seconds of the product with V
+  double u = 0;     // with U or W
+  double sums = 0;  // bytes of U's results, in fp32
   int operations = 0;
   std::vector<PlannedExchange> exchanges;  // with the largest contributions
 };
@@ -57,6 +58,7 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     const int own = token_shards ? split(m, plan.size(), rank).size() : m;
     Work v, u, w;
     bool after_u = false;
+    double outputs = 0;
     for (const auto& [role, shape] : group.linears) {
       const LinearPlacement place = plan.place(role, shape, rank);
       const double u_elements = elements(place.u_rows, place.u_cols);
@@ -65,6 +67,7 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
         w.add(u_elements, model.weight_bytes, m);
         continue;
       }
+      outputs += place.u_rows.size();
       // Between z and the residual stream a rank computes its own tokens only.
       v.add(elements(place.v_rows, place.v_cols), model.weight_bytes,
             group.adds_to_residual ? m : own);
@@ -72,6 +75,7 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     }
     cost.v = std::max(cost.v, v.seconds(hardware));
     cost.u = std::max(cost.u, u.seconds(hardware) + w.seconds(hardware));
+    cost.sums = std::max(cost.sums, outputs * (group.adds_to_residual ? own : m) * sizeof(float));
     // Epilogues wait for the sum where U's output is exchanged.
     cost.operations = int{v.any} + int{u.any} + int{w.any} + int{after_u};
     auto exchanges =
@@ -84,23 +88,40 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
   return cost;
 }
 
+/// Computing that the exchange of contributions of `bytes` bytes takes of a rank.
+double received_seconds(const Hardware& hardware, Collective kind, std::uint64_t bytes, int ranks) {
+  if (ranks == 1) return 0;
+  double seconds = hardware.exchange_s;
+  if (hardware.received_bytes_per_s > 0) {
+    const double parts = kind == Collective::kReduceScatter ? 1 : ranks;
+    seconds += parts * static_cast<double>(bytes) / hardware.received_bytes_per_s;
+  }
+  return seconds;
+}
+
 /// One resource that computes and one that transfers. Latencies of exchanges overlap, as they do
 /// not occupy the link.
 class Timeline {
  public:
-  Timeline(const LinkModel& link, int ranks) : link_(link), ranks_(ranks) {}
+  Timeline(const Hardware& hardware, const LinkModel& link, int ranks)
+      : hardware_(hardware), link_(link), ranks_(ranks) {}
 
   double now() const { return computed_; }
   void compute(double seconds) { computed_ += seconds; }
   /// Starts an exchange and returns when it arrives.
-  double start(Collective kind, std::uint64_t bytes) {
+  double start(const PlannedExchange& exchange) {
     const double begin = std::max(computed_, link_free_);
-    link_free_ = begin + exchange_seconds({0, link_.bytes_per_s}, kind, bytes, ranks_);
-    return begin + exchange_seconds(link_, kind, bytes, ranks_);
+    link_free_ =
+        begin + exchange_seconds({0, link_.bytes_per_s}, exchange.kind, exchange.bytes, ranks_);
+    return begin + exchange_seconds(link_, exchange.kind, exchange.bytes, ranks_);
   }
-  void wait_until(double arrival) { computed_ = std::max(computed_, arrival); }
+  void receive(const PlannedExchange& exchange, double arrival) {
+    computed_ = std::max(computed_, arrival) +
+                received_seconds(hardware_, exchange.kind, exchange.bytes, ranks_);
+  }
 
  private:
+  const Hardware& hardware_;
   const LinkModel& link_;
   int ranks_;
   double computed_ = 0;
@@ -108,7 +129,8 @@ class Timeline {
 };
 
 /// Seconds from V to U of a group whose tokens pass in one tile: all chunks of V, each of which
-/// travels when it is there, then those of U. An operation begins with each further chunk.
+/// travels when it is there, then those of U, each on top of sums that it reads and writes. An
+/// operation begins with each further chunk.
 double chunked_seconds(const GroupCost& group, const Hardware& hardware, Timeline time) {
   std::vector<const PlannedExchange*> chunks;
   for (const PlannedExchange& exchange : group.exchanges) {
@@ -118,17 +140,18 @@ double chunked_seconds(const GroupCost& group, const Hardware& hardware, Timelin
   std::vector<double> arrivals;
   for (const PlannedExchange* chunk : chunks) {
     time.compute(group.v / parts + (arrivals.empty() ? 0 : hardware.operation_s));
-    arrivals.push_back(time.start(chunk->kind, chunk->bytes));
+    arrivals.push_back(time.start(*chunk));
   }
   if (chunks.empty()) time.compute(group.v);
   for (std::size_t i = 0; i < arrivals.size(); ++i) {
-    time.wait_until(arrivals[i]);
-    time.compute(group.u / parts + (i == 0 ? 0 : hardware.operation_s));
+    time.receive(*chunks[i], arrivals[i]);
+    time.compute(group.u / parts);
+    if (i > 0) time.compute(hardware.operation_s + 2 * group.sums / hardware.memory_bytes_per_s);
   }
   if (chunks.empty()) time.compute(group.u);
   for (const PlannedExchange& exchange : group.exchanges) {
     if (exchange.stage != ExchangeStage::kAfterU) continue;
-    time.wait_until(time.start(exchange.kind, exchange.bytes));
+    time.receive(exchange, time.start(exchange));
   }
   return time.now();
 }
@@ -144,19 +167,20 @@ double tiled_seconds(const GroupCost& tile, const Hardware& hardware, int tiles,
   }
   double under_way = 0;  // when the exchange of the tile before arrives
   auto complete = [&](double arrival) {
-    if (after_v == nullptr && after_u.empty()) return;
-    time.wait_until(arrival);
-    if (after_u.empty()) time.compute(tile.u);
+    for (const PlannedExchange* exchange : after_u) time.receive(*exchange, arrival);
+    if (!after_u.empty() || after_v == nullptr) return;
+    time.receive(*after_v, arrival);
+    time.compute(tile.u);
   };
   for (int i = 0; i < tiles; ++i) {
     time.compute(tile.v + (i == 0 ? 0 : tile.operations * hardware.operation_s));
     double arrival = time.now();
     if (after_v != nullptr && after_u.empty()) {
-      arrival = time.start(after_v->kind, after_v->bytes);
+      arrival = time.start(*after_v);
     } else {
       time.compute(tile.u);
       for (const PlannedExchange* exchange : after_u) {
-        arrival = time.start(exchange->kind, exchange->bytes);
+        arrival = time.start(*exchange);
       }
     }
     if (i > 0) complete(under_way);
@@ -167,13 +191,15 @@ double tiled_seconds(const GroupCost& tile, const Hardware& hardware, int tiles,
 }
 
 /// Seconds of exchanges that nothing hides: of x before V, of statistics.
-double exposed_seconds(const GroupCost& group, const LinkModel& link, int ranks) {
+double exposed_seconds(const GroupCost& group, const Hardware& hardware, const LinkModel& link,
+                       int ranks) {
   double exposed = 0;
   for (const PlannedExchange& exchange : group.exchanges) {
     if (exchange.stage != ExchangeStage::kBefore && exchange.stage != ExchangeStage::kStatistics) {
       continue;
     }
-    exposed += exchange_seconds(link, exchange.kind, exchange.bytes, ranks);
+    exposed += exchange_seconds(link, exchange.kind, exchange.bytes, ranks) +
+               received_seconds(hardware, exchange.kind, exchange.bytes, ranks);
   }
   return exposed;
 }
@@ -183,7 +209,7 @@ double exchange_cost(const PlannedModel& model, const TensorParallelPlan& plan,
                      const LinearGroup& group, const GroupCost& whole, const Hardware& hardware,
                      const LinkModel& link, int tokens, int chunks) {
   if (plan.size() == 1) return 0;
-  const Timeline time(link, plan.size());
+  const Timeline time(hardware, link, plan.size());
   const Overlap overlap =
       overlap_of(tokens, chunks, hardware.tile_tokens > 0 ? hardware.tile_tokens : tokens);
   const int tiles = (tokens + overlap.tile_tokens - 1) / overlap.tile_tokens;
@@ -191,7 +217,7 @@ double exchange_cost(const PlannedModel& model, const TensorParallelPlan& plan,
       group_cost(model, plan, group, hardware, overlap.tile_tokens, overlap.rank_chunks);
   const double seconds = tiles == 1 ? chunked_seconds(part, hardware, time)
                                     : tiled_seconds(part, hardware, tiles, time);
-  return seconds + tiles * exposed_seconds(part, link, plan.size()) - whole.v - whole.u;
+  return seconds + tiles * exposed_seconds(part, hardware, link, plan.size()) - whole.v - whole.u;
 }
 
 double attention_seconds(const PlannedModel& model, const TensorParallelPlan& plan,
@@ -219,7 +245,9 @@ Hardware parse_hardware(std::string_view text) {
   // Streaming reads, products of 8192^3 less a margin for smaller ones, FlashAttention; 2.2 us is a
   // graph node's gap of 1.3 us and the ramp and tail of a kernel of some MB.
   if (text == "h100") {
-    return {"h100", 3.0e12, 620e12, 0.85 * 3.0e12, 450e12, 2.2e-6, 80'000'000'000};
+    Hardware hardware{"h100", 3.0e12, 620e12, 0.85 * 3.0e12, 450e12, 2.2e-6};
+    hardware.memory_bytes = 80'000'000'000;
+    return hardware;
   }
   const std::string_view prefix = "cpu:";
   const auto rates =
@@ -227,9 +255,13 @@ Hardware parse_hardware(std::string_view text) {
   check_argument(rates && rates->first > 0.0 && rates->second > 0.0, "hardware=\"", text,
                  "\" is not h100 or cpu:GB_per_s:GFLOP_per_s such as cpu:40:500");
   const double gigabytes = *rates->first, gigaflops = *rates->second;
-  // A barrier of a thread team takes about a microsecond.
-  return {"cpu", gigabytes * 1e9, gigaflops * 1e9, gigabytes * 1e9, gigaflops * 1e9, 1e-6,
-          0,     kTileTokens};
+  const double memory = gigabytes * 1e9, products = gigaflops * 1e9;
+  Hardware hardware{"cpu", memory, products, memory, products};
+  // A barrier of a thread team, or of ranks that are threads, takes about a microsecond.
+  hardware.operation_s = hardware.exchange_s = 1e-6;
+  hardware.received_bytes_per_s = memory;
+  hardware.tile_tokens = kTileTokens;
+  return hardware;
 }
 
 StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
@@ -268,7 +300,9 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     ends.resize(exchanges.size());
     for (std::size_t i = 0; i < exchanges.size(); ++i) {
       ends[i] = std::max(
-          ends[i], exchange_seconds(link, exchanges[i].kind, exchanges[i].bytes, plan.size()));
+          ends[i],
+          exchange_seconds(link, exchanges[i].kind, exchanges[i].bytes, plan.size()) +
+              received_seconds(hardware, exchanges[i].kind, exchanges[i].bytes, plan.size()));
     }
   }
   cost.products += head;

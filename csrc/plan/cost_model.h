@@ -23,7 +23,11 @@ struct Hardware {
   double flops_per_s = 0;            // of products of many tokens
   double attention_bytes_per_s = 0;  // of the KV cache
   double attention_flops_per_s = 0;
-  double operation_s = 0;          // launch, ramp and tail of one operation
+  double operation_s = 0;  // launch, ramp and tail of one operation
+  // What an exchange takes of computing, besides the link: per exchange, and to read and sum what
+  // the ranks have contributed. 0: the link's model has it all.
+  double exchange_s = 0;
+  double received_bytes_per_s = 0;
   std::uint64_t memory_bytes = 0;  // 0: not known
   int tile_tokens = 0;             // that a product takes at once; 0: any
 };

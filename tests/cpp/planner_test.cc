@@ -157,6 +157,8 @@ TEST(CostModel, ChunksOfTheRankDimensionFollowTheRuntime) {
   }
   Hardware hw = parse_hardware("cpu:1:1000");  // 1 GB/s: products take as long as their bytes
   hw.operation_s = 1e-6;
+  hw.exchange_s = 3e-6;
+  hw.received_bytes_per_s = 2e9;
   const LinkModel link{50e-6, 1e9};
   auto plan = make_plan("two_collective", shape, 2);
   const Phase phase{false, 1, 1};
@@ -167,10 +169,13 @@ TEST(CostModel, ChunksOfTheRankDimensionFollowTheRuntime) {
   // The second chunk leaves after V, the link being free, and arrives before half of U is done.
   ASSERT_LT(chunk, v / 2);
   ASSERT_LT(50e-6 + chunk, u / 2);
-  const double one = 50e-6 + 2 * chunk;
+  const double received = 3e-6 + 2 * 128 * 4 / 2e9;  // a chunk of either rank
+  const double one = 50e-6 + 2 * chunk + 2 * received - 3e-6;
   // All of V and an operation more; U starts when both V is done and the first chunk has come, and
-  // the second chunk is there when the first half of U is done.
-  const double two = std::max(v + 1e-6, v / 2 + 50e-6 + chunk) + u + 1e-6 - v - u;
+  // the second chunk is there when the first half of U is done, whose sums it reads and writes.
+  const double sums = 2 * 1024 * 4 / 1e9;
+  const double two =
+      std::max(v + 1e-6, v / 2 + 50e-6 + chunk) + u + 2 * received + 1e-6 + sums - v - u;
   EXPECT_NEAR(whole - cut, 2 * (one - two), 1e-9);
 }
 
