@@ -31,6 +31,15 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 
 }  // namespace
 
+DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,
+                    const ModelConfig& config) {
+  if (dtype == "int8") return DType::kInt8;
+  if (dtype != "auto") return dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  const std::string embedding = config.names.embedding + ".weight";
+  check_argument(source.contains(embedding), "checkpoint lacks the tensor ", embedding);
+  return source.info(embedding).dtype == "BF16" ? DType::kBFloat16 : DType::kFloat32;
+}
+
 WeightLoader::WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
                            const RankShare& share, ThreadTeam& team, Progress progress)
     : source_(io::WeightSource::open(directory)),
@@ -38,11 +47,6 @@ WeightLoader::WeightLoader(const std::filesystem::path& directory, const ModelCo
       share_(share),
       team_(team),
       progress_(std::move(progress)) {}
-
-DType WeightLoader::checkpoint_dtype(const std::string& embedding_name) const {
-  check_argument(source_.contains(embedding_name), "checkpoint lacks the tensor ", embedding_name);
-  return source_.info(embedding_name).dtype == "BF16" ? DType::kBFloat16 : DType::kFloat32;
-}
 
 void WeightLoader::used(const std::string& tensor, std::uint64_t elements) {
   used_.insert(tensor);

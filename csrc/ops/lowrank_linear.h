@@ -2,7 +2,7 @@
 //
 // Linears that share their input run as one operation: all V factors (and dense members) in one
 // pass over x, one barrier, then all U factors. z = V x is rounded to the activation type once, as
-// input of U, and stays in cache: x is taken in chunks of kTileTokens tokens.
+// input of U, and stays in cache: x is taken in tiles of at most kTileTokens tokens.
 #pragma once
 
 #include <span>
