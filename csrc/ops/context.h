@@ -32,14 +32,19 @@ struct Activations {
   bf16* b16() const { return static_cast<bf16*>(data); }
 };
 
+/// Elements from one row of `cols` to the next: 64 bytes beyond the row keep rows out of one
+/// another's cache sets.
+constexpr std::ptrdiff_t activation_stride(DType dtype, int cols) {
+  return (cols + 15) / 16 * 16 + 64 / static_cast<int>(dtype_size(dtype));
+}
+
 /// Memory of Activations, allocated once and reused by every step.
 class ActivationBuffer {
  public:
   ActivationBuffer() = default;
   ActivationBuffer(DType dtype, int rows, int cols)
       : dtype_(dtype),
-        // 64 bytes beyond the row keep rows out of one another's cache sets.
-        ld_((cols + 15) / 16 * 16 + 64 / static_cast<int>(dtype_size(dtype))),
+        ld_(activation_stride(dtype, cols)),
         buffer_(static_cast<std::size_t>(rows) * static_cast<std::size_t>(ld_) *
                 dtype_size(dtype)) {}
   Activations view() { return {buffer_.as<void>(), dtype_, ld_}; }

@@ -20,6 +20,12 @@ void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, float* out,
                     std::ptrdiff_t ldo);
 
+/// outs[i][m, n_i] = linears[i](x[m, k]) in the activation type, for up to three linears whose
+/// outputs are not exchanged.
+void lowrank_linears(ExecutionContext& ctx, int m, const GroupInput& input,
+                     std::span<const LowRankLinear> linears, const Activations& z,
+                     std::span<const Activations> outs);
+
 /// residual[m, n] += linear(x[m, k]).
 void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
                         const LowRankLinear& linear, const Activations& z, float* residual,
