@@ -125,7 +125,7 @@ void check_aligned(const void* memory) {
                  memory);
 }
 
-std::size_t packed_bytes(std::span<const LinearWeights> linears, DType dtype) {
+std::size_t DEINFER_ABI::packed_bytes(std::span<const LinearWeights> linears, DType dtype) {
   return make_header(linears, dtype, 1).bytes;
 }
 

@@ -15,7 +15,13 @@ __all__ = ["LowRankLinear", "accelerate"]
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 # Names of a first and a second factor in one module: ours, ASVD's, Dobi-SVD's, KFAC-SVD's and those
 # of a plain nn.Sequential. ALinear and BLinear are either's first: shapes decide.
-_PAIRS = (("v", "u"), ("BLinear", "ALinear"), ("ALinear", "BLinear"), ("mod_a", "mod_b"), ("0", "1"))
+_PAIRS = (
+    ("v", "u"),
+    ("BLinear", "ALinear"),
+    ("ALinear", "BLinear"),
+    ("mod_a", "mod_b"),
+    ("0", "1"),
+)
 # SVD-LLM: q_v_proj and q_u_proj beside each other, out_v_proj, fc1_v_proj, ...
 _FIRST, _SECOND = "_v_proj", "_u_proj"
 
@@ -97,7 +103,8 @@ class OuterFactor(nn.Linear):
 
     def _apply(self, *args: Any, **kwargs: Any) -> OuterFactor:
         self.drop_packed()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_packed()
@@ -157,8 +164,9 @@ def _is_pair(first: object, second: object) -> bool:
         and type(second) is nn.Linear
         and first.bias is None
         and first.out_features == second.in_features
-        and first.out_features < max(first.in_features, second.out_features)
         and first.out_features <= min(first.in_features, second.out_features)
+        # Square ones of full rank could stand in either order.
+        and first.out_features < max(first.in_features, second.out_features)
     )
 
 
@@ -179,8 +187,8 @@ def _factor_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 def accelerate(model: Any) -> Any:
     """Run the factor pairs of a torch model, such as one of transformers, on deinfer's kernels.
 
-    A pair is two nn.Linear of which the second is applied to the output of the first, without a bias
-    in between: children `v` and `u` of a module (deinfer's and DeInfer's checkpoints), `BLinear` and
+    A pair is two nn.Linear, the second applied to the output of the first, without a bias in
+    between: children `v` and `u` of a module (deinfer's and DeInfer's checkpoints), `BLinear` and
     `ALinear` (ASVD; Dobi-SVD the other way round), `mod_a` and `mod_b` (KFAC-SVD), the two of an
     nn.Sequential, and siblings `X_v_proj` and `X_u_proj` (SVD-LLM). The second becomes an
     `OuterFactor`, the first an `InnerFactor` that passes its input on. Parameters, the names in

@@ -4,33 +4,36 @@ Importing this module loads the library and registers the ops; the names below a
 which can be called directly and inside `torch.compile(fullgraph=True)`. x is [..., k]; a linear is
 low-rank, V [r, k] and U [n, r], or dense, V None and U = W [n, k]; a bias is [n].
 
-| op | result |
-|---|---|
-| `lowrank_linear(x, v, u, bias=None)` | x V^T U^T + bias [..., n] |
-| `lowrank_gated_mlp(x, gate_v, gate_u, up_v, up_u, gate_bias=None, up_bias=None)` | silu(gate) * up |
-| `lowrank_qkv(x, q_v, q_u, k_v, k_u, v_v, v_u, q_bias=None, k_bias=None, v_bias=None)` | (q, k, v) |
-| `lowrank_pack(v, u, bias)` of lists of one to three linears | packed weights, uint8 [bytes] |
-| `lowrank_linear_packed(x, packed, out_features)` | as `lowrank_linear` |
-| `lowrank_gated_mlp_packed(x, packed, out_features)`, of gate and up | as `lowrank_gated_mlp` |
-| `lowrank_qkv_packed(x, packed, q_features, k_features, v_features)` | as `lowrank_qkv` |
-| `kv_cache_write(k, v, k_cache, v_cache, slots)` | writes the caches |
-| `paged_attention(q, k_cache, v_cache, block_table, query_starts, lengths, scale, window=0)` | like q |
+    lowrank_linear(x, v, u, bias=None) -> x V^T U^T + bias [..., n]
+    lowrank_gated_mlp(x, gate_v, gate_u, up_v, up_u, gate_bias=None, up_bias=None)
+        -> silu(gate) * up [..., n]
+    lowrank_qkv(x, q_v, q_u, k_v, k_u, v_v, v_u, q_bias=None, k_bias=None, v_bias=None)
+        -> (q, k, v): all V in one pass over x, then all U
+    lowrank_pack(v, u, bias) of lists, of one to three linears -> packed weights, uint8 [bytes]
+    lowrank_linear_packed(x, packed, out_features)
+    lowrank_gated_mlp_packed(x, packed, out_features), packed: gate, up
+    lowrank_qkv_packed(x, packed, q_features, k_features, v_features)
+    kv_cache_write(k, v, k_cache, v_cache, slots), which writes the caches
+    paged_attention(q, k_cache, v_cache, block_table, query_starts, lengths, scale, window=0)
+        -> as q
 
-float32 and bfloat16 run on deinfer's kernels: float32 sums, z = V x rounded once to the dtype of x;
-any other dtype (float64, float16) of the unpacked linears is aten's. The tensors of a call have one
-dtype. Unpacked ops pack their weights in every call: they are for training and for large batches.
-Packed ones are for inference: they have no gradients, and read packed weights in place. Packed bytes
-hold no addresses and may be stored; a library with another layout of weights refuses them.
+float32 and bfloat16 run on deinfer's kernels: float32 sums, z = V x rounded once to the dtype of
+x; any other dtype (float64, float16) of the unpacked linears is aten's. The tensors of a call have
+one dtype. Unpacked ops pack their weights in every call: they are for training and large batches.
+Packed ones are for inference: they have no gradients, and read packed weights where they lie.
+Packed bytes hold no addresses and may be stored; a library that lays weights out otherwise refuses
+them.
 
 The unpacked linears have gradients of everything, and autocast to bfloat16 on the CPU.
 
 Paged attention is causal and float32 or bfloat16. k_cache is [blocks, kv_heads, block_size / 16,
-head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim] (`new_kv_cache`), block_size a
-multiple of 16. `kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64
-[tokens]: block * block_size + place in it, or -1. `paged_attention` takes q [tokens, heads, head_dim],
-in which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are the last tokens of
-sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are block_table[s] (int32
-[sequences, most blocks]). `window`: positions that a token sees, itself included; 0: all.
+head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim] (`new_kv_cache`), block_size
+a multiple of 16. `kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64
+[tokens]: block * block_size + place in it, or -1: nowhere. `paged_attention` takes q [tokens,
+heads, head_dim], in which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are
+the last tokens of sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are
+block_table[s] (int32 [sequences, most blocks]). `window`: positions that a token sees, itself
+included; 0: all.
 
 Errors are RuntimeErrors that name the operand and its value. Ops use `torch.get_num_threads()`
 threads at most, and may be called from any thread; calls take turns.
@@ -53,7 +56,7 @@ if not _LIBRARY.is_file():
         "this deinfer was built without torch's custom ops: build it with torch >= 2.11 installed "
         "(pip install --no-build-isolation)"
     )
-torch.ops.load_library(str(_LIBRARY))
+torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
 
 _ops = torch.ops.deinfer
 lowrank_pack = _ops.lowrank_pack.default
@@ -109,7 +112,7 @@ def new_kv_cache(
     return k, torch.zeros(num_blocks, kv_heads, block_size, head_dim, dtype=dtype)
 
 
-# --- shapes, for tracing ---------------------------------------------------------------------------
+# --- shapes, for tracing --------------------------------------------------------------------------
 
 
 def _up(value: int, multiple: int) -> int:
@@ -133,24 +136,21 @@ def _rows(x: Tensor, cols: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], cols))
 
 
-@torch.library.register_fake("deinfer::lowrank_pack")
-def _(v: Sequence[Tensor | None], u: Sequence[Tensor], bias: Sequence[Tensor | None]) -> Tensor:
+def _fake_pack(
+    v: Sequence[Tensor | None], u: Sequence[Tensor], bias: Sequence[Tensor | None]
+) -> Tensor:
     return u[0].new_empty((_packed_bytes(v, u, bias),), dtype=torch.uint8)
 
 
-@torch.library.register_fake("deinfer::lowrank_linear")
-def _(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+def _fake_linear(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
     return _rows(x, u.shape[0])
 
 
-@torch.library.register_fake("deinfer::lowrank_linear_packed")
-@torch.library.register_fake("deinfer::lowrank_gated_mlp_packed")
-def _(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+def _fake_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return _rows(x, out_features)
 
 
-@torch.library.register_fake("deinfer::lowrank_gated_mlp")
-def _(
+def _fake_gated_mlp(
     x: Tensor,
     gate_v: Tensor | None,
     gate_u: Tensor,
@@ -162,8 +162,7 @@ def _(
     return _rows(x, gate_u.shape[0])
 
 
-@torch.library.register_fake("deinfer::lowrank_qkv")
-def _(
+def _fake_qkv(
     x: Tensor,
     q_v: Tensor | None,
     q_u: Tensor,
@@ -178,20 +177,17 @@ def _(
     return _rows(x, q_u.shape[0]), _rows(x, k_u.shape[0]), _rows(x, v_u.shape[0])
 
 
-@torch.library.register_fake("deinfer::lowrank_qkv_packed")
-def _(
+def _fake_qkv_packed(
     x: Tensor, packed: Tensor, q_features: int, k_features: int, v_features: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _rows(x, q_features), _rows(x, k_features), _rows(x, v_features)
 
 
-@torch.library.register_fake("deinfer::kv_cache_write")
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def _fake_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("deinfer::paged_attention")
-def _(
+def _fake_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -204,7 +200,21 @@ def _(
     return q.new_empty(q.shape)
 
 
-# --- gradients -------------------------------------------------------------------------------------
+for _name, _fake in (
+    ("lowrank_pack", _fake_pack),
+    ("lowrank_linear", _fake_linear),
+    ("lowrank_linear_packed", _fake_packed),
+    ("lowrank_gated_mlp", _fake_gated_mlp),
+    ("lowrank_gated_mlp_packed", _fake_packed),
+    ("lowrank_qkv", _fake_qkv),
+    ("lowrank_qkv_packed", _fake_qkv_packed),
+    ("kv_cache_write", _fake_write),
+    ("paged_attention", _fake_attention),
+):
+    torch.library.register_fake(f"deinfer::{_name}", _fake)
+
+
+# --- gradients ------------------------------------------------------------------------------------
 
 _Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
