@@ -20,7 +20,8 @@ class CMakeBuild(build_ext):
     """Runs the `cpu` preset.
 
     Editable installs share its tree with the C++ tests and find the library there. A wheel brings
-    the library, its headers and its CMake files, for C++ hosts, beside the module.
+    the library, its headers and its CMake files, for C++ hosts, beside the module. Where the
+    building Python has torch, both bring torch's custom ops (`deinfer.torch_ops`).
     DEINFER_BUILD_DIR names a configured tree whose objects a wheel is to be made of.
     """
 
@@ -32,7 +33,7 @@ class CMakeBuild(build_ext):
             build = ROOT / "build" / "cpu"
             output = f"-DDEINFER_PYTHON_OUTPUT_DIR={ROOT / 'python' / 'deinfer'}"
             run("cmake", "--preset", "cpu", "-B", build, output, python)
-            run("cmake", "--build", build, "--target", "_C")
+            run("cmake", "--build", build, "--target", "deinfer_python")
             return
         if reused := os.environ.get("DEINFER_BUILD_DIR"):
             build = Path(reused).resolve()
@@ -41,7 +42,7 @@ class CMakeBuild(build_ext):
             options = [f"-DDEINFER_{name}=OFF" for name in ("TESTS", "BENCH", "WERROR")]
             output = f"-DDEINFER_PYTHON_OUTPUT_DIR={build / 'python'}"
             run("cmake", "--preset", "cpu", "-B", build, output, python, *options)
-        run("cmake", "--build", build, "--target", "_C", "deinfer")
+        run("cmake", "--build", build, "--target", "deinfer_python", "deinfer")
         for component in ("deinfer", "python"):
             run("cmake", "--install", build, "--component", component, "--prefix", package)
 

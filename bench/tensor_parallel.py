@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import random
 import statistics
 import time
@@ -25,6 +26,7 @@ from common import ROOT, Check, environment, finish, summary
 from deinfer import _C, LLM, SamplingParams
 from native_cpu import Peak, Stream, Team
 from synthetic import LLAMA_1B, write_synthetic
+from timing import PAUSE
 
 PLANS = ["dense", "naive", "rank_gather", "hidden_sharded", "two_collective", "token_sharded"]
 GPU_BYTES_PER_S = 3.0e12  # what an H100 streams; research/cost.py
@@ -41,6 +43,7 @@ SMALL: dict[str, Any] = {
     "vocab_size": 2048,
 }
 KEEP = 0.4
+MAX_CHUNKS = 4
 MIN_EXPOSED = 1.1  # prefill with the link over prefill without, for a share of it to be measurable
 PROMPT = 4  # tokens before decoding
 PREFILL = 512
@@ -57,7 +60,7 @@ class Work:
 
 
 WORKS = [
-    Work("decode:1", 1, PROMPT, 16),
+    Work("decode:1", 1, PROMPT, 32),
     Work("decode:16", 16, PROMPT, 8),
     Work("decode:128", 128, PROMPT, 3),
     Work(f"prefill:{PREFILL}", 1, PREFILL, 0),
@@ -167,14 +170,16 @@ def predict(path: Path, size: int, link: str, chunks: int, machine: tuple[float,
 
 @dataclasses.dataclass
 class Cell:
-    """One link, size and phase: measured and predicted seconds per plan."""
+    """One link, size and phase, whole exchanges or overlapped ones: seconds per plan."""
 
     link: str
     size: int
     phase: str
-    chunks: int
-    measured: dict[str, float]
+    overlap: bool
+    chunks: dict[str, int]  # as predicted to be best; 1 without overlap
+    measured: dict[str, float]  # medians
     predicted: dict[str, float]
+    samples: dict[str, list[float]]
 
     def best(self) -> float:
         """The fastest plan's measured seconds."""
@@ -185,69 +190,102 @@ class Cell:
         return min(self.predicted, key=self.predicted.__getitem__)
 
 
-def emulate(
-    path: Path, sizes: list[int], rounds: int, machine: tuple[float, float]
-) -> tuple[list[Cell], dict[str, Any]]:
-    """All cells, without overlap; and prefill without link, with overlap and without."""
-    cells = []
-    overlap: dict[str, Any] = {}
-    for name, size in itertools.product(LINKS, sizes):
-        link = emulated(name, size, machine[0])
-        report = predict(path, size, link, 1, machine)
-        predicted = {
-            plan.plan: {phase.phase: phase.seconds for phase in plan.phases}
-            for plan in report.plans
-        }
-        measured: dict[str, dict[str, float]] = {}
-        expected = None
-        for plan in PLANS:
-            llm = load(path, size, plan, 1, link)
-            answer = tokens(llm)
-            if expected is not None and plan != "dense" and answer != expected:
-                raise SystemExit(f"{plan} on {size} ranks: {answer}, not {expected}")
-            expected = expected or (answer if plan != "dense" else None)
-            for work in WORKS:
-                times = [step_seconds(llm, work, seed) for seed in range(rounds + 1)][1:]
-                measured.setdefault(plan, {})[work.name] = statistics.median(times)
-            del llm
-            if plan in ("hidden_sharded", "token_sharded"):
-                overlap[f"{name}, {size} ranks, {plan}"] = hidden(path, size, plan, link, rounds)
-        for work in WORKS:
-            cells.append(
-                Cell(
-                    name,
-                    size,
-                    work.name,
-                    1,
-                    {plan: measured[plan][work.name] for plan in PLANS},
-                    {plan: predicted[plan][work.name] for plan in PLANS},
-                )
-            )
-            row = " ".join(f"{measured[p][work.name] * 1e3:8.2f}" for p in PLANS)
-            guess = " ".join(f"{predicted[p][work.name] * 1e3:8.2f}" for p in PLANS)
-            print(
-                f"{name:7} N={size} {work.name:12} measured {row} | predicted {guess}", flush=True
-            )
-    return cells, overlap
+# A plan and the chunks of its exchanges.
+Contestant = tuple[str, int]
 
 
-def hidden(path: Path, size: int, plan: str, link: str, rounds: int) -> dict[str, float]:
-    """The share of the exchanges' time in prefill that overlap hides."""
-    work = WORKS[-1]
-    runs = {
-        "no_link": load(path, size, plan, 1, "", 1),
-        "exposed": load(path, size, plan, 1, link, 1),
-        "overlapped": load(path, size, plan, 1, link, 4),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def measure(
+    engines: dict[Contestant, LLM], works: dict[Contestant, list[Work]], rounds: int
+) -> dict[tuple[Contestant, str], list[float]]:
+    """Seconds per step of every engine in its works, interleaved; a first round does not count."""
+    samples: dict[tuple[Contestant, str], list[float]] = {}
     for turn in range(rounds + 1):
-        for name, llm in runs.items():
-            seconds = step_seconds(llm, work, turn)
-            if turn > 0:
-                times[name].append(seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    exchange = medians["exposed"] - medians["no_link"]
-    return {**medians, "hidden": (medians["exposed"] - medians["overlapped"]) / exchange}
+        for work in WORKS:
+            order = [name for name in engines if work in works[name]]
+            for name in order if turn % 2 else reversed(order):
+                time.sleep(PAUSE)
+                seconds = step_seconds(engines[name], work, turn)
+                if turn > 0:
+                    samples.setdefault((name, work.name), []).append(seconds)
+    return samples
+
+
+def emulate(
+    path: Path, link_name: str, size: int, rounds: int, machine: tuple[float, float]
+) -> list[Cell]:
+    """The cells of one link and size: every plan with whole exchanges, and overlapped."""
+    link = emulated(link_name, size, machine[0])
+    predicted: dict[bool, dict[tuple[str, str], Any]] = {}
+    for overlap in (False, True):
+        report = predict(path, size, link, MAX_CHUNKS if overlap else 1, machine)
+        predicted[overlap] = {
+            (plan.plan, phase.phase): phase for plan in report.plans for phase in plan.phases
+        }
+    works: dict[Contestant, list[Work]] = {(plan, 1): list(WORKS) for plan in PLANS}
+    for plan, work in itertools.product(PLANS, WORKS):
+        chunks = predicted[True][plan, work.name].chunks
+        if chunks > 1:
+            works.setdefault((plan, chunks), []).append(work)
+    engines = {name: load(path, size, name[0], 1, link, name[1]) for name in works}
+    answers = {name: tokens(llm) for name, llm in engines.items()}
+    expected = answers["hidden_sharded", 1]
+    for name, answer in answers.items():
+        if name[0] != "dense" and answer != expected:
+            raise SystemExit(f"{name} on {size} ranks: {answer}, not {expected}")
+    samples = measure(engines, works, rounds)
+    cells = []
+    for work, overlap in itertools.product(WORKS, (False, True)):
+        chunks_of = {plan: predicted[overlap][plan, work.name].chunks for plan in PLANS}
+        taken = {plan: samples[(plan, chunks_of[plan]), work.name] for plan in PLANS}
+        cell = Cell(
+            link_name,
+            size,
+            work.name,
+            overlap,
+            chunks_of,
+            {plan: statistics.median(values) for plan, values in taken.items()},
+            {plan: predicted[overlap][plan, work.name].seconds for plan in PLANS},
+            taken,
+        )
+        cells.append(cell)
+        row = " ".join(f"{cell.measured[p] * 1e3:8.2f}/{chunks_of[p]}" for p in PLANS)
+        guess = " ".join(f"{cell.predicted[p] * 1e3:8.2f}" for p in PLANS)
+        what = "overlapped" if overlap else "whole"
+        print(f"{link_name:7} N={size} {work.name:12} {what:10} {row} | predicted {guess}",
+              flush=True)  # fmt: skip
+    return cells
+
+
+def hidden(path: Path, size: int, plan: str, link_name: str, rounds: int,
+           machine: tuple[float, float]) -> dict[str, Any]:  # fmt: skip
+    """The share of the exchanges' time that overlap hides, by phase.
+
+    What an exchange takes is the difference to a run without link in as many chunks, so that
+    cutting, which may make steps faster or slower, counts for neither.
+    """
+    link = emulated(link_name, size, machine[0])
+    engines = {
+        (name, chunks): load(path, size, plan, 1, link if name == "link" else "", chunks)
+        for name, chunks in itertools.product(("none", "link"), (1, MAX_CHUNKS))
+    }
+    works = [WORKS[0], WORKS[1], WORKS[3]]
+    samples = measure(engines, dict.fromkeys(engines, works), rounds)
+    rows = {}
+    for work in works:
+        seconds = {key: statistics.median(samples[key, work.name]) for key in engines}
+        whole = seconds["link", 1] - seconds["none", 1]
+        left = seconds["link", MAX_CHUNKS] - seconds["none", MAX_CHUNKS]
+        rows[work.name] = {
+            "no_link": seconds["none", 1],
+            "exposed": seconds["link", 1],
+            "no_link_chunked": seconds["none", MAX_CHUNKS],
+            "overlapped": seconds["link", MAX_CHUNKS],
+            "hidden": 1 - left / whole,
+        }
+        print(f"{link_name:7} N={size} {work.name:12} {plan}: "
+              + " ".join(f"{key} {value:.4g}" for key, value in rows[work.name].items()),
+              flush=True)  # fmt: skip
+    return rows
 
 
 def checks_of(cells: list[Cell], overlap: dict[str, Any]) -> list[Check]:
@@ -265,12 +303,41 @@ def checks_of(cells: list[Cell], overlap: dict[str, Any]) -> list[Check]:
     good = [cell.measured[cell.chosen()] <= 1.05 * cell.best() for cell in cells]
     checks.append(Check("cells with a choice within 5 % of the best", sum(good) / len(good), 0.9))
     # Where the exchanges take so little that noise decides, there is no share to tell.
-    shares = [
-        row["hidden"] for row in overlap.values() if row["exposed"] >= MIN_EXPOSED * row["no_link"]
-    ]
+    rows = [phases[WORKS[-1].name] for phases in overlap.values()]
+    shares = [row["hidden"] for row in rows if row["exposed"] >= MIN_EXPOSED * row["no_link"]]
     label = f"exchange hidden in prefill, median of {len(shares)} cells"
     checks.append(Check(label, statistics.median(shares) if shares else float("nan"), 0.6))
     return checks
+
+
+def merge(parts: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Check]]:
+    """The results of several runs as those of one, and the checks of their emulated links."""
+    results = {**parts[0], "two_ranks": {}, "cells": [], "overlap": {}, "runs": []}
+    checks = []
+    for part in parts:
+        results["two_ranks"] |= part["two_ranks"]
+        results["cells"] += part["cells"]
+        results["overlap"] |= part["overlap"]
+        run = ("commit", "dirty", "date", "load_before", "bytes_per_s", "flops_per_s", "links")
+        results["runs"].append({key: part[key] for key in run})
+    for name, row in results["two_ranks"].items():
+        checks += checks_of_two_ranks(name, row)
+    if results["cells"]:
+        checks += checks_of([Cell(**cell) for cell in results["cells"]], results["overlap"])
+    return results, checks
+
+
+def checks_of_two_ranks(name: str, row: dict[str, Any]) -> list[Check]:
+    """The targets of part 1."""
+    return [
+        Check(
+            f"{name}, {phase}: 2 ranks x 1 thread / 1 rank x 2",
+            ratio["median"],
+            1.10,
+            at_least=False,
+        )  # fmt: skip
+        for phase, ratio in row["ratio"].items()
+    ]
 
 
 def main() -> None:
@@ -280,25 +347,34 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=ROOT / "build/smollm2-135m-instruct-keep0.8")
     parser.add_argument("--large", action="store_true", help="also the 1.1B shape in part 1")
+    parser.add_argument("--parts", nargs="+", choices=["ranks", "plans", "overlap"],
+                        default=["ranks", "plans", "overlap"])  # fmt: skip
+    parser.add_argument("--links", nargs="+", choices=list(LINKS), default=list(LINKS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE",
+                        help="merge the results files of such runs instead")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="fail when a target is missed")
     parser.add_argument("--out", type=Path, help="default: bench/results/tensor_parallel.json")
     options = parser.parse_args()
-    results: dict[str, Any] = {"name": "tensor_parallel", **environment()}
-    checks = []
+    if options.merge:
+        results, checks = merge([json.loads(file.read_text()) for file in options.merge])
+    else:
+        results, checks = merge([run(options)])
+    finish("tensor_parallel", results, checks, options.out, options.check)
 
-    models = {"smollm2 keep 0.8": options.model}
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the options ask for."""
+    results: dict[str, Any] = {"name": "tensor_parallel", **environment(), "two_ranks": {}}
+    models = {"smollm2 keep 0.8": options.model} if "ranks" in options.parts else {}
     if options.large:
         models["1.1B keep 0.5"] = write_synthetic(ROOT / "build/llama-1.1b-keep0.5", LLAMA_1B, 0.5)
-    results["two_ranks"] = {}
     for name, path in models.items():
         if not path.is_dir():
             raise SystemExit(f"{path} is missing; `make demo` makes it")
-        results["two_ranks"][name] = row = against_one_rank(path, options.rounds)
-        for phase, ratio in row["ratio"].items():
-            label = f"{name}, {phase}: 2 ranks x 1 thread / 1 rank x 2"
-            checks.append(Check(label, ratio["median"], 1.10, at_least=False))
+        results["two_ranks"][name] = against_one_rank(path, options.rounds)
+        print(name, results["two_ranks"][name], flush=True)
 
     small = write_synthetic(ROOT / "build/llama-70b-quarter-keep0.4", SMALL, KEEP)
     machine = rates(torch.get_num_threads())
@@ -308,12 +384,18 @@ def main() -> None:
         "links": {name: emulated(name, 1, machine[0]) for name in LINKS},
         "plans": PLANS,
         "keep": KEEP,
+        "cells": [],
+        "overlap": {},
     }
-    cells, overlap = emulate(small, options.sizes, options.rounds, machine)
-    results["cells"] = [dataclasses.asdict(cell) for cell in cells]
-    results["overlap"] = overlap
-    finish("tensor_parallel", results, checks + checks_of(cells, overlap), options.out,
-           options.check)  # fmt: skip
+    for link, size in itertools.product(options.links, options.sizes):
+        if "plans" in options.parts:
+            cells = emulate(small, link, size, options.rounds, machine)
+            results["cells"] += [dataclasses.asdict(cell) for cell in cells]
+        if "overlap" in options.parts:
+            for plan in ("hidden_sharded", "token_sharded"):
+                label = f"{link}, {size} ranks, {plan}"
+                results["overlap"][label] = hidden(small, size, plan, link, options.rounds, machine)
+    return results
 
 
 if __name__ == "__main__":

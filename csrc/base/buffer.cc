@@ -8,10 +8,14 @@
 #include "base/check.h"
 
 namespace deinfer {
+namespace {
+
+constexpr std::size_t kHuge = std::size_t{2} << 20;
+
+}  // namespace
 
 Buffer::Buffer(std::size_t bytes) {
   if (bytes == 0) return;
-  constexpr std::size_t kHuge = std::size_t{2} << 20;
   bool huge = bytes >= kHuge;
   // The tail is advised too, or up to 2 MiB of a matrix would stay on small pages.
   std::size_t advised = huge ? (bytes + kHuge - 1) / kHuge * kHuge : 0;
@@ -25,12 +29,19 @@ Buffer::Buffer(std::size_t bytes) {
   auto address = reinterpret_cast<std::uintptr_t>(mapping);
   if (huge) {
     address = (address + kHuge - 1) / kHuge * kHuge;
-    // Advice only: without transparent huge pages the memory works all the same.
-    madvise(reinterpret_cast<void*>(address), advised, MADV_HUGEPAGE);
+    advise_huge_pages(reinterpret_cast<void*>(address), advised);
   }
   mapping_ = {mapping, [mapping_size](void* start) { munmap(start, mapping_size); }};
   data_ = reinterpret_cast<void*>(address);
   size_ = bytes;
+}
+
+void advise_huge_pages(void* data, std::size_t bytes) {
+  auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t first = (address + kHuge - 1) / kHuge * kHuge;
+  const std::uintptr_t last = (address + bytes) / kHuge * kHuge;
+  // Without transparent huge pages the memory works all the same.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 Buffer BufferArena::allocate(std::size_t bytes) {

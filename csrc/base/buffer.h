@@ -14,6 +14,13 @@ class Buffer {
   Buffer() = default;
   /// Throws kOutOfMemory naming the size when the OS refuses.
   explicit Buffer(std::size_t bytes);
+  /// Somebody else's memory, which must outlive the buffer and is only read.
+  static Buffer borrow(const void* data, std::size_t bytes) {
+    Buffer buffer;
+    buffer.data_ = const_cast<void*>(data);
+    buffer.size_ = bytes;
+    return buffer;
+  }
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     swap(other);
@@ -45,6 +52,9 @@ class Buffer {
   std::size_t size_ = 0;
   std::shared_ptr<void> mapping_;  // shared by the buffers of an arena
 };
+
+/// Asks the OS for huge pages behind memory that has not been touched yet; advice only.
+void advise_huge_pages(void* data, std::size_t bytes);
 
 /// Hands out buffers that lie one after another in large mappings, so that small matrices have
 /// huge pages too and weights stream in the order in which they were loaded. A mapping is freed

@@ -4,15 +4,8 @@
 #include <system_error>
 
 #include "base/check.h"
-#include "base/spin_wait.h"
 
 namespace deinfer {
-namespace {
-
-// A team between two steps of a busy engine waits microseconds; an idle one must not burn a core.
-constexpr int kWaitsBeforeSleep = SpinWait::kSpinsBeforeYield + 2000;
-
-}  // namespace
 
 void SpinBarrier::wait() {
   std::uint32_t generation = generation_.load(std::memory_order_acquire);
@@ -31,8 +24,11 @@ void SpinBarrier::reset() {
   aborted_.store(false, std::memory_order_release);
 }
 
-ThreadTeam::ThreadTeam(int size)
-    : size_(size), barrier_(size), queues_(static_cast<std::size_t>(std::max(size, 1))) {
+ThreadTeam::ThreadTeam(int size, int waits_before_sleep)
+    : size_(size),
+      waits_before_sleep_(waits_before_sleep),
+      barrier_(size),
+      queues_(static_cast<std::size_t>(std::max(size, 1))) {
   check_argument(size >= 1, "thread team: size must be at least 1, got ", size);
   errors_.resize(static_cast<std::size_t>(size));
   try {
@@ -70,7 +66,7 @@ void ThreadTeam::work(int id) {
   while (true) {
     SpinWait spin;
     for (int waits = 0; epoch_.load(std::memory_order_acquire) == seen; ++waits) {
-      if (waits < kWaitsBeforeSleep) {
+      if (waits < waits_before_sleep_) {
         spin.once();
       } else {
         epoch_.wait(seen, std::memory_order_acquire);

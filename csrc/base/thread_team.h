@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/spin_wait.h"
+
 namespace deinfer {
 
 /// Thrown out of TeamMember::barrier() in the other members when one has failed.
@@ -115,8 +117,13 @@ class TeamMember {
 /// between calls. One thread at a time may call run().
 class ThreadTeam {
  public:
-  /// Throws kInvalidArgument when size < 1, kOutOfMemory when the OS gives no more threads.
-  explicit ThreadTeam(int size);
+  /// A team between two steps of a busy engine waits microseconds; an idle one must not burn a
+  /// core.
+  static constexpr int kWaitsBeforeSleep = SpinWait::kSpinsBeforeYield + 2000;
+
+  /// A thread that has nothing to do looks `waits_before_sleep` times before it sleeps. Throws
+  /// kInvalidArgument when size < 1, kOutOfMemory when the OS gives no more threads.
+  explicit ThreadTeam(int size, int waits_before_sleep = kWaitsBeforeSleep);
   ~ThreadTeam();
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
@@ -132,6 +139,7 @@ class ThreadTeam {
   void execute(int id);
 
   const int size_;
+  const int waits_before_sleep_;
   SpinBarrier barrier_;
   std::vector<WorkQueue> queues_;
   const std::function<void(TeamMember&)>* task_ = nullptr;

@@ -1,10 +1,10 @@
 #include "comm/link_model.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 
 #include "base/check.h"
+#include "base/number_pair.h"
 
 namespace deinfer {
 namespace {
@@ -19,14 +19,6 @@ constexpr Preset kPresets[] = {
     {"ethernet", {30e-6, 12.5e9}},  // 100 Gbit/s
 };
 
-double parse_number(std::string_view text, std::string_view what, std::string_view whole) {
-  double value = 0;
-  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  check_argument(error == std::errc() && end == text.data() + text.size() && std::isfinite(value),
-                 "link \"", whole, "\": ", what, " is not a number: \"", text, "\"");
-  return value;
-}
-
 }  // namespace
 
 void check_link(const LinkModel& link, std::string_view text) {
@@ -40,11 +32,14 @@ LinkModel parse_link_model(std::string_view text) {
   for (const Preset& preset : kPresets) {
     if (text == preset.name) return preset.link;
   }
-  std::size_t colon = text.find(':');
-  check_argument(colon != std::string_view::npos, "link \"", text,
+  const std::optional<NumberPair> numbers = parse_number_pair(text);
+  check_argument(numbers.has_value(), "link \"", text,
                  "\": must be nvlink, pcie, ethernet or \"latency_us:GB_per_s\"");
-  LinkModel link{parse_number(text.substr(0, colon), "the latency in us", text) * 1e-6,
-                 parse_number(text.substr(colon + 1), "the bandwidth in GB/s", text) * 1e9};
+  check_argument(numbers->first.has_value(), "link \"", text,
+                 "\": the latency in us is not a number: \"", numbers->first_text, "\"");
+  check_argument(numbers->second.has_value(), "link \"", text,
+                 "\": the bandwidth in GB/s is not a number: \"", numbers->second_text, "\"");
+  LinkModel link{*numbers->first * 1e-6, *numbers->second * 1e9};
   check_link(link, text);
   return link;
 }

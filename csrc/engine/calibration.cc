@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "base/buffer.h"
 #include "base/thread_team.h"
 #include "comm/local.h"
+#include "plan/overlap.h"
 
 namespace deinfer {
 namespace {
@@ -16,6 +18,11 @@ constexpr int kColumns = 2048;
 constexpr int kTokens = 128;
 constexpr std::size_t kStreamBytes = std::size_t{96} << 20;  // beyond the caches
 constexpr int kProducts = 24;                                // of kTokens tokens, per thread
+constexpr int kHeadDim = 128;
+constexpr int kKvBlock = 16;          // tokens
+constexpr int kHeadGroup = 4;         // heads that share K and V
+constexpr int kQueries = 16;          // tokens of a prompt that attend together
+constexpr int kAttentionSplits = 32;  // computed by each thread over the same K and V
 constexpr int kBarriers = 200;
 constexpr int kExchanges = 50;
 constexpr std::size_t kLargeExchange = std::size_t{1} << 20;
@@ -37,6 +44,66 @@ double timed(ThreadTeam& team, F f) {
   });
   return std::max(seconds, 1e-9);
 }
+
+/// Attention over the KV cache of one head that lies in `memory`, in splits of cpu::kKvSplit
+/// positions.
+class AttentionProbe {
+ public:
+  AttentionProbe(const cpu::KernelTable& kernels, DType dtype, const Buffer& memory,
+                 std::size_t bytes, int threads)
+      : kernels_(kernels), f32_(dtype == DType::kFloat32) {
+    const std::size_t position = kHeadDim * (f32_ ? sizeof(float) : sizeof(bf16));
+    splits_ = static_cast<int>(bytes / (2 * position * cpu::kKvSplit));
+    split_bytes_ = 2 * position * cpu::kKvSplit;
+    table_.resize(static_cast<std::size_t>(splits_ * cpu::kKvSplit / kKvBlock));
+    std::iota(table_.begin(), table_.end(), 0);
+    kv_.k = memory.as<std::byte>();
+    kv_.v = memory.as<std::byte>() + split_bytes_ / 2 * static_cast<std::size_t>(splits_);
+    kv_.block_stride = kKvBlock * kHeadDim;
+    kv_.block_table = table_.data();
+    kv_.block_size = kKvBlock;
+    kv_.head_dim = kHeadDim;
+    const int rows = kQueries * kHeadGroup;
+    const std::size_t floats = static_cast<std::size_t>(rows) * (kHeadDim + 2);
+    for (int i = 0; i < threads; ++i) {
+      scratch_.emplace_back(kernels.attention_scratch(rows, kHeadDim) * sizeof(float));
+      states_.emplace_back(floats * sizeof(float));
+    }
+    query_ = Buffer(static_cast<std::size_t>(rows) * kHeadDim * sizeof(float));
+  }
+
+  int splits() const { return splits_; }
+  double split_bytes() const { return static_cast<double>(split_bytes_); }
+  /// Of `tokens` tokens that see a whole split.
+  static double split_flops(int tokens) {
+    return 4.0 * tokens * kHeadGroup * cpu::kKvSplit * kHeadDim;
+  }
+
+  void run(const TeamMember& member, int split, int tokens) {
+    auto id = static_cast<std::size_t>(member.id());
+    const int rows = tokens * kHeadGroup;
+    cpu::QueryView query;
+    query.q = query_.as<float>();
+    query.token_stride = kHeadGroup * kHeadDim;
+    query.tokens = tokens;
+    query.group = kHeadGroup;
+    query.first_position = splits_ * cpu::kKvSplit - tokens;
+    auto* numbers = states_[id].as<float>();
+    cpu::AttentionState state{numbers, numbers + rows, numbers + 2 * rows};
+    auto* attend = f32_ ? kernels_.attention_split_f32 : kernels_.attention_split_bf16;
+    attend(query, kv_, split, scratch_[id].as<float>(), state);
+  }
+
+ private:
+  const cpu::KernelTable& kernels_;
+  bool f32_;
+  int splits_ = 0;
+  std::size_t split_bytes_ = 0;
+  std::vector<std::int32_t> table_;
+  cpu::KvView kv_;
+  std::vector<Buffer> scratch_, states_;  // of each thread
+  Buffer query_;
+};
 
 }  // namespace
 
@@ -95,10 +162,22 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int rank
   hardware.memory_bytes_per_s = static_cast<double>(kStreamBytes) / stream_seconds / ranks;
   hardware.flops_per_s = 2.0 * kTokens * cpu::kPanelRows * kColumns * kProducts *
                          static_cast<double>(threads) / compute_seconds;
-  // Of the same cores: attention reads K and V in short runs, and multiplies in fp32.
-  hardware.attention_bytes_per_s = 0.7 * hardware.memory_bytes_per_s;
-  hardware.attention_flops_per_s = 0.25 * hardware.flops_per_s;
+  AttentionProbe probe(kernels, dtype, weights, kStreamBytes, team.size());
+  auto decode = [&](TeamMember& member) {
+    auto [begin, end] = member.share(probe.splits());
+    for (int split = begin; split < end; ++split) probe.run(member, split, 1);
+  };
+  const double decode_seconds = std::min(timed(team, decode), timed(team, decode));
+  auto prefill = [&](TeamMember& member) {
+    const int split = member.share(probe.splits() - 1).first;
+    for (int i = 0; i < kAttentionSplits; ++i) probe.run(member, split, kQueries);
+  };
+  const double prefill_seconds = std::min(timed(team, prefill), timed(team, prefill));
+  hardware.attention_bytes_per_s = probe.splits() * probe.split_bytes() / decode_seconds / ranks;
+  hardware.attention_flops_per_s =
+      kAttentionSplits * AttentionProbe::split_flops(kQueries) * threads / prefill_seconds;
   hardware.operation_s = barrier_seconds / kBarriers;
+  hardware.tile_tokens = kTileTokens;
   return hardware;
 }
 

@@ -9,7 +9,8 @@
 namespace deinfer {
 
 /// Rates of one rank's team of `threads` threads while all `ranks` teams are at work: weights of
-/// type `dtype` streamed by products of one token, products of many tokens, barriers.
+/// type `dtype` streamed by products of one token, products of many tokens, attention of one token
+/// and of a prompt, barriers.
 Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int ranks, int threads);
 
 /// The exchanges of ranks that are threads of this process.

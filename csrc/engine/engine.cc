@@ -98,9 +98,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
                     : std::max(1, available_cores() / config.tensor_parallel_size);
   hidden_states = std::make_unique<HiddenStates>(config, model);
   PlanChoice choice = choose_plans(config, model, threads);
-  config.exchange_chunks = choice.prefill_chunks;
-  ranks =
-      std::make_unique<RankGroup>(config, model, choice.plans, threads, max_model_len, progress);
+  ranks = std::make_unique<RankGroup>(config, model, choice, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);
   counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "comm/link_model.h"
 #include "deinfer/engine.h"
 #include "kernels/cuda/devices.h"
 #include "scheduler/scheduling_policy.h"
@@ -28,6 +29,7 @@ void EngineConfig::validate() const {
                  "\" is unknown; use \"auto\", \"float32\", \"bfloat16\" or \"int8\"");
   check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
                  tensor_parallel_size);
+  if (!emulated_link.empty()) parse_link_model(emulated_link);
   check_argument(exchange_chunks >= 0 && exchange_chunks <= 64,
                  "exchange_chunks must be in [0, 64], got ", exchange_chunks);
   check_argument(num_threads >= 0 && num_threads <= 1024, "num_threads must be in [0, 1024], got ",

@@ -1,8 +1,11 @@
 #include "engine/plan_choice.h"
 
+#include <algorithm>
+
 #include "base/cpu_features.h"
 #include "comm/link_model.h"
 #include "engine/calibration.h"
+#include "model/loader.h"
 #include "model/planned_model.h"
 #include "plan/planner.h"
 
@@ -12,46 +15,65 @@ namespace {
 // What the plans are chosen for: decoding of few and of many sequences, and prompts.
 constexpr int kBatches[] = {1, 16, 64};
 constexpr int kContext = 512;
-constexpr int kMaxChunks = 4;
 
-DType weight_type(const std::string& dtype) {
-  if (dtype == "float32") return DType::kFloat32;
-  return dtype == "int8" ? DType::kInt8 : DType::kBFloat16;  // "auto" is bf16 for most checkpoints
+/// Between threads of one process there is next to nothing to hide.
+bool predicts_chunks(const EngineConfig& config) {
+  return config.exchange_chunks == 0 && !config.emulated_link.empty();
+}
+
+/// The report of this machine, measured, and of the link that is emulated, or also measured.
+PlanReport predict(const EngineConfig& config, const ModelConfig& model, int threads) {
+  const int size = config.tensor_parallel_size;
+  DType dtype = resolve_dtype(config.dtype, io::WeightSource::open(config.model), model);
+  PlannerOptions options;
+  options.size = size;
+  options.link = measure_local_link(size);
+  options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
+  if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
+    options.hardware.exchange_s = options.link.latency_s;
+    options.hardware.received_bytes_per_s = options.link.bytes_per_s;
+    options.link = parse_link_model(config.emulated_link);
+  }
+  options.batches.assign(std::begin(kBatches), std::end(kBatches));
+  options.prefill = {config.max_num_batched_tokens};
+  options.context = kContext;
+  options.max_chunks = predicts_chunks(config) ? kMaxPlannedChunks : 1;
+  return choose_plan(planned_model(model, 0.0, dtype_name(dtype)), options);
+}
+
+/// Those predicted for `plan`.
+ExchangeChunks predicted_chunks(const PlanReport& report, std::string_view plan, bool prefill) {
+  auto found = std::find_if(report.plans.begin(), report.plans.end(),
+                            [&](const PlanEstimate& estimate) { return estimate.plan == plan; });
+  ExchangeChunks chunks;
+  for (std::size_t i = 0; i < found->phases.size(); ++i) {
+    const bool decode = i < std::size(kBatches);
+    if (decode == prefill) continue;
+    chunks.sizes.push_back({decode ? kBatches[i] : 0, found->phases[i].chunks});
+  }
+  return chunks;
 }
 
 }  // namespace
 
 PlanChoice choose_plans(const EngineConfig& config, const ModelConfig& model, int threads) {
   const std::string& name = config.tensor_parallel_plan;
-  int size = config.tensor_parallel_size;
-  ModelShape shape = model_shape(model);
-  PlanChoice choice;
-  choice.prefill_chunks = config.exchange_chunks;
-  // Between threads of one process there is next to nothing to hide.
-  if (choice.prefill_chunks == 0 && config.emulated_link.empty()) choice.prefill_chunks = 1;
+  const bool automatic = name == "auto";
+  const int size = config.tensor_parallel_size;
+  const ModelShape shape = model_shape(model);
   // For one rank all plans are the same.
-  choice.plans = make_step_plans(name == "auto" ? "hidden_sharded" : name, shape, size);
-  if (name != "auto" || size == 1) return choice;
+  PlanChoice choice{make_step_plans(automatic ? "hidden_sharded" : name, shape, size), {}};
+  const int chunks = std::max(config.exchange_chunks, 1);
+  for (ExchangeChunks& kind : choice.chunks) kind.sizes = {{0, chunks}};
+  if (size == 1 || (!automatic && !predicts_chunks(config))) return choice;
 
-  DType dtype = weight_type(config.dtype);
-  PlannerOptions options;
-  options.size = size;
-  options.link = config.emulated_link.empty() ? measure_local_link(size)
-                                              : parse_link_model(config.emulated_link);
-  options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
-  options.batches.assign(std::begin(kBatches), std::end(kBatches));
-  options.prefill = {config.max_num_batched_tokens};
-  options.context = kContext;
-  options.max_chunks = config.exchange_chunks > 0 ? 1 : kMaxChunks;
-  std::string_view planned = dtype == DType::kFloat32 ? "float32"
-                             : dtype == DType::kInt8  ? "int8"
-                                                      : "bfloat16";
-  PlanReport report = choose_plan(planned_model(model, 0.0, planned), options);
-  choice.plans = {make_plan(report.decode_plan, shape, size),
-                  make_plan(report.prefill_plan, shape, size)};
-  for (const PlanEstimate& plan : report.plans) {
-    if (plan.plan != report.prefill_plan || config.exchange_chunks > 0) continue;
-    choice.prefill_chunks = plan.phases.back().chunks;
+  const PlanReport report = predict(config, model, threads);
+  if (automatic) {
+    choice.plans = {make_plan(report.decode_plan, shape, size),
+                    make_plan(report.prefill_plan, shape, size)};
+  }
+  for (std::size_t kind = 0; kind < kNumStepKinds; ++kind) {
+    choice.chunks[kind] = predicted_chunks(report, choice.plans[kind]->name(), kind == 1);
   }
   return choice;
 }

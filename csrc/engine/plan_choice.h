@@ -1,4 +1,4 @@
-// Which tensor-parallel plans an engine runs.
+// Which tensor-parallel plans an engine runs, and how it overlaps their exchanges.
 #pragma once
 
 #include "deinfer/engine.h"
@@ -9,12 +9,13 @@ namespace deinfer {
 
 struct PlanChoice {
   StepPlans plans;
-  int prefill_chunks = 0;  // parts in which a long batch passes; 0: by length
+  StepChunks chunks;
 };
 
 /// The plan that `config` names, or for "auto" what the planner chooses for this machine, measured
-/// in some milliseconds, with `threads` threads per rank. Throws kInvalidArgument for an unknown
-/// name and more ranks than the model has attention heads.
+/// in some tenths of a second, with `threads` threads per rank; and config.exchange_chunks, or what
+/// the cost model finds best for the plan. Throws kInvalidArgument for an unknown name and more
+/// ranks than the model has attention heads.
 PlanChoice choose_plans(const EngineConfig& config, const ModelConfig& model, int threads);
 
 }  // namespace deinfer

@@ -6,25 +6,26 @@
 
 namespace deinfer {
 
-RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
+RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const PlanChoice& choice,
                      int threads, int max_model_len, const LoadProgress& progress,
                      const CommunicatorWrapper& wrap)
-    : plans_(plans),
-      ranks_(plans[0]->size()),
-      workers_(static_cast<std::size_t>(plans[0]->size())) {
+    : plans_(choice.plans),
+      ranks_(plans_[0]->size()),
+      workers_(static_cast<std::size_t>(plans_[0]->size())) {
   int size = ranks_.size();
-  RankShare first(plans, 0);
+  RankShare first(plans_, 0);
   std::size_t bytes = Decoder::exchange_bytes(model, first, config.max_num_batched_tokens);
   if (size == 1) {
     communicators_.push_back(make_single_communicator(bytes));
   } else {
     if (!config.emulated_link.empty()) bytes += kEmulatedLinkHeaderBytes;
+    LinkModel link;
+    if (!config.emulated_link.empty()) link = parse_link_model(config.emulated_link);
     LocalGroup group(size, bytes);
     for (int rank = 0; rank < size; ++rank) {
       std::unique_ptr<Communicator> communicator = group.communicator(rank);
       if (!config.emulated_link.empty()) {
-        communicator =
-            make_emulated_link(std::move(communicator), parse_link_model(config.emulated_link));
+        communicator = make_emulated_link(std::move(communicator), link);
       }
       if (wrap) communicator = wrap(std::move(communicator));
       communicators_.push_back(std::move(communicator));
@@ -36,8 +37,8 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
     // first touched.
     CoreBinding binding(rank, size, threads);
     workers_[index] = std::make_unique<Worker>(
-        config, model, RankShare(plans, rank), std::move(communicators_[index]), threads,
-        max_model_len, rank == 0 ? progress : LoadProgress{});
+        config, model, RankShare(plans_, rank), choice.chunks, std::move(communicators_[index]),
+        threads, max_model_len, rank == 0 ? progress : LoadProgress{});
   });
   on_all([&](int index) { rank(index).share_norm_terms(); });
 }

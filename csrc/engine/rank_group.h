@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/thread_team.h"
+#include "engine/plan_choice.h"
 #include "engine/worker.h"
 
 namespace deinfer {
@@ -19,7 +20,7 @@ class RankGroup {
  public:
   /// Loads every rank's weights, at the same time. `threads` is the size of each rank's team; cores
   /// are divided among the ranks when there are enough. Throws what a rank throws.
-  RankGroup(const EngineConfig& config, const ModelConfig& model, const StepPlans& plans,
+  RankGroup(const EngineConfig& config, const ModelConfig& model, const PlanChoice& choice,
             int threads, int max_model_len, const LoadProgress& progress,
             const CommunicatorWrapper& wrap = {});
 

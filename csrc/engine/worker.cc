@@ -9,24 +9,14 @@ namespace {
 
 constexpr int kNormedElements = 4096;
 constexpr int kMaxNormedRows = 8;
-// Shorter tiles multiply less efficiently than what overlapping their exchanges gains.
-constexpr int kUsualTileTokens = 128;
-constexpr int kMinTileTokens = 16;
-constexpr int kMaxChunks = 4;
-
-DType resolve_dtype(const std::string& name, const ModelConfig& model, const WeightLoader& loader) {
-  if (name == "auto") return loader.checkpoint_dtype(model.names.embedding + ".weight");
-  if (name == "int8") return DType::kInt8;
-  return name == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
-}
 
 }  // namespace
 
 Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-               std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
-               const LoadProgress& progress)
+               const StepChunks& chunks, std::unique_ptr<Communicator> communicator, int threads,
+               int max_model_len, const LoadProgress& progress)
     : block_size_(config.block_size),
-      exchange_chunks_(config.exchange_chunks),
+      chunks_(chunks),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
       exchange_(*communicator_),
@@ -34,7 +24,7 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
       team_(threads) {
   WeightLoader loader(config.model, model, share, team_, progress);
   DecoderWeights weights =
-      load_decoder(model, share, resolve_dtype(config.dtype, model, loader), loader);
+      load_decoder(model, share, resolve_dtype(config.dtype, loader.source(), model), loader);
   parameters_ = loader.parameters();
   // Every sequence samples at most once in a batch.
   BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
@@ -50,8 +40,11 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
     scratch.statistics.resize(2 * static_cast<std::size_t>(scratch.normed_rows));
     scratch.row.resize(static_cast<std::size_t>(model.hidden_size));
   }
-  logits_ = Buffer(std::size_t{Decoder::kLogitRows} * static_cast<std::size_t>(model.vocab_size) *
-                   sizeof(float));
+  partial_sums_ = Buffer(share.size == 1 ? 0 : decoder_->partial_sums_bytes());
+  if (share.rank == 0) {
+    logits_ = Buffer(std::size_t{Decoder::kLogitRows} * static_cast<std::size_t>(model.vocab_size) *
+                     sizeof(float));
+  }
 }
 
 void Worker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
@@ -64,14 +57,6 @@ void Worker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
 }
 
-int Worker::tile_tokens(int num_tokens) const {
-  if (exchange_.size() == 1) return kTileTokens;
-  int chunks = exchange_chunks_ > 0 ? std::min(exchange_chunks_, num_tokens / kMinTileTokens)
-                                    : std::min(kMaxChunks, num_tokens / kUsualTileTokens);
-  chunks = std::max({chunks, 1, (num_tokens + kTileTokens - 1) / kTileTokens});
-  return (num_tokens + chunks - 1) / chunks;
-}
-
 std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
   decoder_->plan(batch);
   most_likely_.resize(batch.argmax_rows.size());
@@ -82,6 +67,11 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
   bool prefill = std::any_of(batch.sequences.begin(), batch.sequences.end(),
                              [](const BatchSequence& run) { return run.num_rows > 1; });
   StepKind kind = prefill ? StepKind::kPrefill : StepKind::kDecode;
+  const int tokens = batch.num_tokens();
+  const Overlap overlap =
+      exchange_.size() == 1
+          ? Overlap{}
+          : overlap_of(tokens, chunks_[static_cast<std::size_t>(kind)].of(tokens));
   Ticket ticket = exchange_.next_ticket();
   team_.run([&](TeamMember& member) {
     ExecutionContext ctx{kernels_,
@@ -91,7 +81,8 @@ std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsume
                          ticket,
                          kind,
                          residual_[static_cast<std::size_t>(kind)],
-                         tile_tokens(batch.num_tokens())};
+                         overlap,
+                         partial_sums_.as<float>()};
     decoder_->forward(ctx, batch, *cache_);
     for (int first = 0; first < rows; first += step) {
       int count = std::min(step, rows - first);

@@ -17,8 +17,8 @@ class Worker {
  public:
   /// Loads this rank's weights. `threads` is the size of its team.
   Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-         std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
-         const LoadProgress& progress);
+         const StepChunks& chunks, std::unique_ptr<Communicator> communicator, int threads,
+         int max_model_len, const LoadProgress& progress);
 
   /// Completes the weights by what the other ranks know of theirs. All ranks must call it once all
   /// are there, so that none waits for one that has failed to load.
@@ -48,10 +48,8 @@ class Worker {
   Communicator& communicator() { return *communicator_; }
 
  private:
-  int tile_tokens(int num_tokens) const;
-
   int block_size_;
-  int exchange_chunks_;
+  StepChunks chunks_;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;
   TeamExchange exchange_;
@@ -62,7 +60,8 @@ class Worker {
   std::unique_ptr<KvCache> cache_;
   std::vector<ThreadScratch> scratch_;
   std::vector<TokenId> most_likely_;
-  Buffer logits_;  // [Decoder::kLogitRows, vocab]
+  Buffer partial_sums_;  // ExecutionContext::partial_sums
+  Buffer logits_;        // [Decoder::kLogitRows, vocab] on rank 0
 };
 
 }  // namespace deinfer

@@ -47,6 +47,11 @@ bool has_output_norms(const ModelConfig& config) {
   return !config.names.attention_output_norm.empty() || !config.names.mlp_output_norm.empty();
 }
 
+bool shards_residual(const RankShare& share) {
+  return std::any_of(share.residual.begin(), share.residual.end(),
+                     [](ResidualLayout layout) { return layout != ResidualLayout::kReplicated; });
+}
+
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeights weights,
@@ -64,7 +69,7 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
       key_(float_bytes(config.qk_norm == QkNormKind::kNone ? 0 : limits.max_tokens,
                        share.heads.kv_heads.size() * config.head_dim)),
       residual_(config.hidden_size, share.hidden, weights_.activations,
-                {limits.max_tokens, kLogitRows, has_output_norms(config)}),
+                {limits.max_tokens, kLogitRows, has_output_norms(config), shards_residual(share)}),
       attended_(weights_.activations, limits.max_tokens,
                 share.heads.heads.size() * config.head_dim),
       inner_(weights_.activations, limits.max_tokens, std::max(share.intermediate, 1)),
@@ -109,6 +114,18 @@ int Decoder::logit_rows(std::size_t exchange_bytes) const {
 KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
   return {config_.num_layers, share_.heads.kv_heads.size(), config_.head_dim, block_size,
           num_blocks,         weights_.activations};
+}
+
+std::size_t Decoder::partial_sums_bytes() const {
+  std::size_t bytes = 0;
+  using Group = std::vector<const LowRankLinear*>;
+  for (const DecoderLayer& layer : weights_.layers) {
+    for (const Group& group : {Group{&layer.query, &layer.key, &layer.value}, Group{&layer.output},
+                               Group{&layer.gate, &layer.up}, Group{&layer.down}}) {
+      bytes = std::max(bytes, deinfer::partial_sums_bytes(group));
+    }
+  }
+  return bytes;
 }
 
 std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {

@@ -50,7 +50,7 @@ class Decoder {
   void forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache);
 
   /// logits[i, vocab] (fp32) of batch.logit_rows[first + i] for i in [0, count), after forward(),
-  /// on rank 0; on other ranks `out` is working memory of the same size.
+  /// on rank 0; `out` is null on other ranks.
   void logits(ExecutionContext& ctx, const Batch& batch, int first, int count, float* out);
 
   /// tokens[i] = the most likely token of batch.argmax_rows[first + i] for i in [0, count), the
@@ -64,6 +64,8 @@ class Decoder {
   std::span<const float> hidden_states() const { return states_; }
 
   KvCacheConfig kv_cache_config(int block_size, std::int64_t num_blocks) const;
+  /// Bytes of ExecutionContext::partial_sums.
+  std::size_t partial_sums_bytes() const;
   std::size_t attention_scratch(const cpu::KernelTable& kernels) const;
   const ModelConfig& config() const { return config_; }
   const DecoderWeights& weights() const { return weights_; }

@@ -7,13 +7,6 @@
 namespace deinfer {
 namespace {
 
-/// Panels of 32 rows stream best; 16 where 32 would leave threads idle.
-int choose_panel_rows(int n, int threads) {
-  int panels = (n + cpu::kPanelRows - 1) / cpu::kPanelRows;
-  int busiest = (panels + threads - 1) / threads;
-  return busiest * threads * 10 > panels * 11 ? 16 : cpu::kPanelRows;
-}
-
 TensorView part_of(const TensorView& whole, Range rows, Range cols) {
   TensorView part = whole;
   part.data =
@@ -31,6 +24,15 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 
 }  // namespace
 
+DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,
+                    const ModelConfig& config) {
+  if (dtype == "int8") return DType::kInt8;
+  if (dtype != "auto") return dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  const std::string embedding = config.names.embedding + ".weight";
+  check_argument(source.contains(embedding), "checkpoint lacks the tensor ", embedding);
+  return source.info(embedding).dtype == "BF16" ? DType::kBFloat16 : DType::kFloat32;
+}
+
 WeightLoader::WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
                            const RankShare& share, ThreadTeam& team, Progress progress)
     : source_(io::WeightSource::open(directory)),
@@ -38,11 +40,6 @@ WeightLoader::WeightLoader(const std::filesystem::path& directory, const ModelCo
       share_(share),
       team_(team),
       progress_(std::move(progress)) {}
-
-DType WeightLoader::checkpoint_dtype(const std::string& embedding_name) const {
-  check_argument(source_.contains(embedding_name), "checkpoint lacks the tensor ", embedding_name);
-  return source_.info(embedding_name).dtype == "BF16" ? DType::kBFloat16 : DType::kFloat32;
-}
 
 void WeightLoader::used(const std::string& tensor, std::uint64_t elements) {
   used_.insert(tensor);
@@ -58,7 +55,8 @@ cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
       static_cast<int>(row_map.empty() ? static_cast<std::size_t>(part.rows) : row_map.size());
   if (packed_rows == 0) return {};
   bool free_choice = row_map.empty() && dtype != DType::kInt8;
-  int panel_rows = free_choice ? choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
+  int panel_rows =
+      free_choice ? cpu::choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
   // A factor of which this rank has no column is zero: one column of padding.
   int cols = std::max(static_cast<int>(part.cols), 1);
   cpu::PackedMatrix packed = cpu::allocate_packed(dtype, packed_rows, cols, panel_rows, &arena_);
@@ -168,16 +166,17 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   if (!is_low_rank && whole_input) linear.x_col = place.u_cols.begin;
   for (const std::string& bias : {name + ".bias", name + ".u.bias"}) {
     if (!source_.contains(bias)) continue;
-    check_argument(linear.bias.empty(), "checkpoint has both ", name, ".bias and ", bias);
+    check_argument(!linear.has_bias(), "checkpoint has both ", name, ".bias and ", bias);
     std::vector<float> values = vector(bias, n);
     int rows = scattered ? linear.y_share.size() : linear.output_factor().n;
     if (!linear.y_map.empty()) rows = static_cast<int>(linear.y_map.size());
-    linear.bias.assign(static_cast<std::size_t>(rows + 2 * cpu::kPanelRows), 0.0f);
+    linear.bias = Buffer(static_cast<std::size_t>(rows + 2 * cpu::kPanelRows) * sizeof(float));
     for (int i = 0; i < rows; ++i) {
       auto row = static_cast<std::size_t>(i);
       std::int32_t source_row = row_map.empty() ? i : row_map[row];
       if (source_row >= 0) {
-        linear.bias[row] = values[static_cast<std::size_t>(linear.y_share.begin + source_row)];
+        linear.bias.as<float>()[row] =
+            values[static_cast<std::size_t>(linear.y_share.begin + source_row)];
       }
     }
   }

@@ -16,6 +16,11 @@
 
 namespace deinfer {
 
+/// The type that `dtype` of EngineConfig stands for; "auto": bf16 when the embedding is bf16, else
+/// fp32. Throws kInvalidArgument when the checkpoint has no embedding.
+DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,
+                    const ModelConfig& config);
+
 /// Reads one rank's part of a checkpoint, one tensor at a time: resident memory stays near the
 /// packed weights plus one tensor.
 class WeightLoader {
@@ -25,8 +30,7 @@ class WeightLoader {
   WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
                const RankShare& share, ThreadTeam& team, Progress progress);
 
-  /// The type that dtype="auto" stands for: bf16 when the embedding is bf16, else fp32.
-  DType checkpoint_dtype(const std::string& embedding_name) const;
+  const io::WeightSource& source() const { return source_; }
   /// The type of packed matrices: fp32, bf16 or int8 (weights only).
   void set_dtype(DType dtype) { dtype_ = dtype; }
 

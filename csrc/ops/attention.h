@@ -17,6 +17,7 @@ struct AttentionShape {
   float scale = 1.0f;
 
   int group() const { return heads / kv_heads; }
+  bool operator==(const AttentionShape&) const = default;
 };
 
 /// The division of one batch's attention into units of work, the same in every layer. Whether a

@@ -11,6 +11,7 @@
 #include "kernels/cpu/kernel_table.h"
 #include "ops/linear.h"
 #include "ops/team_exchange.h"
+#include "plan/overlap.h"
 
 namespace deinfer {
 
@@ -31,14 +32,19 @@ struct Activations {
   bf16* b16() const { return static_cast<bf16*>(data); }
 };
 
+/// Elements from one row of `cols` to the next: 64 bytes beyond the row keep rows out of one
+/// another's cache sets.
+constexpr std::ptrdiff_t activation_stride(DType dtype, int cols) {
+  return (cols + 15) / 16 * 16 + 64 / static_cast<int>(dtype_size(dtype));
+}
+
 /// Memory of Activations, allocated once and reused by every step.
 class ActivationBuffer {
  public:
   ActivationBuffer() = default;
   ActivationBuffer(DType dtype, int rows, int cols)
       : dtype_(dtype),
-        // 64 bytes beyond the row keep rows out of one another's cache sets.
-        ld_((cols + 15) / 16 * 16 + 64 / static_cast<int>(dtype_size(dtype))),
+        ld_(activation_stride(dtype, cols)),
         buffer_(static_cast<std::size_t>(rows) * static_cast<std::size_t>(ld_) *
                 dtype_size(dtype)) {}
   Activations view() { return {buffer_.as<void>(), dtype_, ld_}; }
@@ -48,9 +54,6 @@ class ActivationBuffer {
   std::ptrdiff_t ld_ = 0;
   Buffer buffer_;
 };
-
-/// Tokens that one pass over the weights serves; longer batches take several.
-inline constexpr int kTileTokens = 512;
 
 /// One thread's private memory.
 struct ThreadScratch {
@@ -77,8 +80,9 @@ struct ExecutionContext {
   Ticket ticket = 0;  // of this rank's next exchange; from TeamExchange::next_ticket()
   StepKind step_kind = StepKind::kDecode;
   ResidualLayout residual = ResidualLayout::kReplicated;  // in this kind of step
-  int tile_tokens = kTileTokens;  // tokens that pass together, up to kTileTokens: the exchange of
-                                  // some is hidden by computing the next
+  Overlap overlap{};                                      // of this step
+  float* partial_sums = nullptr;  // shared by the team: of U over the chunks of z that have come;
+                                  // partial_sums_bytes() of any group of linears
 
   /// This rank's contribution to its next exchange, of fp32 numbers.
   float* floats_to_send() const { return reinterpret_cast<float*>(exchange.send(member, ticket)); }
@@ -97,7 +101,8 @@ struct ExecutionContext {
 /// f(first row, rows) for the chunks in which m tokens pass through the layers.
 template <typename F>
 void for_each_tile(const ExecutionContext& ctx, int m, F f) {
-  for (int row = 0; row < m; row += ctx.tile_tokens) f(row, std::min(ctx.tile_tokens, m - row));
+  const int most = ctx.overlap.tile_tokens;
+  for (int row = 0; row < m; row += most) f(row, std::min(most, m - row));
 }
 
 }  // namespace deinfer

@@ -29,11 +29,11 @@ struct NormTerms {
 /// weights take fp32 activations, bf16 and int8 weights bf16 ones.
 struct LowRankLinear {
   std::string name;
-  cpu::PackedMatrix w;      // dense; empty when low-rank
-  cpu::PackedMatrix v;      // [r, k]; empty when dense, or when this rank has no row of it
-  cpu::PackedMatrix u;      // [n, r]
-  std::vector<float> bias;  // in the packed row order, padded to 32; or empty
-  int rank = 0;             // of the whole linear; 0 stands for the columns of u
+  cpu::PackedMatrix w;  // dense; empty when low-rank
+  cpu::PackedMatrix v;  // [r, k]; empty when dense, or when this rank has no row of it
+  cpu::PackedMatrix u;  // [n, r]
+  Buffer bias;          // fp32, in the packed row order, padded to 32; or empty
+  int rank = 0;         // of the whole linear; 0 stands for the columns of u
   std::array<LinearExchanges, kNumStepKinds> exchanges;
   std::vector<Range> v_shares;  // the rows of V that each rank has, where z is gathered
   Range y_share;                // the columns that this rank keeps of an exchanged output
@@ -48,6 +48,7 @@ struct LowRankLinear {
   const LinearExchanges& exchange(StepKind kind) const {
     return exchanges[static_cast<std::size_t>(kind)];
   }
+  bool has_bias() const { return bias.size() > 0; }
   std::size_t bytes() const { return w.bytes() + v.bytes() + u.bytes(); }
   /// Elements of z.
   int inner_size() const { return rank > 0 ? rank : u.k; }

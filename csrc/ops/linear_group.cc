@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "ops/z_exchange.h"
+#include "plan/exchanges.h"
 
 namespace deinfer {
 namespace {
@@ -57,8 +58,10 @@ class Group {
       if (z_.kind() == Exchange::kAllGather) tile.v_tokens = own;
       if (z_.kind() == Exchange::kReduceScatter) tile.u_tokens = own;
     }
-    multiply_v(tile);
-    if (z_.kind() != Exchange::kNone) z_.start(tile);
+    for (int chunk = 0; chunk < z_.chunks(); ++chunk) {
+      multiply_v(tile, chunk);
+      if (z_.kind() != Exchange::kNone) z_.start(tile, chunk);
+    }
     if (after_u_ != Exchange::kNone) start_output(tile);
     return tile;
   }
@@ -66,8 +69,10 @@ class Group {
   /// The exchange and what follows.
   void complete(const Tile& tile) {
     if (after_u_ != Exchange::kNone) return finish_output(tile);
-    if (z_.kind() != Exchange::kNone) z_.finish(tile);
-    multiply_u(tile);
+    for (int chunk = 0; chunk < z_.chunks(); ++chunk) {
+      if (z_.kind() != Exchange::kNone) z_.receive(tile, chunk);
+      multiply_u(tile, chunk);
+    }
   }
 
  private:
@@ -78,67 +83,108 @@ class Group {
     return !linear.is_low_rank() && exchanges.before == Exchange::kNone &&
            exchanges.after_u == Exchange::kNone;
   }
+  /// Two linears are computed together, so in the first stage only if both may be.
+  bool in_first_stage(const Branch& branch) const {
+    return reads_x(*branch.linear) && (branch.second == nullptr || reads_x(*branch.second));
+  }
 
   /// The output factor of a linear and what it reads.
   PanelJob output_job(const LowRankLinear& linear) const {
+    PanelJob job;
+    job.matrix = &linear.output_factor();
     if (linear.is_low_rank()) {
-      return {&linear.u, z_.z_of(linear), nullptr, nullptr, {}};
+      job.x = z_.z_of(linear);
+    } else {
+      bool gathered = linear.exchange(ctx_.step_kind).before != Exchange::kNone;
+      job.x = (gathered ? input_.gathered : input_.x).columns_from(linear.x_col);
     }
-    bool gathered = linear.exchange(ctx_.step_kind).before != Exchange::kNone;
-    const Activations& x = gathered ? input_.gathered : input_.x;
-    return {&linear.w, x.columns_from(linear.x_col), nullptr, nullptr, {}};
+    return job;
+  }
+  PanelJob branch_job(const Branch& branch) const {
+    PanelJob job = output_job(*branch.linear);
+    job.epilogue = branch.epilogue;
+    if (branch.second != nullptr) {
+      PanelJob second = output_job(*branch.second);
+      job.second = second.matrix;
+      job.second_x = second.x;
+    }
+    return job;
   }
 
-  void multiply_v(const Tile& tile) {
+  /// The V factors' rows in a chunk, and with the last the branches of the first stage.
+  void multiply_v(const Tile& tile, int chunk) {
     std::array<PanelJob, 2 * kMaxLinears> jobs;
     std::array<StoreColumns, kMaxLinears> stores;
     std::size_t count = 0;
-    for (const Inner& inner : z_.inners()) {
-      StoreColumns& store = stores[count];
-      const cpu::PackedMatrix& v = inner.linear->v;
+    std::span<const Inner> inners = z_.inners();
+    for (std::size_t i = 0; i < inners.size(); ++i) {
+      const cpu::PackedMatrix& v = inners[i].linear->v;
+      PanelJob job;
       if (z_.kind() == Exchange::kNone) {
         // Padding columns are stored too: they are exact zeros, which U's padding relies on.
-        store = StoreColumns(z_.z_of(inner), 0, v.n_pad);
-        if (v.empty()) z_.clear(inner, tile.all(), 0);
+        stores[i] = StoreColumns(z_.z_of(inners[i]), 0, v.n_pad);
+        if (v.empty()) z_.clear(inners[i], tile.all(), 0);
       } else {
-        store = StoreColumns(z_.part().columns_from(inner.part_col), tile.v_tokens.begin, v.n);
+        const Range rows = z_.v_rows(i, chunk);
+        if (rows.size() == 0) continue;
+        Activations out = z_.part(chunk).columns_from(z_.part_col(i, chunk) - rows.begin);
+        stores[i] = StoreColumns(out, tile.v_tokens.begin, v.n);
+        job.panels = {rows.begin / v.panel_rows, (rows.end + v.panel_rows - 1) / v.panel_rows};
       }
-      jobs[count++] = {&v, input_.x, &store, nullptr, {}};
+      job.matrix = &v;
+      job.x = input_.x;
+      job.epilogue = &stores[i];
+      jobs[count++] = job;
     }
     for (const Branch& branch : branches_) {
-      bool first = reads_x(*branch.linear);
-      if (!first || (branch.second != nullptr && !reads_x(*branch.second))) continue;
-      PanelJob job = output_job(*branch.linear);
-      job.epilogue = branch.epilogue;
-      if (branch.second != nullptr) {
-        job.second = &branch.second->w;
-        job.second_x = input_.x;
-      }
-      jobs[count++] = job;
+      if (chunk + 1 < z_.chunks() || !in_first_stage(branch)) continue;
+      jobs[count++] = branch_job(branch);
     }
     if (count == 0) return;
     run_jobs(ctx_, std::span(jobs.data(), count), tile.v_tokens.begin, tile.v_tokens.size());
     if (z_.kind() == Exchange::kNone) ctx_.member.barrier();
   }
 
-  void multiply_u(const Tile& tile) {
+  /// The columns of an output factor that may be computed with the chunks up to `chunk`.
+  int columns_ready(const LowRankLinear& linear, int chunk) const {
+    const cpu::PackedMatrix& matrix = linear.output_factor();
+    if (chunk < 0) return 0;
+    if (!linear.is_low_rank()) return chunk + 1 < z_.chunks() ? 0 : matrix.k_pad;
+    const int columns = z_.columns_received(linear, chunk);
+    return columns < linear.inner_size() ? columns : matrix.k_pad;
+  }
+
+  /// What a chunk of z allows, on top of the sums over the chunks before.
+  void multiply_u(const Tile& tile, int chunk) {
     std::array<PanelJob, kMaxLinears> jobs;
     std::size_t count = 0;
+    std::ptrdiff_t sums = 0;  // floats in use
     for (const Branch& branch : branches_) {
-      bool first = reads_x(*branch.linear);
-      if (first && (branch.second == nullptr || reads_x(*branch.second))) continue;
-      PanelJob job = output_job(*branch.linear);
-      job.epilogue = branch.epilogue;
-      if (branch.second != nullptr) {
-        PanelJob second = output_job(*branch.second);
-        job.second = second.matrix;
-        job.second_x = second.x;
+      if (in_first_stage(branch)) continue;
+      PanelJob job = branch_job(branch);
+      if (z_.chunks() > 1) {
+        auto ready = [&](const LowRankLinear& linear) {
+          return Range{columns_ready(linear, chunk - 1), columns_ready(linear, chunk)};
+        };
+        PartOfK part;
+        part.k = ready(*branch.linear);
+        part.last = part.k.end == job.matrix->k_pad;
+        std::ptrdiff_t panels = job.matrix->num_panels();
+        if (branch.second != nullptr) {
+          part.second_k = ready(*branch.second);
+          part.last &= part.second_k.end == job.second->k_pad;
+          panels *= 2;
+        }
+        part.sums = ctx_.partial_sums + sums;
+        sums += panels * tile.u_tokens.size() * cpu::kPanelRows;
+        if (part.k.size() + part.second_k.size() == 0) continue;
+        job.part = part;
       }
       jobs[count++] = job;
     }
     if (count == 0) return;
     run_jobs(ctx_, std::span(jobs.data(), count), tile.u_tokens.begin, tile.u_tokens.size());
-    ctx_.member.barrier();
+    if (chunk + 1 == z_.chunks()) ctx_.member.barrier();  // else receive() has the next
   }
 
   /// Output factors whose results are partial sums: of one linear, or of two that an epilogue
@@ -215,19 +261,31 @@ class Group {
 
 }  // namespace
 
+std::size_t partial_sums_bytes(std::span<const LowRankLinear* const> group) {
+  bool chunks = false;
+  std::size_t panels = 0;
+  for (const LowRankLinear* linear : group) {
+    for (const LinearExchanges& exchanges : linear->exchanges) {
+      chunks |= linear->is_low_rank() && has_rank_chunks(exchanges.after_v);
+    }
+    panels += static_cast<std::size_t>(linear->output_factor().num_panels());
+  }
+  return chunks ? panels * cpu::kPanelRows * kRankChunkTokens * sizeof(float) : 0;
+}
+
 void run_group(ExecutionContext& ctx, int m, const GroupInput& input, const Activations& z,
                std::span<const Branch> branches) {
   Group group(ctx, input, z, branches);
   std::optional<Tile> under_way;  // computing the next tile hides its exchange
-  for (int row = 0; row < m; row += ctx.tile_tokens) {
-    Tile tile = group.begin(row, std::min(ctx.tile_tokens, m - row));
+  for_each_tile(ctx, m, [&](int row, int count) {
+    Tile tile = group.begin(row, count);
     if (under_way) group.complete(*under_way);
     under_way = tile;
     if (!group.exchanges()) {
       group.complete(tile);
       under_way.reset();
     }
-  }
+  });
   if (under_way) group.complete(*under_way);
 }
 

@@ -33,8 +33,12 @@ struct GroupInput {
   std::span<const Range> shares;  // the columns of every rank
 };
 
+/// Bytes of ExecutionContext::partial_sums that a group of linears needs: 0 where its z never
+/// travels in chunks.
+std::size_t partial_sums_bytes(std::span<const LowRankLinear* const> group);
+
 /// Runs the branches for m tokens: all V factors in one pass over x, the exchange of z that the
-/// plan asks for, all U factors with their epilogues; tokens in chunks of kTileTokens. z is a
+/// plan asks for, all U factors with their epilogues; overlapped as ctx.overlap says. z is a
 /// buffer of m rows and enough columns for the z of all linears. A linear whose output is exchanged
 /// (`after_u`) must be alone in its group, but for a pair that one epilogue combines. Collective;
 /// results are visible to all threads of the rank.

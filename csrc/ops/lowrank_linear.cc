@@ -1,13 +1,16 @@
 #include "ops/lowrank_linear.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
+
+#include "ops/z_exchange.h"
 
 namespace deinfer {
 namespace {
 
 const float* bias_at(const LowRankLinear& linear, int first) {
-  return linear.bias.empty() ? nullptr : linear.bias.data() + first;
+  return linear.has_bias() ? linear.bias.as<float>() + first : nullptr;
 }
 
 class StoreOutput final : public Epilogue {
@@ -26,6 +29,28 @@ class StoreOutput final : public Epilogue {
   float* out_;
   std::ptrdiff_t ldo_;
   bool add_;
+};
+
+/// In the activation type.
+class StoreActivations final : public Epilogue {
+ public:
+  StoreActivations() = default;
+  StoreActivations(const LowRankLinear& linear, const Activations& out)
+      : linear_(&linear), out_(out) {}
+  void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
+             int cols) const override {
+    int valid = std::min(cols, linear_->output_factor().n - first);
+    Activations out = out_.rows_from(row).columns_from(first);
+    if (out_.dtype == DType::kFloat32) {
+      kernels.store_f32(tile, m, valid, bias_at(*linear_, first), out.f32(), out_.ld);
+    } else {
+      kernels.store_bf16(tile, m, valid, bias_at(*linear_, first), out.b16(), out_.ld);
+    }
+  }
+
+ private:
+  const LowRankLinear* linear_ = nullptr;
+  Activations out_;
 };
 
 class TakeMaximum final : public Epilogue {
@@ -173,7 +198,7 @@ class StoreCached final : public Epilogue {
     int valid = std::min(cols, linear_.output_factor().n - first);
     for (int i = 0; i < m; ++i) {
       float* values = tile + std::ptrdiff_t{i} * cpu::kPanelRows;
-      if (!linear_.bias.empty()) {
+      if (linear_.has_bias()) {
         for (int j = 0; j < valid; ++j) values[j] += bias_at(linear_, first)[j];
       }
       KvSlot slot = out_.slots[static_cast<std::size_t>(row + i)];
@@ -208,6 +233,18 @@ void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, float* out,
                     std::ptrdiff_t ldo) {
   linear_to_f32(ctx, m, input, linear, z, out, ldo, false);
+}
+
+void lowrank_linears(ExecutionContext& ctx, int m, const GroupInput& input,
+                     std::span<const LowRankLinear> linears, const Activations& z,
+                     std::span<const Activations> outs) {
+  std::array<StoreActivations, kMaxLinears> epilogues;
+  std::array<Branch, kMaxLinears> branches;
+  for (std::size_t i = 0; i < linears.size(); ++i) {
+    epilogues[i] = {linears[i], outs[i]};
+    branches[i] = {&linears[i], &epilogues[i], nullptr};
+  }
+  run_group(ctx, m, input, z, std::span(branches.data(), linears.size()));
 }
 
 void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,

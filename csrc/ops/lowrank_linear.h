@@ -2,7 +2,7 @@
 //
 // Linears that share their input run as one operation: all V factors (and dense members) in one
 // pass over x, one barrier, then all U factors. z = V x is rounded to the activation type once, as
-// input of U, and stays in cache: x is taken in chunks of kTileTokens tokens.
+// input of U, and stays in cache: x is taken in tiles of at most kTileTokens tokens.
 #pragma once
 
 #include <span>
@@ -19,6 +19,12 @@ namespace deinfer {
 void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, float* out,
                     std::ptrdiff_t ldo);
+
+/// outs[i][m, n_i] = linears[i](x[m, k]) in the activation type, for up to three linears whose
+/// outputs are not exchanged.
+void lowrank_linears(ExecutionContext& ctx, int m, const GroupInput& input,
+                     std::span<const LowRankLinear> linears, const Activations& z,
+                     std::span<const Activations> outs);
 
 /// residual[m, n] += linear(x[m, k]).
 void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,

@@ -11,6 +11,8 @@ struct Candidate {
   float value = 0.0f;
   TokenId token = 0;
 };
+constexpr int kCandidateFloats = sizeof(Candidate) / sizeof(float);
+static_assert(kCandidateFloats == 2);
 
 }  // namespace
 
@@ -19,19 +21,14 @@ void output_logits(ExecutionContext& ctx, int m, const GroupInput& x, const LowR
   int vocabulary = vocabularies.back().end;
   if (ctx.exchange.size() == 1) return lowrank_linear(ctx, m, x, head, z, out, vocabulary);
   int own = vocabularies[static_cast<std::size_t>(ctx.exchange.rank())].size();
-  auto* part = reinterpret_cast<float*>(ctx.exchange.send(ctx.member, ctx.ticket));
-  lowrank_linear(ctx, m, x, head, z, part, own);
-  Ticket ticket = ctx.ticket++;
-  ctx.exchange.start(ctx.member, Collective::kGather,
-                     static_cast<std::size_t>(m) * static_cast<std::size_t>(own) * sizeof(float));
-  ctx.exchange.wait(ctx.member, ticket);
+  lowrank_linear(ctx, m, x, head, z, ctx.floats_to_send(), own);
+  Ticket ticket = ctx.exchange_floats(Collective::kGather, m, own);
   if (ctx.exchange.rank() == 0) {
     auto [begin, end] = ctx.member.share(m);
     for (int i = begin; i < end; ++i) {
       for (int r = 0; r < ctx.exchange.size(); ++r) {
         Range share = vocabularies[static_cast<std::size_t>(r)];
-        const auto* theirs = reinterpret_cast<const float*>(ctx.exchange.from(r, ticket));
-        std::copy_n(theirs + std::ptrdiff_t{i} * share.size(), share.size(),
+        std::copy_n(ctx.floats_from(r, ticket) + std::ptrdiff_t{i} * share.size(), share.size(),
                     out + std::ptrdiff_t{i} * vocabulary + share.begin);
       }
     }
@@ -46,18 +43,15 @@ void output_most_likely(ExecutionContext& ctx, int m, const GroupInput& x,
   lowrank_argmax(ctx, m, x, head, z, maxima, value, tokens);
   if (ctx.exchange.size() == 1) return;
   Range own = vocabularies[static_cast<std::size_t>(ctx.exchange.rank())];
-  auto* part = reinterpret_cast<Candidate*>(ctx.exchange.send(ctx.member, ctx.ticket));
+  auto* part = reinterpret_cast<Candidate*>(ctx.floats_to_send());
   auto [begin, end] = ctx.member.share(m);
   for (int i = begin; i < end; ++i) part[i] = {value[i], own.begin + tokens[i]};
-  Ticket ticket = ctx.ticket++;
-  ctx.exchange.start(ctx.member, Collective::kGather,
-                     static_cast<std::size_t>(m) * sizeof(Candidate));
-  ctx.exchange.wait(ctx.member, ticket);
+  Ticket ticket = ctx.exchange_floats(Collective::kGather, m, kCandidateFloats);
   if (ctx.exchange.rank() == 0) {
     for (int i = begin; i < end; ++i) {
       Candidate best{-std::numeric_limits<float>::infinity(), 0};
       for (int r = 0; r < ctx.exchange.size(); ++r) {  // ascending: equal ones keep the lowest
-        Candidate theirs = reinterpret_cast<const Candidate*>(ctx.exchange.from(r, ticket))[i];
+        Candidate theirs = reinterpret_cast<const Candidate*>(ctx.floats_from(r, ticket))[i];
         bool any = vocabularies[static_cast<std::size_t>(r)].size() > 0;
         if (any && (r == 0 || theirs.value > best.value)) best = theirs;
       }

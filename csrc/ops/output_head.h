@@ -10,7 +10,7 @@
 namespace deinfer {
 
 /// out[m, vocabulary] (fp32, contiguous) = head(x[m, hidden]) on rank 0, gathered from the ranks,
-/// of which each has the rows vocabularies[rank] of the head; working memory on the others.
+/// of which each has the rows vocabularies[rank] of the head; null on the others.
 void output_logits(ExecutionContext& ctx, int m, const GroupInput& x, const LowRankLinear& head,
                    const Activations& z, std::span<const Range> vocabularies, float* out);
 

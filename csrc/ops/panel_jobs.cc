@@ -5,19 +5,25 @@
 namespace deinfer {
 namespace {
 
-void multiply(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix,
+/// The product of the columns `k` of a panel with x, on top of the tile but for the first.
+void multiply(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix, Range k,
               const Activations& x, int row, int m, int panel, const void* next, float* tile) {
-  Activations rows = x.rows_from(row);
+  const Activations from = x.rows_from(row).columns_from(k.begin);
+  const int rows = matrix.rows_of(panel);
+  const std::ptrdiff_t first = std::ptrdiff_t{k.begin} * rows;
   if (matrix.dtype == DType::kInt8) {
-    kernels.panel_gemm_int8(
-        rows.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)),
-        matrix.scales.data() + panel * matrix.panel_rows, matrix.k_pad, next, tile);
+    auto* gemm = k.begin == 0 ? kernels.panel_gemm_int8 : kernels.panel_gemm_add_int8;
+    const float* scales = matrix.scales.data() + panel * matrix.panel_rows;
+    gemm(from.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)) + first,
+         k.end == matrix.k_pad ? scales : nullptr, k.size(), next, tile);
   } else if (matrix.dtype == DType::kFloat32) {
-    kernels.panel_gemm_f32(rows.f32(), x.ld, m, static_cast<const float*>(matrix.panel(panel)),
-                           matrix.rows_of(panel), matrix.k_pad, next, tile);
+    auto* gemm = k.begin == 0 ? kernels.panel_gemm_f32 : kernels.panel_gemm_add_f32;
+    gemm(from.f32(), x.ld, m, static_cast<const float*>(matrix.panel(panel)) + first, rows,
+         k.size(), next, tile);
   } else {
-    kernels.panel_gemm_bf16(rows.b16(), x.ld, m, static_cast<const bf16*>(matrix.panel(panel)),
-                            matrix.rows_of(panel), matrix.k_pad, next, tile);
+    auto* gemm = k.begin == 0 ? kernels.panel_gemm_bf16 : kernels.panel_gemm_add_bf16;
+    gemm(from.b16(), x.ld, m, static_cast<const bf16*>(matrix.panel(panel)) + first, rows, k.size(),
+         next, tile);
   }
 }
 
@@ -25,19 +31,36 @@ const void* panel_after(const cpu::PackedMatrix& matrix, int panel) {
   return panel + 1 < matrix.num_panels() ? matrix.panel(panel + 1) : nullptr;
 }
 
-void run_panel(ExecutionContext& ctx, const PanelJob& job, int row, int m, int panel) {
+/// The rows [begin, end) of a pass that begins at `row` and has m.
+void run_panel(ExecutionContext& ctx, const PanelJob& job, int row, int m, int begin, int end,
+               int panel) {
+  const cpu::PackedMatrix& matrix = *job.matrix;
+  const int count = end - begin;
   auto* tile = ctx.scratch.tile_a.as<float>();
-  float* second = nullptr;
-  const void* next =
-      job.second != nullptr ? job.second->panel(panel) : panel_after(*job.matrix, panel);
-  multiply(ctx.kernels, *job.matrix, job.x, row, m, panel, next, tile);
-  if (job.second != nullptr) {
-    second = ctx.scratch.tile_b.as<float>();
-    multiply(ctx.kernels, *job.second, job.second_x, row, m, panel, panel_after(*job.matrix, panel),
-             second);
+  float* second = job.second == nullptr ? nullptr : ctx.scratch.tile_b.as<float>();
+  Range k{0, matrix.k_pad};
+  Range second_k{0, job.second == nullptr ? 0 : job.second->k_pad};
+  if (job.part) {
+    auto sums_of = [&](int index) {
+      return job.part->sums + (std::ptrdiff_t{index} * m + begin) * cpu::kPanelRows;
+    };
+    tile = sums_of(panel);
+    if (second != nullptr) second = sums_of(matrix.num_panels() + panel);
+    k = job.part->k;
+    second_k = job.part->second_k;
   }
-  job.epilogue->apply(ctx.kernels, tile, second, row, m, panel * job.matrix->panel_rows,
-                      job.matrix->rows_of(panel));
+  if (k.size() > 0) {
+    const void* next =
+        job.second != nullptr ? job.second->panel(panel) : panel_after(matrix, panel);
+    multiply(ctx.kernels, matrix, k, job.x, row + begin, count, panel, next, tile);
+  }
+  if (second_k.size() > 0) {
+    multiply(ctx.kernels, *job.second, second_k, job.second_x, row + begin, count, panel,
+             panel_after(matrix, panel), second);
+  }
+  if (job.part && !job.part->last) return;
+  job.epilogue->apply(ctx.kernels, tile, second, row + begin, count, panel * matrix.panel_rows,
+                      matrix.rows_of(panel));
 }
 
 /// The panel, counted over all jobs, at which the share that begins at byte `share` begins: a panel
@@ -47,7 +70,7 @@ int first_panel(std::span<const PanelJob> jobs, std::int64_t share) {
   int before = 0;
   for (const PanelJob& job : jobs) {
     std::int64_t bytes = job.panel_bytes();
-    int panels = job.matrix->num_panels();
+    int panels = job.num_panels();
     if (share < offset + bytes * panels) {
       return before +
              static_cast<int>(std::max<std::int64_t>(0, share - offset + bytes / 2) / bytes);
@@ -78,8 +101,8 @@ void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, in
   std::int64_t total = 0;
   int panels = 0;
   for (const PanelJob& job : jobs) {
-    total += job.panel_bytes() * job.matrix->num_panels();
-    panels += job.matrix->num_panels();
+    total += job.panel_bytes() * job.num_panels();
+    panels += job.num_panels();
   }
   if (m == 0 || panels == 0) return;
   const Division division(m, ctx.member.size());
@@ -93,8 +116,8 @@ void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, in
     int end = division.first_token(item / panels + 1);
     int panel = item % panels;
     const PanelJob* job = jobs.data();
-    for (; panel >= job->matrix->num_panels(); ++job) panel -= job->matrix->num_panels();
-    run_panel(ctx, *job, row + begin, end - begin, panel);
+    for (; panel >= job->num_panels(); ++job) panel -= job->num_panels();
+    run_panel(ctx, *job, row, m, begin, end, job->first_panel() + panel);
   });
 }
 

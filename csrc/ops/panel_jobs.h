@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "kernels/cpu/packing.h"
@@ -26,6 +27,13 @@ class Epilogue {
                      int m, int first, int cols) const = 0;
 };
 
+/// The part of a job's k that this call adds to the sums of the calls before.
+struct PartOfK {
+  Range k, second_k;      // columns of the matrices, up to k_pad; may be empty
+  bool last = false;      // the epilogue may take the sums
+  float* sums = nullptr;  // [panels][m][kPanelRows], of the first matrix, then of the second
+};
+
 /// The product of one matrix, or of two with the same number of rows (gate and up), with x.
 struct PanelJob {
   const cpu::PackedMatrix* matrix = nullptr;
@@ -33,9 +41,14 @@ struct PanelJob {
   const Epilogue* epilogue = nullptr;
   const cpu::PackedMatrix* second = nullptr;
   Activations second_x;
+  Range panels;                 // of the matrix; all where empty
+  std::optional<PartOfK> part;  // none: all of k
 
+  int first_panel() const { return panels.begin; }
+  int num_panels() const { return panels.size() > 0 ? panels.size() : matrix->num_panels(); }
   std::int64_t panel_bytes() const {
     std::int64_t elements = matrix->k_pad + (second == nullptr ? 0 : second->k_pad);
+    if (part) elements = part->k.size() + part->second_k.size();
     return elements * matrix->panel_rows * static_cast<std::int64_t>(dtype_size(matrix->dtype));
   }
 };

@@ -27,7 +27,7 @@ ResidualStream::ResidualStream(int hidden, std::vector<Range> hidden_shares, DTy
       hidden_shares_(std::move(hidden_shares)),
       columns_(hidden),
       normed_(activations, std::max(limits.max_tokens, limits.max_wanted), hidden),
-      gathered_(activations, limits.max_tokens, hidden),
+      gathered_(activations, limits.sharded ? limits.max_tokens : 0, hidden),
       statistics_(float_bytes(limits.max_tokens, 2)),
       wanted_(float_bytes(limits.max_wanted, hidden)) {
   if (!hidden_shares_.empty()) columns_ = 0;
@@ -248,8 +248,9 @@ void ResidualStream::exchange_rows(ExecutionContext& ctx, Collective kind, int c
   bool shards = ctx.residual == ResidualLayout::kHiddenShards;
   int columns = shards ? own_columns(ctx).size() : hidden_;
   auto is_own = [&](int row) {
-    int tile = row / ctx.tile_tokens * ctx.tile_tokens;
-    Range own = own_rows(ctx, tile, std::min(ctx.tile_tokens, m - tile));
+    const int most = ctx.overlap.tile_tokens;
+    int tile = row / most * most;
+    Range own = own_rows(ctx, tile, std::min(most, m - tile));
     return shards || (row >= own.begin && row < own.end);
   };
   float* part = ctx.floats_to_send();

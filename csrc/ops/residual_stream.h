@@ -16,6 +16,7 @@ struct ResidualLimits {
   int max_tokens = 0;
   int max_wanted = 0;     // rows of one call of wanted()
   bool branches = false;  // whether branch() is needed
+  bool sharded = false;   // whether some kind of step has hidden or token shards
 };
 
 /// Owned by a rank's decoder. All operations are collective over the rank's team and, but under a

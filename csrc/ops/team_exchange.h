@@ -52,10 +52,12 @@ class TeamExchange {
     return communicator_.contribution_of(rank, ticket);
   }
 
-  /// All members have read what they need; what each has written is visible to all.
-  void finish(TeamMember& member, Ticket ticket) {
+  /// All members have read what they need of the exchanges [ticket, ticket + count); what each has
+  /// written is visible to all.
+  void finish(TeamMember& member, Ticket ticket, int count = 1) {
     member.barrier();
-    if (member.id() == 0) communicator_.finish(ticket);
+    if (member.id() != 0) return;
+    for (int i = 0; i < count; ++i) communicator_.finish(ticket + static_cast<Ticket>(i));
   }
 
  private:

@@ -3,24 +3,19 @@
 #include <algorithm>
 #include <cstring>
 
+#include "plan/exchanges.h"
+
 namespace deinfer {
 namespace {
 
 constexpr int kBlockRows = 16;
 constexpr int kBlockCols = 256;
 constexpr std::size_t kMaxRanks = Communicator::kMaxRanks;
+static_assert(kMaxRankChunks <= Communicator::kMaxInFlight);
 
-int blocks_of(const Inner& inner) { return (inner.rank() + kBlockCols - 1) / kBlockCols; }
+int blocks_of(Range columns) { return (columns.size() + kBlockCols - 1) / kBlockCols; }
 
 }  // namespace
-
-Collective collective_of(Exchange exchange) {
-  switch (exchange) {
-    case Exchange::kAllReduce: return Collective::kAllReduce;
-    case Exchange::kAllGather: return Collective::kAllGather;
-    default: return Collective::kReduceScatter;
-  }
-}
 
 Range own_tokens(int row, int rows, int rank, int size) {
   Range part = split(rows, size, rank);
@@ -29,9 +24,9 @@ Range own_tokens(int row, int rows, int rank, int size) {
 
 void ZExchange::add(const LowRankLinear& linear) {
   if (!linear.is_low_rank()) return;
-  inners_[num_inners_++] = {&linear, z_cols_, part_sums_};
+  v_columns_[num_inners_] = linear.v.n;
+  inners_[num_inners_++] = {&linear, z_cols_};
   z_cols_ += linear.z_cols();
-  part_sums_ += linear.v.n;
   kind_ = linear.exchange(ctx_.step_kind).after_v;
 }
 
@@ -40,15 +35,26 @@ int ZExchange::statistics() const {
   return travel ? statistics_columns(input_.norm->kind) : 0;
 }
 
-Activations ZExchange::z_of(const LowRankLinear& linear) const {
+const Inner& ZExchange::inner_of(const LowRankLinear& linear) const {
   const Inner* inner = inners_.data();
   while (inner->linear != &linear) ++inner;
-  return z_of(*inner);
+  return *inner;
 }
 
-Activations ZExchange::part() const {
+Activations ZExchange::part(int chunk) const {
   DType dtype = kind_ == Exchange::kAllGather ? z_.dtype : DType::kFloat32;
-  return {ctx_.exchange.send(ctx_.member, ctx_.ticket), dtype, part_cols()};
+  return {ctx_.exchange.send(ctx_.member, ctx_.ticket), dtype, part_ld(chunk)};
+}
+
+int ZExchange::part_col(std::size_t inner, int chunk) const {
+  int col = 0;
+  for (std::size_t i = 0; i < inner; ++i) col += v_rows(i, chunk).size();
+  return col;
+}
+
+int ZExchange::columns_received(const LowRankLinear& linear, int chunk) const {
+  if (chunk + 1 == chunks()) return linear.inner_size();
+  return v_rows(static_cast<std::size_t>(&inner_of(linear) - inners_.data()), chunk).end;
 }
 
 void ZExchange::clear(const Inner& inner, Range tokens, int col) {
@@ -59,43 +65,49 @@ void ZExchange::clear(const Inner& inner, Range tokens, int col) {
   }
 }
 
-void ZExchange::start(Tile& tile) {
-  if (int count = statistics(); count > 0) {
+void ZExchange::start(Tile& tile, int chunk) {
+  const Activations out = part(chunk);
+  if (int count = statistics(); count > 0 && chunk == 0) {
     auto [begin, end] = ctx_.member.share(tile.rows);
     for (int i = begin; i < end; ++i) {
       std::copy_n(input_.statistics + std::ptrdiff_t{tile.row + i} * count, count,
-                  part().rows_from(i).f32() + part_sums_);
+                  out.rows_from(i).f32() + part_columns(chunk));
     }
   }
   std::size_t bytes = static_cast<std::size_t>(tile.v_tokens.size()) *
-                      static_cast<std::size_t>(part_cols()) * dtype_size(part().dtype);
-  tile.tickets[0] = ctx_.ticket++;
+                      static_cast<std::size_t>(out.ld) * dtype_size(out.dtype);
+  tile.tickets[static_cast<std::size_t>(chunk)] = ctx_.ticket++;
   ctx_.exchange.start(ctx_.member, collective_of(kind_), bytes);
 }
 
-void ZExchange::finish(const Tile& tile) {
-  ctx_.exchange.wait(ctx_.member, tile.tickets[0]);
-  if (kind_ != Exchange::kAllGather) {
-    sum(tile);
-  } else {
+void ZExchange::receive(const Tile& tile, int chunk) {
+  ctx_.exchange.wait(ctx_.member, tile.tickets[static_cast<std::size_t>(chunk)]);
+  if (kind_ == Exchange::kAllGather) {
     gather(tile);
+  } else {
+    sum(tile, chunk);
   }
-  ctx_.exchange.finish(ctx_.member, tile.tickets[0]);
+  if (chunk + 1 < chunks()) return ctx_.member.barrier();
+  for (const Inner& inner : inners()) clear(inner, tile.u_tokens, inner.rank());
+  // All at once, as every chunk needs the statistics of the first.
+  ctx_.exchange.finish(ctx_.member, tile.tickets[0], chunks());
 }
 
 /// z = the sum over ranks of their parts, normalised where that was left to be done.
-void ZExchange::sum(const Tile& tile) {
+void ZExchange::sum(const Tile& tile, int chunk) {
   const int size = ctx_.exchange.size();
-  const int ld = part_cols();
+  const int ld = part_ld(chunk);
   const int num_statistics = statistics();
-  for_each_block(tile.u_tokens, [&](const Inner& inner, int row, int rows, int col, int cols) {
+  const Ticket ticket = tile.tickets[static_cast<std::size_t>(chunk)];
+  for_each_block(tile.u_tokens, chunk, [&](std::size_t index, int row, int rows, Range columns) {
     std::array<const float*, kMaxRanks> parts, numbers;
     float scale[kBlockRows];
     float shifts[kBlockRows * kMaxRanks];
     for (int i = 0; num_statistics > 0 && i < rows; ++i) {
       for (int r = 0; r < size; ++r) {
         numbers[static_cast<std::size_t>(r)] = ctx_.floats_from(r, tile.tickets[0]) +
-                                               std::ptrdiff_t{row - tile.row + i} * ld + part_sums_;
+                                               std::ptrdiff_t{row - tile.row + i} * part_ld(0) +
+                                               part_columns(0);
       }
       RowStatistics whole = combine_statistics(*input_.norm, input_.shares, numbers.data());
       scale[i] = whole.scale;
@@ -103,18 +115,20 @@ void ZExchange::sum(const Tile& tile) {
         shifts[i * size + r] = numbers[static_cast<std::size_t>(r)][0] - whole.mean;
       }
     }
+    const int from = part_col(index, chunk) + columns.begin - v_rows(index, chunk).begin;
     for (int r = 0; r < size; ++r) {
-      parts[static_cast<std::size_t>(r)] = ctx_.floats_from(r, tile.tickets[0]) +
-                                           std::ptrdiff_t{row - tile.row} * ld + inner.part_col +
-                                           col;
+      parts[static_cast<std::size_t>(r)] =
+          ctx_.floats_from(r, ticket) + std::ptrdiff_t{row - tile.row} * ld + from;
     }
-    Activations out = z_of(inner).rows_from(row).columns_from(col);
+    const Inner& inner = inners_[index];
+    const int cols = columns.size();
+    Activations out = z_of(inner).rows_from(row).columns_from(columns.begin);
     const bool f32 = out.dtype == DType::kFloat32;
     const cpu::KernelTable& kernels = ctx_.kernels;
     if (num_statistics > 0 && input_.norm->kind == NormKind::kLayer) {
       const NormTerms& terms = inner.linear->norm_terms;
-      cpu::Centering centering{scale, shifts, terms.gain.data() + col, inner.rank(),
-                               terms.bias.data() + col};
+      cpu::Centering centering{scale, shifts, terms.gain.data() + columns.begin, inner.rank(),
+                               terms.bias.data() + columns.begin};
       f32 ? kernels.sum_centered_parts_f32(parts.data(), size, ld, rows, cols, centering, out.f32(),
                                            out.ld)
           : kernels.sum_centered_parts_bf16(parts.data(), size, ld, rows, cols, centering,
@@ -127,24 +141,26 @@ void ZExchange::sum(const Tile& tile) {
   });
 }
 
-/// f(inner, first row, rows, first column, columns) for this thread's share of the blocks of all
-/// z; the columns beyond the rank are zeroed.
+/// f(index of the inner, first row, rows, columns of its z) for this thread's share of the blocks
+/// of a chunk.
 template <typename F>
-void ZExchange::for_each_block(Range tokens, F f) {
+void ZExchange::for_each_block(Range tokens, int chunk, F f) {
   int row_blocks = (tokens.size() + kBlockRows - 1) / kBlockRows;
   int col_blocks = 0;
-  for (std::size_t i = 0; i < num_inners_; ++i) col_blocks += blocks_of(inners_[i]);
+  for (std::size_t i = 0; i < num_inners_; ++i) col_blocks += blocks_of(v_rows(i, chunk));
   auto [begin, end] = ctx_.member.share(row_blocks * col_blocks);
   for (int item = begin; item < end; ++item) {
     int row = tokens.begin + item / col_blocks * kBlockRows;
-    int rows = std::min(kBlockRows, tokens.end - row);
     int block = item % col_blocks;
-    const Inner* inner = inners_.data();
-    for (; block >= blocks_of(*inner); ++inner) block -= blocks_of(*inner);
-    int col = block * kBlockCols;
-    f(*inner, row, rows, col, std::min(kBlockCols, inner->rank() - col));
+    std::size_t index = 0;
+    for (; block >= blocks_of(v_rows(index, chunk)); ++index) {
+      block -= blocks_of(v_rows(index, chunk));
+    }
+    const Range all = v_rows(index, chunk);
+    const int first = all.begin + block * kBlockCols;
+    f(index, row, std::min(kBlockRows, tokens.end - row),
+      Range{first, std::min(first + kBlockCols, all.end)});
   }
-  for (std::size_t i = 0; i < num_inners_; ++i) clear(inners_[i], tokens, inners_[i].rank());
 }
 
 /// z from the columns, or under token shards the rows, of every rank.
@@ -156,23 +172,19 @@ void ZExchange::gather(const Tile& tile) {
       return tokens ? Range{0, inner.rank()} : inner.linear->v_shares[static_cast<std::size_t>(r)];
     };
     int ld = 0;
-    for (std::size_t i = 0; i < num_inners_; ++i) ld += columns_of(inners_[i]).size();
+    for (const Inner& inner : inners()) ld += columns_of(inner).size();
     Activations part{const_cast<std::byte*>(ctx_.exchange.from(r, tile.tickets[0])), z_.dtype, ld};
     auto [begin, end] = ctx_.member.share(rows.size());
     for (int i = begin; i < end; ++i) {
-      int part_col = 0;
-      for (std::size_t j = 0; j < num_inners_; ++j) {
-        Range columns = columns_of(inners_[j]);
-        Activations out =
-            z_.rows_from(rows.begin + i).columns_from(inners_[j].z_col + columns.begin);
-        std::memcpy(out.data, part.rows_from(i).columns_from(part_col).data,
+      int from = 0;
+      for (const Inner& inner : inners()) {
+        Range columns = columns_of(inner);
+        Activations out = z_of(inner).rows_from(rows.begin + i).columns_from(columns.begin);
+        std::memcpy(out.data, part.rows_from(i).columns_from(from).data,
                     static_cast<std::size_t>(columns.size()) * dtype_size(z_.dtype));
-        part_col += columns.size();
+        from += columns.size();
       }
     }
-  }
-  for (std::size_t i = 0; i < num_inners_; ++i) {
-    clear(inners_[i], tile.all(), inners_[i].rank());
   }
 }
 

@@ -3,7 +3,8 @@
 #include <algorithm>
 
 #include "base/check.h"
-#include "plan/numbers.h"
+#include "base/number_pair.h"
+#include "plan/overlap.h"
 #include "plan/plans.h"
 
 namespace deinfer {
@@ -42,20 +43,22 @@ struct Work {
 
 /// A group of linears as the slowest rank computes it.
 struct GroupCost {
-  double v = 0;  // seconds of the product with V
-  double u = 0;  // with U or W
+  double v = 0;     // seconds of the product with V
+  double u = 0;     // with U or W
+  double sums = 0;  // bytes of U's results, in fp32
   int operations = 0;
   std::vector<PlannedExchange> exchanges;  // with the largest contributions
 };
 
 GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
-                     const LinearGroup& group, const Hardware& hardware, int m) {
+                     const LinearGroup& group, const Hardware& hardware, int m, int chunks = 1) {
   GroupCost cost;
   for (int rank = 0; rank < plan.size(); ++rank) {
     const bool token_shards = plan.residual() == ResidualLayout::kTokenShards;
     const int own = token_shards ? split(m, plan.size(), rank).size() : m;
     Work v, u, w;
     bool after_u = false;
+    double outputs = 0;
     for (const auto& [role, shape] : group.linears) {
       const LinearPlacement place = plan.place(role, shape, rank);
       const double u_elements = elements(place.u_rows, place.u_cols);
@@ -64,6 +67,7 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
         w.add(u_elements, model.weight_bytes, m);
         continue;
       }
+      outputs += place.u_rows.size();
       // Between z and the residual stream a rank computes its own tokens only.
       v.add(elements(place.v_rows, place.v_cols), model.weight_bytes,
             group.adds_to_residual ? m : own);
@@ -71,9 +75,11 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     }
     cost.v = std::max(cost.v, v.seconds(hardware));
     cost.u = std::max(cost.u, u.seconds(hardware) + w.seconds(hardware));
+    cost.sums = std::max(cost.sums, outputs * (group.adds_to_residual ? own : m) * sizeof(float));
     // Epilogues wait for the sum where U's output is exchanged.
     cost.operations = int{v.any} + int{u.any} + int{w.any} + int{after_u};
-    auto exchanges = group_exchanges(plan, group, m, rank, model.activation_bytes, model.norms);
+    auto exchanges =
+        group_exchanges(plan, group, m, rank, model.activation_bytes, model.norms, chunks);
     if (rank == 0) cost.exchanges = exchanges;
     for (std::size_t i = 0; i < exchanges.size(); ++i) {
       cost.exchanges[i].bytes = std::max(cost.exchanges[i].bytes, exchanges[i].bytes);
@@ -82,43 +88,136 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
   return cost;
 }
 
-/// Seconds that an exchange adds to `producer` and `consumer`, the seconds of the products before
-/// and after it, when all three are cut in `chunks`. One resource computes, one transfers.
-double exposed_seconds(double producer, double consumer, double chunk_exchange, int chunks,
-                       double operation) {
-  double computed = 0;
-  double transferred = 0;
-  std::vector<double> arrived;
-  for (int i = 0; i < chunks; ++i) {
-    computed += producer / chunks + (i > 0 && producer > 0 ? operation : 0);
-    transferred = std::max(transferred, computed) + chunk_exchange;
-    arrived.push_back(transferred);
+/// Computing that the exchange of contributions of `bytes` bytes takes of a rank.
+double received_seconds(const Hardware& hardware, Collective kind, std::uint64_t bytes, int ranks) {
+  if (ranks == 1) return 0;
+  double seconds = hardware.exchange_s;
+  if (hardware.received_bytes_per_s > 0) {
+    const double parts = kind == Collective::kReduceScatter ? 1 : ranks;
+    seconds += parts * static_cast<double>(bytes) / hardware.received_bytes_per_s;
   }
-  for (int i = 0; i < chunks; ++i) {
-    computed = std::max(computed, arrived[static_cast<std::size_t>(i)]) + consumer / chunks +
-               (i > 0 && consumer > 0 ? operation : 0);
-  }
-  return computed - producer - consumer;
+  return seconds;
 }
 
-double exposed_exchanges(const GroupCost& group, const Hardware& hardware, const LinkModel& link,
-                         int ranks, int chunks) {
-  double exposed = 0;
-  if (ranks == 1) return exposed;
+/// One resource that computes and one that transfers. Latencies of exchanges overlap, as they do
+/// not occupy the link.
+class Timeline {
+ public:
+  Timeline(const Hardware& hardware, const LinkModel& link, int ranks)
+      : hardware_(hardware), link_(link), ranks_(ranks) {}
+
+  double now() const { return computed_; }
+  void compute(double seconds) { computed_ += seconds; }
+  /// Starts an exchange and returns when it arrives.
+  double start(const PlannedExchange& exchange) {
+    const double begin = std::max(computed_, link_free_);
+    link_free_ =
+        begin + exchange_seconds({0, link_.bytes_per_s}, exchange.kind, exchange.bytes, ranks_);
+    return begin + exchange_seconds(link_, exchange.kind, exchange.bytes, ranks_);
+  }
+  void receive(const PlannedExchange& exchange, double arrival) {
+    computed_ = std::max(computed_, arrival) +
+                received_seconds(hardware_, exchange.kind, exchange.bytes, ranks_);
+  }
+
+ private:
+  const Hardware& hardware_;
+  const LinkModel& link_;
+  int ranks_;
+  double computed_ = 0;
+  double link_free_ = 0;
+};
+
+/// Seconds from V to U of a group whose tokens pass in one tile: all chunks of V, each of which
+/// travels when it is there, then those of U, each on top of sums that it reads and writes. An
+/// operation begins with each further chunk.
+double chunked_seconds(const GroupCost& group, const Hardware& hardware, Timeline time) {
+  std::vector<const PlannedExchange*> chunks;
   for (const PlannedExchange& exchange : group.exchanges) {
-    const auto parts = static_cast<std::uint64_t>(chunks);
-    const double seconds =
-        exchange_seconds(link, exchange.kind, (exchange.bytes + parts - 1) / parts, ranks);
-    double producer = 0, consumer = 0;
-    switch (exchange.stage) {
-      case ExchangeStage::kBefore: consumer = group.u; break;
-      case ExchangeStage::kAfterV: producer = group.v, consumer = group.u; break;
-      case ExchangeStage::kAfterU: producer = group.u; break;
-      case ExchangeStage::kEnd: break;
+    if (exchange.stage == ExchangeStage::kAfterV) chunks.push_back(&exchange);
+  }
+  const double parts = std::max<double>(1, static_cast<double>(chunks.size()));
+  std::vector<double> arrivals;
+  for (const PlannedExchange* chunk : chunks) {
+    time.compute(group.v / parts + (arrivals.empty() ? 0 : hardware.operation_s));
+    arrivals.push_back(time.start(*chunk));
+  }
+  if (chunks.empty()) time.compute(group.v);
+  for (std::size_t i = 0; i < arrivals.size(); ++i) {
+    time.receive(*chunks[i], arrivals[i]);
+    time.compute(group.u / parts);
+    if (i > 0) time.compute(hardware.operation_s + 2 * group.sums / hardware.memory_bytes_per_s);
+  }
+  if (chunks.empty()) time.compute(group.u);
+  for (const PlannedExchange& exchange : group.exchanges) {
+    if (exchange.stage != ExchangeStage::kAfterU) continue;
+    time.receive(exchange, time.start(exchange));
+  }
+  return time.now();
+}
+
+/// The same for `tiles` tiles of tokens, of which `tile` is the cost: the exchange of one travels
+/// while the next is computed up to its own.
+double tiled_seconds(const GroupCost& tile, const Hardware& hardware, int tiles, Timeline time) {
+  const PlannedExchange* after_v = nullptr;
+  std::vector<const PlannedExchange*> after_u;
+  for (const PlannedExchange& exchange : tile.exchanges) {
+    if (exchange.stage == ExchangeStage::kAfterV) after_v = &exchange;
+    if (exchange.stage == ExchangeStage::kAfterU) after_u.push_back(&exchange);
+  }
+  double under_way = 0;  // when the exchange of the tile before arrives
+  auto complete = [&](double arrival) {
+    for (const PlannedExchange* exchange : after_u) time.receive(*exchange, arrival);
+    if (!after_u.empty() || after_v == nullptr) return;
+    time.receive(*after_v, arrival);
+    time.compute(tile.u);
+  };
+  for (int i = 0; i < tiles; ++i) {
+    time.compute(tile.v + (i == 0 ? 0 : tile.operations * hardware.operation_s));
+    double arrival = time.now();
+    if (after_v != nullptr && after_u.empty()) {
+      arrival = time.start(*after_v);
+    } else {
+      time.compute(tile.u);
+      for (const PlannedExchange* exchange : after_u) {
+        arrival = time.start(*exchange);
+      }
     }
-    exposed += exposed_seconds(producer, consumer, seconds, chunks, hardware.operation_s);
+    if (i > 0) complete(under_way);
+    under_way = arrival;
+  }
+  complete(under_way);
+  return time.now();
+}
+
+/// Seconds of exchanges that nothing hides: of x before V, of statistics.
+double exposed_seconds(const GroupCost& group, const Hardware& hardware, const LinkModel& link,
+                       int ranks) {
+  double exposed = 0;
+  for (const PlannedExchange& exchange : group.exchanges) {
+    if (exchange.stage != ExchangeStage::kBefore && exchange.stage != ExchangeStage::kStatistics) {
+      continue;
+    }
+    exposed += exchange_seconds(link, exchange.kind, exchange.bytes, ranks) +
+               received_seconds(hardware, exchange.kind, exchange.bytes, ranks);
   }
   return exposed;
+}
+
+/// What exchanges add to the products of a group, and what cutting these costs.
+double exchange_cost(const PlannedModel& model, const TensorParallelPlan& plan,
+                     const LinearGroup& group, const GroupCost& whole, const Hardware& hardware,
+                     const LinkModel& link, int tokens, int chunks) {
+  if (plan.size() == 1) return 0;
+  const Timeline time(hardware, link, plan.size());
+  const Overlap overlap =
+      overlap_of(tokens, chunks, hardware.tile_tokens > 0 ? hardware.tile_tokens : tokens);
+  const int tiles = (tokens + overlap.tile_tokens - 1) / overlap.tile_tokens;
+  const GroupCost part =
+      group_cost(model, plan, group, hardware, overlap.tile_tokens, overlap.rank_chunks);
+  const double seconds = tiles == 1 ? chunked_seconds(part, hardware, time)
+                                    : tiled_seconds(part, hardware, tiles, time);
+  return seconds + tiles * exposed_seconds(part, hardware, link, plan.size()) - whole.v - whole.u;
 }
 
 double attention_seconds(const PlannedModel& model, const TensorParallelPlan& plan,
@@ -146,15 +245,23 @@ Hardware parse_hardware(std::string_view text) {
   // Streaming reads, products of 8192^3 less a margin for smaller ones, FlashAttention; 2.2 us is a
   // graph node's gap of 1.3 us and the ramp and tail of a kernel of some MB.
   if (text == "h100") {
-    return {"h100", 3.0e12, 620e12, 0.85 * 3.0e12, 450e12, 2.2e-6, 80'000'000'000};
+    Hardware hardware{"h100", 3.0e12, 620e12, 0.85 * 3.0e12, 450e12, 2.2e-6};
+    hardware.memory_bytes = 80'000'000'000;
+    return hardware;
   }
-  constexpr const char* kExpected = "h100 or cpu:GB_per_s:GFLOP_per_s such as cpu:40:500";
   const std::string_view prefix = "cpu:";
-  const bool is_cpu = text.starts_with(prefix);
-  const auto [gigabytes, gigaflops] =
-      parse_two_numbers("hardware", text, is_cpu ? text.substr(prefix.size()) : "", kExpected);
-  // A barrier of a thread team takes about a microsecond.
-  return {"cpu", gigabytes * 1e9, gigaflops * 1e9, gigabytes * 1e9, gigaflops * 1e9, 1e-6, 0};
+  const auto rates =
+      text.starts_with(prefix) ? parse_number_pair(text.substr(prefix.size())) : std::nullopt;
+  check_argument(rates && rates->first > 0.0 && rates->second > 0.0, "hardware=\"", text,
+                 "\" is not h100 or cpu:GB_per_s:GFLOP_per_s such as cpu:40:500");
+  const double gigabytes = *rates->first, gigaflops = *rates->second;
+  const double memory = gigabytes * 1e9, products = gigaflops * 1e9;
+  Hardware hardware{"cpu", memory, products, memory, products};
+  // A barrier of a thread team, or of ranks that are threads, takes about a microsecond.
+  hardware.operation_s = hardware.exchange_s = 1e-6;
+  hardware.received_bytes_per_s = memory;
+  hardware.tile_tokens = kTileTokens;
+  return hardware;
 }
 
 StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
@@ -169,7 +276,8 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
       const GroupCost part = group_cost(model, plan, group, hardware, phase.tokens);
       cost.products += part.v + part.u;
       operations += part.operations;
-      cost.exchanges += exposed_exchanges(part, hardware, link, plan.size(), chunks);
+      cost.exchanges +=
+          exchange_cost(model, plan, group, part, hardware, link, phase.tokens, chunks);
     }
     cost.attention += attention;
     operations += kLayerOperations + hidden_norms(model.norms);
@@ -192,7 +300,9 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     ends.resize(exchanges.size());
     for (std::size_t i = 0; i < exchanges.size(); ++i) {
       ends[i] = std::max(
-          ends[i], exchange_seconds(link, exchanges[i].kind, exchanges[i].bytes, plan.size()));
+          ends[i],
+          exchange_seconds(link, exchanges[i].kind, exchanges[i].bytes, plan.size()) +
+              received_seconds(hardware, exchanges[i].kind, exchanges[i].bytes, plan.size()));
     }
   }
   cost.products += head;
@@ -249,21 +359,12 @@ std::uint64_t rank_kv_bytes(const PlannedModel& model, const TensorParallelPlan&
 
 double wire_bytes_per_token(const PlannedModel& model, const TensorParallelPlan& plan) {
   const int size = plan.size();
-  const double others = size - 1;
   double sent = 0;
   // With one token for each rank, shares of tokens are whole.
   for (int rank = 0; rank < size; ++rank) {
     for (const PlannedExchange& exchange : step_exchanges(plan, model.layers, {size, 0, size}, rank,
                                                           model.activation_bytes, model.norms)) {
-      const auto bytes = static_cast<double>(exchange.bytes);
-      switch (exchange.kind) {
-        case Collective::kAllReduce: sent += 2 * others / size * bytes; break;
-        case Collective::kAllGather: sent += others * bytes; break;
-        case Collective::kReduceScatter:
-        case Collective::kBroadcast:
-        case Collective::kGather: sent += others / size * bytes; break;
-        case Collective::kBarrier: break;
-      }
+      sent += static_cast<double>(wire_bytes(exchange.kind, exchange.bytes, size));
     }
   }
   return sent / size / size;

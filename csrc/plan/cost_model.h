@@ -23,8 +23,13 @@ struct Hardware {
   double flops_per_s = 0;            // of products of many tokens
   double attention_bytes_per_s = 0;  // of the KV cache
   double attention_flops_per_s = 0;
-  double operation_s = 0;          // launch, ramp and tail of one operation
+  double operation_s = 0;  // launch, ramp and tail of one operation
+  // What an exchange takes of computing, besides the link: per exchange, and to read and sum what
+  // the ranks have contributed. 0: the link's model has it all.
+  double exchange_s = 0;
+  double received_bytes_per_s = 0;
   std::uint64_t memory_bytes = 0;  // 0: not known
+  int tile_tokens = 0;             // that a product takes at once; 0: any
 };
 
 /// "h100" (SXM, operations as kernels of their own in a CUDA graph) or "cpu:GB_per_s:GFLOP_per_s"
@@ -60,9 +65,10 @@ struct StepCost {
   double total() const { return products + operations + attention + exchanges; }
 };
 
-/// The cost with every product next to an exchange cut in `chunks`: chunk c travels while chunk
-/// c + 1 is computed, and is consumed while others still travel. Each further chunk of a product
-/// is an operation more, which counts as exchange.
+/// The cost of a step in `chunks` chunks as the runtime overlaps them (plan/overlap.h): of the rank
+/// dimension for few tokens, else of the tokens. What the cutting costs counts as exchange: further
+/// operations, weights that are read again. The embedding and what follows the layers overlap with
+/// nothing.
 StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
                    const Hardware& hardware, const LinkModel& link, const Phase& phase, int chunks);
 

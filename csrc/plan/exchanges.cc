@@ -1,5 +1,8 @@
 #include "plan/exchanges.h"
 
+#include <numeric>
+
+#include "plan/overlap.h"
 #include "plan/plans.h"
 
 namespace deinfer {
@@ -9,6 +12,12 @@ std::uint64_t count(int rows, int cols) {
   return static_cast<std::uint64_t>(rows) * static_cast<std::uint64_t>(cols);
 }
 
+void append(std::vector<PlannedExchange>& all, const std::vector<PlannedExchange>& more) {
+  all.insert(all.end(), more.begin(), more.end());
+}
+
+}  // namespace
+
 Collective collective_of(Exchange exchange) {
   switch (exchange) {
     case Exchange::kAllGather: return Collective::kAllGather;
@@ -16,12 +25,6 @@ Collective collective_of(Exchange exchange) {
     default: return Collective::kAllReduce;
   }
 }
-
-void append(std::vector<PlannedExchange>& all, const std::vector<PlannedExchange>& more) {
-  all.insert(all.end(), more.begin(), more.end());
-}
-
-}  // namespace
 
 std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const LayerShape& layer) {
   std::vector<LinearGroup> groups = {
@@ -56,19 +59,21 @@ std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const Laye
 
 std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
                                              const LinearGroup& group, int m, int rank,
-                                             int activation_bytes, const LayerNorms& norms) {
+                                             int activation_bytes, const LayerNorms& norms,
+                                             int chunks) {
   const bool token_shards = plan.residual() == ResidualLayout::kTokenShards;
   const bool hidden_shards = plan.residual() == ResidualLayout::kHiddenShards;
   const int own_tokens = split(m, plan.size(), rank).size();
   constexpr int kKinds = 4;
   bool before = false;
   bool has_v[kKinds] = {}, has_u[kKinds] = {};
-  int v_cols[kKinds] = {}, u_cols[kKinds] = {};  // by Exchange
+  std::vector<int> v_cols[kKinds];  // of each linear; by Exchange
+  int u_cols[kKinds] = {};
   for (const auto& [role, shape] : group.linears) {
     const LinearPlacement place = plan.place(role, shape, rank);
     before |= place.before != Exchange::kNone;
     has_v[static_cast<int>(place.after_v)] = true;
-    v_cols[static_cast<int>(place.after_v)] += place.v_rows.size();
+    v_cols[static_cast<int>(place.after_v)].push_back(place.v_rows.size());
     has_u[static_cast<int>(place.after_u)] = true;
     u_cols[static_cast<int>(place.after_u)] += place.u_rows.size();
   }
@@ -85,15 +90,22 @@ std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
   }
   for (Exchange exchange : {Exchange::kAllReduce, Exchange::kAllGather, Exchange::kReduceScatter}) {
     if (!has_v[static_cast<int>(exchange)]) continue;
-    int cols = v_cols[static_cast<int>(exchange)];
+    const std::vector<int>& columns = v_cols[static_cast<int>(exchange)];
     if (exchange == Exchange::kAllGather) {
       add(exchange, ExchangeStage::kAfterV,
-          count(token_shards ? own_tokens : m, cols) *
+          count(token_shards ? own_tokens : m, std::accumulate(columns.begin(), columns.end(), 0)) *
               static_cast<std::uint64_t>(activation_bytes));
       continue;
     }
-    if (hidden_shards && !group.adds_to_residual) cols += statistics_columns(norms.input);
-    add(exchange, ExchangeStage::kAfterV, count(m, cols) * sizeof(float));
+    const int parts = num_rank_chunks(exchange, columns, chunks);
+    for (int chunk = 0; chunk < parts; ++chunk) {
+      const bool statistics = hidden_shards && !group.adds_to_residual && chunk == 0;
+      int cols = statistics ? statistics_columns(norms.input) : 0;
+      for (std::size_t i = 0; i < columns.size(); ++i) {
+        cols += chunk_columns(columns, i, chunk, parts).size();
+      }
+      add(exchange, ExchangeStage::kAfterV, count(m, cols) * sizeof(float));
+    }
   }
   for (Exchange exchange : {Exchange::kAllReduce, Exchange::kReduceScatter}) {
     if (!has_u[static_cast<int>(exchange)]) continue;
@@ -101,23 +113,24 @@ std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
         count(m, u_cols[static_cast<int>(exchange)]) * sizeof(float));
   }
   if (hidden_shards && group.adds_to_residual && norms.output != NormKind::kNone) {
-    add(Exchange::kAllReduce, ExchangeStage::kAfterU,
+    add(Exchange::kAllReduce, ExchangeStage::kStatistics,
         count(m, statistics_columns(norms.output)) * sizeof(float));
   }
   const bool has_query = group.linears.front().first == LinearRole::kQuery;
   if (has_query && norms.qk == QkNormKind::kFull && plan.divides_heads()) {
-    exchanges.push_back(
-        {Collective::kAllReduce, "qk_norm", ExchangeStage::kAfterU, count(m, 2) * sizeof(float)});
+    exchanges.push_back({Collective::kAllReduce, "qk_norm", ExchangeStage::kStatistics,
+                         count(m, 2) * sizeof(float)});
   }
   return exchanges;
 }
 
 std::vector<PlannedExchange> layer_exchanges(const TensorParallelPlan& plan,
                                              const LayerShape& layer, int m, int rank,
-                                             int activation_bytes, const LayerNorms& norms) {
+                                             int activation_bytes, const LayerNorms& norms,
+                                             int chunks) {
   std::vector<PlannedExchange> exchanges;
   for (const LinearGroup& group : layer_groups(plan, layer)) {
-    append(exchanges, group_exchanges(plan, group, m, rank, activation_bytes, norms));
+    append(exchanges, group_exchanges(plan, group, m, rank, activation_bytes, norms, chunks));
   }
   return exchanges;
 }
@@ -157,10 +170,11 @@ std::vector<PlannedExchange> head_exchanges(const TensorParallelPlan& plan, cons
 std::vector<PlannedExchange> step_exchanges(const TensorParallelPlan& plan,
                                             const std::vector<LayerShape>& layers,
                                             const StepRows& rows, int rank, int activation_bytes,
-                                            const LayerNorms& norms) {
+                                            const LayerNorms& norms, int chunks) {
   std::vector<PlannedExchange> exchanges = embedding_exchanges(plan, rows.tokens);
   for (const LayerShape& layer : layers) {
-    append(exchanges, layer_exchanges(plan, layer, rows.tokens, rank, activation_bytes, norms));
+    append(exchanges,
+           layer_exchanges(plan, layer, rows.tokens, rank, activation_bytes, norms, chunks));
   }
   append(exchanges, head_exchanges(plan, rows, rank));
   return exchanges;

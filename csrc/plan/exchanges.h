@@ -19,12 +19,16 @@ struct LayerShape {
   LinearShape query, key, value, attention_output, gate, up, down;
 };
 
+/// The collective that makes an exchange, which must not be kNone.
+Collective collective_of(Exchange exchange);
+
 /// Where in a layer or step an exchange stands.
 enum class ExchangeStage {
   kBefore,  // of x, ahead of the products
   kAfterV,
   kAfterU,
-  kEnd,  // of the model: embedding, final norm, logits
+  kStatistics,  // of a norm after U, alone
+  kEnd,         // of the model: embedding, final norm, logits
 };
 
 struct PlannedExchange {
@@ -53,15 +57,18 @@ std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const Laye
 /// LayerNorm); gathered z and normed rows travel in the activation type, the gathered residual
 /// columns in fp32. Statistics of norms after U, of rows that ranks have parts of, travel alone: 1
 /// column under hidden shards for the RMSNorm of what a block adds, 2 for q and k over all heads.
-/// `activation_bytes`: 2 or 4.
+/// `activation_bytes`: 2 or 4. Sums of z go in up to `chunks` chunks (plan/overlap.h), the
+/// statistics with the first.
 std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
                                              const LinearGroup& group, int m, int rank,
-                                             int activation_bytes, const LayerNorms& norms);
+                                             int activation_bytes, const LayerNorms& norms,
+                                             int chunks = 1);
 
 /// Those of one layer, in order.
 std::vector<PlannedExchange> layer_exchanges(const TensorParallelPlan& plan,
                                              const LayerShape& layer, int m, int rank,
-                                             int activation_bytes, const LayerNorms& norms);
+                                             int activation_bytes, const LayerNorms& norms,
+                                             int chunks = 1);
 
 /// One pass over the model.
 struct StepRows {
@@ -83,6 +90,6 @@ std::vector<PlannedExchange> head_exchanges(const TensorParallelPlan& plan, cons
 std::vector<PlannedExchange> step_exchanges(const TensorParallelPlan& plan,
                                             const std::vector<LayerShape>& layers,
                                             const StepRows& rows, int rank, int activation_bytes,
-                                            const LayerNorms& norms);
+                                            const LayerNorms& norms, int chunks = 1);
 
 }  // namespace deinfer

@@ -26,8 +26,9 @@ void check_options(const PlannerOptions& options) {
   for (int tokens : options.prefill) {
     check_argument(tokens >= 1, "prefill has ", tokens, ", which must be at least 1");
   }
-  check_argument(options.max_chunks == 1 || options.max_chunks == 2 || options.max_chunks == 4,
-                 "max_chunks=", options.max_chunks, " must be 1, 2 or 4");
+  check_argument(
+      options.max_chunks == 1 || options.max_chunks == 2 || options.max_chunks == kMaxPlannedChunks,
+      "max_chunks=", options.max_chunks, " must be 1, 2 or 4");
 }
 
 std::vector<NamedPhase> make_phases(const PlannerOptions& options) {

@@ -13,6 +13,9 @@
 
 namespace deinfer {
 
+/// The most chunks that are predicted.
+inline constexpr int kMaxPlannedChunks = 4;
+
 struct PlannerOptions {
   int size = 1;
   LinkModel link;

@@ -16,6 +16,8 @@ RankShare::RankShare(const StepPlans& step_plans, int own_rank)
       heads(step_plans[0]->heads(own_rank)) {
   const TensorParallelPlan& plan = *plans[0];
   const ModelShape& model = plan.model();
+  // The columns of the MLP's inner activations on a rank are the outputs of up that it has, which
+  // every plan chooses by role and size alone: any shape of up tells, here one of rank 1.
   LinearPlacement up =
       plan.place(LinearRole::kUp, {model.intermediate_size, model.hidden_size, 1}, rank);
   intermediate = up.u_rows.size();

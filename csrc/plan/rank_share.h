@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "plan/overlap.h"
 #include "plan/tensor_parallel_plan.h"
 
 namespace deinfer {
@@ -16,6 +17,9 @@ inline constexpr std::size_t kNumStepKinds = 2;
 
 /// One plan per kind of step, indexed by StepKind.
 using StepPlans = std::array<std::shared_ptr<const TensorParallelPlan>, kNumStepKinds>;
+
+/// Likewise, in how many chunks their exchanges overlap with computing.
+using StepChunks = std::array<ExchangeChunks, kNumStepKinds>;
 
 /// The plan `name` in both kinds of step. Throws as make_plan().
 StepPlans make_step_plans(std::string_view name, const ModelShape& model, int size);

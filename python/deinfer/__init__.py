@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deinfer.evaluate import Perplexity, Speed, measure_speed, perplexity
     from deinfer.llm import LLM
+    from deinfer.nn import accelerate
     from deinfer.outputs import CompletionOutput, HiddenStates, Logprob, RequestOutput
     from deinfer.sampling_params import SamplingParams
 
@@ -29,6 +30,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Speed",
+    "accelerate",
     "measure_speed",
     "perplexity",
 ]
@@ -44,13 +46,18 @@ _HOMES = {
     "Speed": "deinfer.evaluate",
     "measure_speed": "deinfer.evaluate",
     "perplexity": "deinfer.evaluate",
+    "accelerate": "deinfer.nn",
 }
+# Modules that import torch.
+_MODULES = ("nn", "torch_ops")
 
 __version__ = (Path(__file__).parent / "version.txt").read_text(encoding="utf-8").strip()
 
 
 def __getattr__(name: str) -> object:
     """Import the home of a public name when it is first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"deinfer.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'deinfer' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -60,4 +67,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """List the lazy names too, for completion in a shell."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

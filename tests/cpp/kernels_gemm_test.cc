@@ -51,6 +51,32 @@ struct GemmCase {
     return {c.data(), c.data() + static_cast<std::size_t>(count) * cpu::kPanelRows};
   }
 
+  /// The same of all tokens, over parts of k that begin at `borders`.
+  std::vector<float> run_in_parts(const cpu::KernelTable& kernels, std::vector<int> borders) {
+    Aligned<float> c(static_cast<std::size_t>(m) * cpu::kPanelRows, kNan);
+    borders.push_back(packed.k_pad);
+    for (std::size_t i = 0; i + 1 < borders.size(); ++i) {
+      const int begin = borders[i], count = borders[i + 1] - begin;
+      const T* input = x.data() + begin;
+      if constexpr (kPacked == DType::kInt8) {
+        const auto* panel = static_cast<const std::int8_t*>(packed.panel(0)) + begin * rows;
+        auto* gemm = i == 0 ? kernels.panel_gemm_int8 : kernels.panel_gemm_add_int8;
+        const float* scales = i + 2 == borders.size() ? packed.scales.data() : nullptr;
+        gemm(input, ldx, m, panel, scales, count, nullptr, c.data());
+      } else {
+        const T* panel = static_cast<const T*>(packed.panel(0)) + begin * rows;
+        if constexpr (sizeof(T) == 4) {
+          auto* gemm = i == 0 ? kernels.panel_gemm_f32 : kernels.panel_gemm_add_f32;
+          gemm(input, ldx, m, panel, rows, count, nullptr, c.data());
+        } else {
+          auto* gemm = i == 0 ? kernels.panel_gemm_bf16 : kernels.panel_gemm_add_bf16;
+          gemm(input, ldx, m, panel, rows, count, nullptr, c.data());
+        }
+      }
+    }
+    return {c.data(), c.data() + static_cast<std::size_t>(m) * cpu::kPanelRows};
+  }
+
   int m, k, rows;
   std::ptrdiff_t ldx = 0;
   std::vector<T> weights;
@@ -114,6 +140,33 @@ void expect_batch_invariant(const cpu::KernelTable& kernels, int k, int rows) {
       }
     }
   }
+}
+
+template <typename T, DType kPacked = kDTypeOf<T>>
+void expect_parts_have_the_bits_of_the_whole(const cpu::KernelTable& kernels, int rows) {
+  for (int k : {100, 1500}) {
+    for (int m : {1, 5, 16, 33, 70}) {
+      GemmCase<T, kPacked> test(m, k, rows, 7, 8);
+      const std::vector<float> whole = test.run(kernels, 0, m);
+      for (const std::vector<int>& borders : {std::vector<int>{0}, {0, 32}, {0, 64, 96}}) {
+        const std::vector<float> parts = test.run_in_parts(kernels, borders);
+        for (int i = 0; i < m; ++i) {
+          EXPECT_TRUE(same_bits(&parts[static_cast<std::size_t>(i * cpu::kPanelRows)],
+                                &whole[static_cast<std::size_t>(i * cpu::kPanelRows)],
+                                static_cast<std::size_t>(rows) * sizeof(float)))
+              << "m=" << m << " k=" << k << " token=" << i << " in " << borders.size();
+        }
+      }
+    }
+  }
+}
+
+TEST_P(GemmTest, PartsOfKHaveTheBitsOfTheWhole) {
+  for (int rows : {16, 32}) {
+    expect_parts_have_the_bits_of_the_whole<float>(kernels(), rows);
+    expect_parts_have_the_bits_of_the_whole<bf16>(kernels(), rows);
+  }
+  expect_parts_have_the_bits_of_the_whole<bf16, DType::kInt8>(kernels(), 32);
 }
 
 TEST_P(GemmTest, BitsDoNotDependOnTheBatch) {

@@ -24,6 +24,7 @@ constexpr auto kRS = Collective::kReduceScatter;
 constexpr auto kBefore = ExchangeStage::kBefore;
 constexpr auto kAfterV = ExchangeStage::kAfterV;
 constexpr auto kAfterU = ExchangeStage::kAfterU;
+constexpr auto kStatistics = ExchangeStage::kStatistics;
 constexpr auto kEnd = ExchangeStage::kEnd;
 
 constexpr int kHidden = 96, kInner = 160, kHeads = 6, kKvHeads = 3, kHeadDim = 10, kVocab = 200;
@@ -93,23 +94,23 @@ const Case kCases[] = {
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
     {"hidden_sharded", kLowRank, kPostNorms, [](int m, int, int, int, int) {
        return std::vector<PlannedExchange>{{kAR, "qkv", kAfterV, m * 23ull * 4},
-                                           {kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kAR, "qk_norm", kStatistics, m * 2ull * 4},
                                            {kAR, "attention_output", kAfterV, m * 13ull * 4},
-                                           {kAR, "attention_output", kAfterU, m * 4ull},
+                                           {kAR, "attention_output", kStatistics, m * 4ull},
                                            {kAR, "gate_up", kAfterV, m * 36ull * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4},
-                                           {kAR, "down", kAfterU, m * 4ull}}; }},
+                                           {kAR, "down", kStatistics, m * 4ull}}; }},
     {"hidden_sharded", kDense, kPostNorms, [](int m, int, int n, int i, int) {
        const auto own = static_cast<std::uint64_t>(m * h(n, i) * 4);
        return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
-                                           {kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kAR, "qk_norm", kStatistics, m * 2ull * 4},
                                            {kRS, "attention_output", kAfterU, m * 96ull * 4},
-                                           {kAR, "attention_output", kAfterU, m * 4ull},
+                                           {kAR, "attention_output", kStatistics, m * 4ull},
                                            {kAG, "gate_up", kBefore, own},
                                            {kRS, "down", kAfterU, m * 96ull * 4},
-                                           {kAR, "down", kAfterU, m * 4ull}}; }},
+                                           {kAR, "down", kStatistics, m * 4ull}}; }},
     {"two_collective", kLowRank, kPostNorms, [](int m, int, int, int, int) {
-       return std::vector<PlannedExchange>{{kAR, "qk_norm", kAfterU, m * 2ull * 4},
+       return std::vector<PlannedExchange>{{kAR, "qk_norm", kStatistics, m * 2ull * 4},
                                            {kAR, "attention_output", kAfterV, m * 13ull * 4},
                                            {kAR, "down", kAfterV, m * 23ull * 4}}; }},
     {"two_collective", kLowRank, kHeadNorms, [](int m, int, int, int, int) {
@@ -118,7 +119,7 @@ const Case kCases[] = {
     {"token_sharded", kDense, kPostNorms, [](int m, int t, int, int, int a) {
        const auto own = static_cast<std::uint64_t>(t * 96 * a);
        return std::vector<PlannedExchange>{{kAG, "qkv", kBefore, own},
-                                           {kAR, "qk_norm", kAfterU, m * 2ull * 4},
+                                           {kAR, "qk_norm", kStatistics, m * 2ull * 4},
                                            {kRS, "attention_output", kAfterU, m * 96ull * 4},
                                            {kAG, "gate_up", kBefore, own},
                                            {kRS, "down", kAfterU, m * 96ull * 4}}; }},

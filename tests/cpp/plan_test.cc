@@ -11,29 +11,22 @@
 #include <vector>
 
 #include "deinfer/error.h"
+#include "plan_shapes.h"
 
 namespace deinfer {
 namespace {
 
+using test::describe;
+using test::kSizes;
+using test::Random;
+using test::random_shape;
+
 constexpr LinearRole kRoles[] = {
     LinearRole::kQuery, LinearRole::kKey, LinearRole::kValue, LinearRole::kAttentionOutput,
     LinearRole::kGate,  LinearRole::kUp,  LinearRole::kDown,  LinearRole::kHead};
-constexpr int kSizes[] = {1, 2, 3, 4, 6, 8};
-
 bool is_output(LinearRole role) {
   return role == LinearRole::kAttentionOutput || role == LinearRole::kDown;
 }
-
-class Random {
- public:
-  explicit Random(unsigned seed) : engine_(seed) {}
-  int between(int low, int high) {  // inclusive; the same on every platform
-    return low + static_cast<int>(engine_() % static_cast<unsigned>(high - low + 1));
-  }
-
- private:
-  std::mt19937 engine_;
-};
 
 /// Integers, so that sums are exact in any order; a rank does not have every element.
 struct Matrix {
@@ -215,24 +208,6 @@ void check_linear(const TensorParallelPlan& plan, LinearRole role, int lowrank, 
   }
 }
 
-ModelShape random_shape(Random& random) {
-  ModelShape model;
-  model.num_kv_heads = random.between(1, 8);
-  model.num_heads = model.num_kv_heads * random.between(1, 4);
-  model.head_dim = 2 * random.between(1, 3);
-  model.hidden_size = random.between(1, 90);
-  model.intermediate_size = random.between(1, 150);
-  model.vocab_size = random.between(1, 120);
-  return model;
-}
-
-std::string describe(const TensorParallelPlan& plan) {
-  const ModelShape& model = plan.model();
-  return std::string(plan.name()) + " size " + std::to_string(plan.size()) + " heads " +
-         std::to_string(model.num_heads) + "/" + std::to_string(model.num_kv_heads) + " hidden " +
-         std::to_string(model.hidden_size);
-}
-
 TEST(Plan, RanksTogetherComputeTheWholeLinear) {
   Random random(1);
   for (int trial = 0; trial < 6; ++trial) {
@@ -298,71 +273,6 @@ TEST(Plan, ReplicationIsThatOfTheDesign) {
           // A linear that stayed dense is never replicated.
           EXPECT_EQ(held(*plan, role, {shape.n, shape.k, 0}), dense);
         }
-      }
-    }
-  }
-}
-
-TEST(Plan, SharesPartitionTheirDimensions) {
-  Random random(3);
-  for (int trial = 0; trial < 200; ++trial) {
-    const ModelShape model = random_shape(random);
-    const int size = random.between(1, std::min(8, model.num_heads));
-    auto plan = make_plan("hidden_sharded", model, size);
-    SCOPED_TRACE(describe(*plan));
-    const int group = model.num_heads / model.num_kv_heads;
-    int hidden = 0, intermediate = 0, vocab = 0, head = 0, kv = 0, fewest = 1 << 30, most = 0;
-    for (int i = 0; i < size; ++i) {
-      const Range h = plan->hidden_share(i), f = plan->intermediate_share(i);
-      const Range words = plan->vocab_share(i);
-      EXPECT_EQ(h.begin, hidden);
-      EXPECT_EQ(f.begin, intermediate);
-      EXPECT_EQ(words.begin, vocab);
-      EXPECT_TRUE(h.end % 16 == 0 || h.end == model.hidden_size);
-      EXPECT_TRUE(f.end % 16 == 0 || f.end == model.intermediate_size);
-      EXPECT_TRUE(words.end % 32 == 0 || words.end == model.vocab_size);
-      hidden = h.end, intermediate = f.end, vocab = words.end;
-
-      const HeadShare share = plan->head_share(i);
-      EXPECT_EQ(share.heads.begin, head);
-      head = share.heads.end;
-      EXPECT_GE(share.heads.size(), 1);
-      EXPECT_EQ(share.kv_heads.begin, share.heads.begin / group);
-      EXPECT_EQ(share.kv_heads.end, (share.heads.end - 1) / group + 1);
-      EXPECT_EQ(share.heads.size() % share.kv_heads.size(), 0);
-      if (size <= model.num_kv_heads) {
-        EXPECT_EQ(share.kv_heads.begin, kv);
-        EXPECT_EQ(share.heads.size(), share.kv_heads.size() * group);
-        fewest = std::min(fewest, share.kv_heads.size());
-        most = std::max(most, share.kv_heads.size());
-      } else {
-        EXPECT_EQ(share.kv_heads.size(), 1);
-      }
-      kv = share.kv_heads.end;
-    }
-    EXPECT_EQ(hidden, model.hidden_size);
-    EXPECT_EQ(intermediate, model.intermediate_size);
-    EXPECT_EQ(vocab, model.vocab_size);
-    EXPECT_EQ(head, model.num_heads);
-    EXPECT_EQ(kv, model.num_kv_heads);
-    EXPECT_LE(most - std::min(fewest, most), 1);
-  }
-}
-
-TEST(Plan, SplitIsNearEqual) {
-  for (int n : {0, 1, 15, 16, 17, 100, 28672}) {
-    for (int parts : kSizes) {
-      for (int align : {1, 16}) {
-        int end = 0, least = 1 << 30, most = 0;
-        for (int i = 0; i < parts; ++i) {
-          const Range range = split(n, parts, i, align);
-          EXPECT_EQ(range.begin, end);
-          end = range.end;
-          const int units = (range.size() + align - 1) / align;
-          least = std::min(least, units), most = std::max(most, units);
-        }
-        EXPECT_EQ(end, n);
-        EXPECT_LE(most - least, 1);
       }
     }
   }

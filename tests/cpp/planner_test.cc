@@ -147,6 +147,56 @@ TEST(CostModel, OverlapHidesButNeverHurts) {
   EXPECT_EQ(best_step_cost(model, *plan, hw, link, {false, 1, 1024}, 4).chunks, 1);
 }
 
+// V in two chunks, each of which travels when it is there; U in two, of which the first hides the
+// latency of the second.
+TEST(CostModel, ChunksOfTheRankDimensionFollowTheRuntime) {
+  ModelShape shape{1024, 1024, 8, 8, 128, 1024};
+  PlannedModel model = llama(shape, 1, 0);
+  for (LinearShape* linear : {&model.layers[0].attention_output, &model.layers[0].down}) {
+    linear->rank = 256;
+  }
+  Hardware hw = parse_hardware("cpu:1:1000");  // 1 GB/s: products take as long as their bytes
+  hw.operation_s = 1e-6;
+  hw.exchange_s = 3e-6;
+  hw.received_bytes_per_s = 2e9;
+  const LinkModel link{50e-6, 1e9};
+  auto plan = make_plan("two_collective", shape, 2);
+  const Phase phase{false, 1, 1};
+  const double whole = step_cost(model, *plan, hw, link, phase, 1).exchanges;
+  const double cut = step_cost(model, *plan, hw, link, phase, 2).exchanges;
+  const double v = 256 * 512 * 2 / 1e9, u = 256 * 1024 * 2 / 1e9;
+  const double chunk = 128 * 4 / 1e9;  // one shot of an all-reduce between two
+  // The second chunk leaves after V, the link being free, and arrives before half of U is done.
+  ASSERT_LT(chunk, v / 2);
+  ASSERT_LT(50e-6 + chunk, u / 2);
+  const double received = 3e-6 + 2 * 128 * 4 / 2e9;  // a chunk of either rank
+  const double one = 50e-6 + 2 * chunk + 2 * received - 3e-6;
+  // All of V and an operation more; U starts when both V is done and the first chunk has come, and
+  // the second chunk is there when the first half of U is done, whose sums it reads and writes.
+  const double sums = 2 * 1024 * 4 / 1e9;
+  const double two =
+      std::max(v + 1e-6, v / 2 + 50e-6 + chunk) + u + 2 * received + 1e-6 + sums - v - u;
+  EXPECT_NEAR(whole - cut, 2 * (one - two), 1e-9);
+}
+
+TEST(CostModel, FormsThatTheRuntimeLacksAreNotPredicted) {
+  const PlannedModel model = llama(k70B, 2, 0.4);
+  const Hardware hw = parse_hardware("cpu:100:2000");
+  const LinkModel link{200e-6, 20e9};
+  auto total = [&](const char* name, const Phase& phase, int chunks) {
+    return step_cost(model, *make_plan(name, k70B, 4), hw, link, phase, chunks).total();
+  };
+  for (const char* name : {"dense", "naive"}) {  // they exchange after U
+    EXPECT_EQ(total(name, {false, 64, 100}, 4), total(name, {false, 64, 100}, 1));
+  }
+  for (const char* name : {"rank_gather", "hidden_sharded", "two_collective", "token_sharded"}) {
+    EXPECT_LT(total(name, {false, 16, 100}, 4), total(name, {false, 16, 100}, 1)) << name;
+  }
+  // No more than kTileTokens pass together, and tiles overlap, whatever was asked for.
+  EXPECT_EQ(total("dense", {true, 2048, 0}, 1), total("dense", {true, 2048, 0}, 4));
+  EXPECT_LT(total("dense", {true, 2048, 0}, 4), 4 * total("dense", {true, 512, 0}, 1));
+}
+
 TEST(CostModel, EveryPlanIsTheSameOnOneRankButForItsOperations) {
   const PlannedModel model = llama(k8B, 4, 0.5);
   const Hardware hw = parse_hardware("h100");

@@ -83,7 +83,8 @@ TEST_P(TensorParallelBits, ReplicasOfTheResidualStreamAgree) {
 }
 
 TEST_P(TensorParallelBits, TilesAndThreadsChangeNothing) {
-  test::RankBatch work({90, 13, 20, 1});
+  test::RankBatch work({90, 43, 20, 1});
+  ASSERT_GT(work.batch.num_tokens(), kRankChunkTokens);
   for (bool all_low_rank : {true, false}) {
     test::TinyConfig config = tiny_config();
     config.all_low_rank = all_low_rank;  // else some linears are dense
@@ -96,6 +97,46 @@ TEST_P(TensorParallelBits, TilesAndThreadsChangeNothing) {
           auto tiled = test::make_ranks(config_for(model, GetParam(), size, chunks), threads);
           EXPECT_EQ(all_logits(*tiled, work.batch), whole)
               << size << " ranks of " << threads << " threads, " << chunks << " chunks";
+        }
+      }
+    }
+  }
+}
+
+// Of few tokens the rank dimension is cut: here into parts of a linear's z, whole ones, and
+// several.
+TEST_P(TensorParallelBits, ChunksOfTheRankDimensionChangeNothing) {
+  struct Case {
+    std::string name, family, dtype;
+    bool all_low_rank;
+    int threads;
+  };
+  const std::vector<Case> cases = {
+      {"float32", "llama", "float32", true, 1}, {"threads", "llama", "bfloat16", true, 2},
+      {"mixed", "llama", "bfloat16", false, 2}, {"int8", "llama", "int8", true, 2},
+      {"opt", "opt", "bfloat16", true, 2},      {"olmo2", "olmo2", "bfloat16", false, 1},
+  };
+  for (const Case& one : cases) {
+    test::TinyConfig config = tiny_config();
+    config.family = one.family;
+    if (one.family == "opt") config.kv_heads = config.heads;
+    config.all_low_rank = one.all_low_rank;
+    config.mlp_rank = 110;
+    config.tied = one.family != "olmo2";
+    test::TinyModel model(config);
+    for (const std::vector<int>& lengths : {std::vector<int>{1}, {60, 1, 9, 3}, {1, 127}}) {
+      test::RankBatch work(lengths);
+      ASSERT_LE(work.batch.num_tokens(), kRankChunkTokens);
+      for (int size : {2, 3}) {
+        auto logits = [&](int chunks) {
+          EngineConfig engine = config_for(model, GetParam(), size, chunks);
+          engine.dtype = one.dtype;
+          return all_logits(*test::make_ranks(engine, one.threads), work.batch);
+        };
+        const std::vector<float> whole = logits(1);
+        for (int chunks : {2, 3, 4}) {
+          EXPECT_EQ(logits(chunks), whole) << one.name << ", " << work.batch.num_tokens()
+                                           << " tokens, " << size << " ranks, " << chunks;
         }
       }
     }

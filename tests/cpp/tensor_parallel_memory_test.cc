@@ -164,12 +164,13 @@ TEST(TensorParallelLoading, TakesTheWeightsAndOneTensorPerRank) {
 
   std::uint64_t one = peak_growth([&] {
     LocalGroup group(kRanks, 1 << 20);
-    Worker worker(engine, parsed, RankShare(plans, 2), group.communicator(2), 1, 256, {});
+    Worker worker(engine, parsed, RankShare(plans, 2), {}, group.communicator(2), 1, 256, {});
   });
   EXPECT_GT(one, weights / kRanks);
   EXPECT_LT(one, weights / kRanks + largest + kPerRank);
 
-  std::uint64_t all = peak_growth([&] { RankGroup ranks(engine, parsed, plans, 1, 256, {}); });
+  std::uint64_t all =
+      peak_growth([&] { RankGroup ranks(engine, parsed, {plans, {}}, 1, 256, {}); });
   EXPECT_GT(all, weights);
   EXPECT_LT(all, weights + kRanks * (largest + kPerRank));
   RecordProperty("one_rank_mib", std::to_string(one / kMiB));

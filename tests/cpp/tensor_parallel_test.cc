@@ -10,7 +10,7 @@
 #include "deinfer/engine.h"
 #include "model/planned_model.h"
 #include "plan/exchanges.h"
-#include "tiny_model.h"
+#include "tiny_kinds.h"
 
 namespace deinfer {
 namespace {
@@ -42,7 +42,7 @@ Outcome run(const test::TinyModel& model, const std::string& plan, int ranks,
     SamplingParams params;
     params.temperature = length == 23 ? 0.8f : 0.0f;
     params.seed = 3;
-    params.max_tokens = 12;
+    params.max_tokens = 6;
     params.ignore_eos = true;
     params.prompt_logits = length == 40 || length == 9;
     if (length == 23) params.logprobs = 2;
@@ -84,10 +84,7 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return std::sqrt(difference / size);
 }
 
-struct Kind {
-  std::string name;
-  test::TinyConfig config;
-};
+using test::Kind;
 
 std::vector<Kind> kinds() {
   test::TinyConfig base;
@@ -143,10 +140,11 @@ std::vector<Kind> family_kinds() {
 
 class TensorParallel : public testing::TestWithParam<std::string> {};
 
-void expect_same_as_one_rank(const Kind& kind, const std::string& plan) {
+void expect_same_as_one_rank(const Kind& kind, const std::string& plan,
+                             std::initializer_list<int> sizes) {
   test::TinyModel model(kind.config);
   Outcome one = run(model, "hidden_sharded", 1);
-  for (int ranks : {1, 2, 3, 4, 6, 8}) {
+  for (int ranks : sizes) {
     SCOPED_TRACE(kind.name + ", " + std::to_string(ranks) + " ranks");
     Outcome many = run(model, plan, ranks);
     EXPECT_LE(distance(many.logits, one.logits), 1e-5);
@@ -156,11 +154,15 @@ void expect_same_as_one_rank(const Kind& kind, const std::string& plan) {
 }
 
 TEST_P(TensorParallel, EverySizeComputesWhatOneRankComputes) {
-  for (const Kind& kind : kinds()) expect_same_as_one_rank(kind, GetParam());
+  for (const Kind& kind : kinds()) {
+    expect_same_as_one_rank(kind, GetParam(), {1, 2, 3, 4, 6, 8});
+  }
 }
 
 TEST_P(TensorParallel, EveryFamilyComputesWhatItDoesOnOneRank) {
-  for (const Kind& kind : family_kinds()) expect_same_as_one_rank(kind, GetParam());
+  for (const Kind& kind : family_kinds()) {
+    expect_same_as_one_rank(kind, GetParam(), {1, 2, 3, 4, 8});
+  }
 }
 
 // z of rows whose mean is far from 0 is a small difference of large numbers, which bf16 must not

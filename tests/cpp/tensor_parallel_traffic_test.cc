@@ -6,17 +6,15 @@
 #include <string>
 #include <vector>
 
+#include "plan/exchanges.h"
+#include "plan/overlap.h"
 #include "rank_group_fixture.h"
+#include "tiny_kinds.h"
 
 namespace deinfer {
 namespace {
 
-constexpr int kMinTileTokens = 16;
-
-struct Kind {
-  std::string name;
-  test::TinyConfig config;
-};
+using test::Kind;
 
 std::vector<Kind> kinds() {
   test::TinyConfig config;
@@ -28,6 +26,7 @@ std::vector<Kind> kinds() {
   config.low_rank = false;
   std::vector<Kind> all{{"dense", config}};
   config.low_rank = true;
+  config.mlp_rank = 90;  // several chunks of a linear
   config.tied = false;
   all.push_back({"mixed", config});
   config.all_low_rank = true;
@@ -35,7 +34,7 @@ std::vector<Kind> kinds() {
   return all;
 }
 
-/// A batch, and the parts in which its tokens pass through the ranks.
+/// A batch, and the chunks in which its exchanges go.
 struct Work {
   std::string name;
   test::RankBatch batch;
@@ -48,7 +47,8 @@ std::vector<Work> works() {
   all.push_back({"decode_nine", test::RankBatch(std::vector<int>(9, 1)), 4});
   all.push_back({"prefill_whole", test::RankBatch({5, 8}), 4});
   all.push_back({"prefill_two_chunks", test::RankBatch({33}), 2});
-  all.push_back({"prefill_ragged_chunks", test::RankBatch({90, 13, 20}), 5});
+  all.push_back({"prefill_three_chunks", test::RankBatch({100, 28}), 3});
+  all.push_back({"prefill_ragged_tiles", test::RankBatch({90, 13, 70}), 5});
   all.push_back({"prefill_without_wanted_rows", test::RankBatch({64}), 4});
   all.back().batch.batch.argmax_rows.clear();
   // More rows than one exchange of logits takes.
@@ -78,12 +78,12 @@ Traffic planned(const TensorParallelPlan& plan, const PlannedModel& model, const
                 int rank, int head_rows) {
   const Batch& batch = work.batch.batch;
   int tokens = batch.num_tokens();
-  int chunks = std::max(1, std::min(work.chunks, tokens / kMinTileTokens));
-  int tile = (tokens + chunks - 1) / chunks;
+  const Overlap overlap = overlap_of(tokens, work.chunks);
   Traffic traffic{};
-  for_each_part(tokens, tile, [&](int rows) {
+  for_each_part(tokens, overlap.tile_tokens, [&](int rows) {
     add(traffic,
-        step_exchanges(plan, model.layers, {rows, 0, 0}, rank, model.activation_bytes, model.norms),
+        step_exchanges(plan, model.layers, {rows, 0, 0}, rank, model.activation_bytes, model.norms,
+                       overlap.rank_chunks),
         plan.size());
   });
   for_each_part(static_cast<int>(batch.logit_rows.size()), head_rows, [&](int rows) {

@@ -191,6 +191,13 @@ def test_generate(tiny_model: Path) -> None:
     assert "--- The sky\n" in both and "--- One\n" in both
 
 
+def test_ranks_and_plans_are_options(tiny_model: Path) -> None:
+    base = ("generate", tiny_model, *ENGINE, "--max-tokens", 8, "--prompt", "The sky")
+    ranks = ("--dtype", "float32", "--tensor-parallel-size", 2, "--tensor-parallel-plan", "naive")
+    assert succeed(*base, *ranks) == succeed(*base, "--dtype", "float32")
+    assert "naivete" in fail(2, *base, *ranks[:-1], "naivete")
+
+
 def test_generate_chat_and_samples(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("The sky\n\nOne\n")
@@ -275,6 +282,10 @@ def test_argument_errors(
             ("generate", tiny_model, "--prompt", "x", "--admission", "all"),
         ),
         ("promote_after", ("generate", tiny_model, "--prompt", "x", "--promote-after", "nan")),
+        (
+            'tensor_parallel_plan="magic"',
+            ("generate", tiny_model, "--prompt", "x", "--tensor-parallel-plan", "magic"),
+        ),
         ("num_threads", ("generate", tiny_model, "--prompt", "x", "--num-threads", "-3")),
         ("cannot read", ("eval", tiny_model, "--text", tmp_path / "none")),
         ("not UTF-8", ("eval", tiny_model, "--text", tmp_path / "latin")),

@@ -18,11 +18,14 @@ ALLOWED = {
     "model": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops"},
     "engine": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops", "model"},
     "include": set(),
+    "functional": {"base", "kernels", "comm", "scheduler", "io", "plan", "ops"},
     "capi": set(),  # public headers only
+    "torch": set(),  # public headers only
     "python": set(),  # public headers only
 }
 QUOTED = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 FOREIGN = re.compile(r"^\s*#include <(torch|ATen|c10|pybind11|Python\.h)", re.MULTILINE)
+FOREIGN_LINE = re.compile(r"^\s*#include (<(?:torch|ATen|c10|pybind11|Python\.h).*)", re.MULTILINE)
 
 
 def sources() -> list[Path]:
@@ -49,7 +52,19 @@ def test_the_core_knows_neither_torch_nor_python() -> None:
     wrong = [
         str(path.relative_to(ROOT))
         for path in sources()
-        if path.relative_to(CSRC).parts[0] != "python" and FOREIGN.search(path.read_text())
+        if path.relative_to(CSRC).parts[0] not in ("python", "torch")
+        and FOREIGN.search(path.read_text())
+    ]
+    assert not wrong
+
+
+def test_torch_ops_use_the_stable_abi_only() -> None:
+    stable = re.compile(r"<torch/(csrc/stable|headeronly)/")
+    wrong = [
+        f"{path.name}: {include}"
+        for path in sorted((CSRC / "torch").iterdir())
+        for include in FOREIGN_LINE.findall(path.read_text())
+        if not stable.search(include)
     ]
     assert not wrong
 

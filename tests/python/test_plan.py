@@ -225,6 +225,20 @@ def test_table(plan: Command, tmp_path: Path) -> None:
     assert "2 AG + 2 RS" in text and "7 AR" in text and "choice: hidden_sharded" in text
 
 
+def test_overlap_is_predicted_only_where_the_runtime_has_it(plan: Command, tmp_path: Path) -> None:
+    path = write_config(tmp_path, LLAMA3_70B)
+    arguments = (path, "--tp", 8, "--keep", 0.4, "--link", "200:20", "--hardware", "cpu:100:2000")
+    whole, cut = (plan.report(*arguments, *more)["plans"] for more in ((), ("--overlap",)))
+    for plain, overlapped in zip(whole, cut, strict=True):
+        # Few tokens: only sums of z are cut. Many: everything is.
+        has = plain["plan"] in ("hidden_sharded", "rank_gather", "two_collective", "token_sharded")
+        for phase, before in plain["phases"].items():
+            after = overlapped["phases"][phase]
+            assert before["chunks"] == 1 and after["seconds"] <= before["seconds"]
+            if phase in ("decode:1", "decode:4", "decode:16", "decode:64"):
+                assert (after["chunks"] > 1) == has, (plain["plan"], phase)
+
+
 def test_memory(plan: Command, tmp_path: Path) -> None:
     path = write_config(tmp_path, LLAMA3_70B)
     report = plan.report(path, "--tp", 2, "--memory", 24)

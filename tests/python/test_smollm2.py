@@ -13,21 +13,11 @@ import pytest
 import torch
 from deinfer import LLM, SamplingParams
 from deinfer.decompose import load_reference
-from deinfer.decompose.checkpoint import (
-    Factors,
-    linear_names,
-    read_config,
-    read_tensors,
-    write_checkpoint,
-)
 from deinfer.evaluate import perplexity
 from oracle import greedy_tokens, relative_error
-from transformers import AutoTokenizer
+from smollm2 import MODEL, chat_prompts, needs_model, write_decomposed
 
-MODEL = Path(__file__).resolve().parents[2] / "build" / "smollm2-135m-instruct"
-pytestmark = pytest.mark.skipif(
-    not (MODEL / "config.json").is_file(), reason="needs `make build/smollm2-135m-instruct`"
-)
+pytestmark = needs_model
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -55,30 +45,14 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in QUESTIONS
-    ]
+    return chat_prompts(QUESTIONS)
 
 
 @pytest.fixture(scope="module")
 def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick decomposition: plain truncated SVD of half of the matrices, near their full rank."""
+    """Half of the matrices, near their full rank."""
     path = tmp_path_factory.mktemp("decomposed") / "model"
-    tensors = read_tensors(MODEL)
-    factors = {}
-    for i, name in enumerate(linear_names(read_config(MODEL))):
-        weight = tensors[f"{name}.weight"].float()
-        if i % 2 == 0:
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
-            r = len(s) - 7 - i % 5
-            root = s[:r].sqrt()
-            factors[name] = Factors(u=u[:, :r] * root, v=root[:, None] * v[:r])
-    write_checkpoint(MODEL, path, factors, {"method": "svd"})
-    return path
+    return write_decomposed(path, keep=None, which=lambda i, name: i % 2 == 0)
 
 
 def check_float32(path: Path, prompts: list[list[int]]) -> None:

@@ -12,20 +12,10 @@ import pytest
 import torch
 from deinfer import LLM, SamplingParams
 from deinfer.decompose import load_reference
-from deinfer.decompose.checkpoint import (
-    Factors,
-    linear_names,
-    read_config,
-    read_tensors,
-    write_checkpoint,
-)
 from oracle import relative_error
-from transformers import AutoTokenizer
+from smollm2 import MODEL, chat_prompts, needs_model, write_decomposed
 
-MODEL = Path(__file__).resolve().parents[2] / "build" / "smollm2-135m-instruct"
-pytestmark = pytest.mark.skipif(
-    not (MODEL / "config.json").is_file(), reason="needs `make build/smollm2-135m-instruct`"
-)
+pytestmark = needs_model
 
 PLANS = [
     "dense",
@@ -40,47 +30,13 @@ QUESTIONS = ["What is the capital of France?", "Give three tips.", "Who wrote Ha
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in QUESTIONS
-    ]
-
-
-def write_decomposed(path: Path, *, keep: float | None, layers: range) -> Path:
-    """Decompose the matrices of some layers.
-
-    `keep`: the share of the parameters that stays, by a quick truncation; None: all but a few
-    singular values, which hardly changes the model.
-    """
-    tensors = read_tensors(MODEL)
-    torch.manual_seed(0)
-    factors = {}
-    for i, name in enumerate(linear_names(read_config(MODEL))):
-        if int(name.split(".")[2]) not in layers:
-            continue
-        weight = tensors[f"{name}.weight"].float()
-        n, k = weight.shape
-        if keep is None:
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-            rank = len(s) - 7 - i % 5
-            u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-        else:
-            u, s, v = torch.svd_lowrank(weight, q=int(keep * n * k / (n + k)), niter=1)
-            vh = v.T
-        root = s.sqrt()
-        factors[name] = Factors(u=u * root, v=root[:, None] * vh)
-    write_checkpoint(MODEL, path, factors, {"method": "svd"})
-    return path
+    return chat_prompts(QUESTIONS)
 
 
 @pytest.fixture(scope="module")
 def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every matrix at the rank that keeps 0.8 of its parameters, odd ranks included."""
-    path = tmp_path_factory.mktemp("decomposed") / "model"
-    return write_decomposed(path, keep=0.8, layers=range(30))
+    return write_decomposed(tmp_path_factory.mktemp("decomposed") / "model", keep=0.8)
 
 
 def load(path: Path, plan: str, size: int, dtype: str) -> LLM:
@@ -116,7 +72,9 @@ def test_float32_greedy_tokens(
 
 def test_bfloat16_error_is_that_of_one_rank(tmp_path: Path, prompts: list[list[int]]) -> None:
     # Not the truncated model, which makes noise of roundings.
-    path = write_decomposed(tmp_path / "model", keep=None, layers=range(0, 30, 5))
+    path = write_decomposed(
+        tmp_path / "model", keep=None, which=lambda i, name: int(name.split(".")[2]) % 5 == 0
+    )
     with torch.no_grad():
         model = load_reference(path, torch.float64)
         exact = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
@@ -158,3 +116,8 @@ def test_bad_values(field: str, value: object, message: str) -> None:
     arguments = {"tensor_parallel_size": 2, field: value}
     with pytest.raises(ValueError, match=message):
         LLM(MODEL, use_tqdm_on_load=False, **arguments)
+
+
+def test_a_bad_link_is_one_without_ranks_too() -> None:
+    with pytest.raises(ValueError, match="carrier pigeon"):
+        LLM(MODEL, use_tqdm_on_load=False, emulated_link="carrier pigeon")

@@ -29,8 +29,13 @@ struct DEINFER_API EngineConfig {
   std::string tensor_parallel_plan = "auto";
   std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s":
                               // the ranks' exchanges take as long as over such a link
-  int exchange_chunks = 0;  // parts in which the tokens of a long batch pass through the ranks, so
-                            // that the exchange of one hides behind the next; 0: chosen by length
+  int exchange_chunks = 0;  // parts in which a step's exchanges are cut, so that computing the next
+                            // part hides the exchange of one. Steps of more than 128 tokens are cut
+                            // by tokens (at least 16 each, at most 512 whatever is said here),
+                            // others by the rank dimension of the linears whose inner vectors are
+                            // summed over ranks (in 4 parts at most); results have the same bits.
+                            // 1: whole; 0: with emulated_link what the cost model predicts to be
+                            // fastest, else 1
   int num_threads = 0;      // CPU threads per rank; 0: the cores of the affinity mask, or
                             // the CPU quota if less, / ranks
   int max_model_len = 0;    // tokens per sequence; 0: the model's own limit

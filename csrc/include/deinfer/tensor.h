@@ -51,5 +51,14 @@ struct TensorView {
   }
 };
 
+/// The same of a matrix that is written. Rows do not overlap.
+struct MutableTensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_stride = 0;
+};
+
 }  // namespace DEINFER_ABI
 }  // namespace deinfer

@@ -152,7 +152,20 @@ void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count, 
   }
 }
 
-template <int kRows, int kTokenTiles, typename Tiles>
+/// The sums of a tile of tokens, from zero or with kAdd from c.
+template <int kTile, int kVecs, bool kAdd, typename Tiles>
+void begin_sums(Tiles& tiles, const float* c) {
+  constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
+  if constexpr (kAdd) {
+    tiles.template load<kTile>(c, kTokenBytes);
+    if constexpr (kVecs == 2) tiles.template load<kTile + 1>(c + kLanes, kTokenBytes);
+  } else {
+    tiles.template zero<kTile>();
+    if constexpr (kVecs == 2) tiles.template zero<kTile + 1>();
+  }
+}
+
+template <int kRows, int kTokenTiles, bool kAdd, typename Tiles>
 void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kRows>& tail) {
   constexpr int kVecs = (kRows + kLanes - 1) / kLanes;
   constexpr std::ptrdiff_t kPairBytes = kRows * 2 * sizeof(bf16);
@@ -162,12 +175,10 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kRo
   const bf16* x1 = block.x + block.second * block.ldx;
   const bf16* w = block.panel;
   const auto ldx = static_cast<std::ptrdiff_t>(block.ldx * static_cast<int>(sizeof(bf16)));
-  tiles.template zero<kTileC>();
-  if constexpr (kVecs == 2) tiles.template zero<kTileC + 1>();
-  if constexpr (kTokenTiles == 2) {
-    tiles.template zero<kTileC + 2>();
-    if constexpr (kVecs == 2) tiles.template zero<kTileC + 3>();
-  }
+  float* c0 = block.c + std::ptrdiff_t{block.first} * kPanelRows;
+  float* c1 = block.c + std::ptrdiff_t{block.second} * kPanelRows;
+  begin_sums<kTileC, kVecs, kAdd>(tiles, c0);
+  if constexpr (kTokenTiles == 2) begin_sums<kTileC + 2, kVecs, kAdd>(tiles, c1);
   for (int step = 0; step < steps; ++step) {
     prefetch_step(tiles, block, step);
     multiply_step<kVecs, kTokenTiles>(tiles, x0, x1, ldx, w, kPairBytes);
@@ -183,11 +194,9 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kRo
                                       kPairBytes);
   }
   constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
-  float* c0 = block.c + std::ptrdiff_t{block.first} * kPanelRows;
   tiles.template store<kTileC>(c0, kTokenBytes);
   if constexpr (kVecs == 2) tiles.template store<kTileC + 1>(c0 + kLanes, kTokenBytes);
   if constexpr (kTokenTiles == 2) {
-    float* c1 = block.c + std::ptrdiff_t{block.second} * kPanelRows;
     tiles.template store<kTileC + 2>(c1, kTokenBytes);
     if constexpr (kVecs == 2) tiles.template store<kTileC + 3>(c1 + kLanes, kTokenBytes);
   }
@@ -220,7 +229,7 @@ void plan_prefetch(int index, int blocks, const void* next, AmxBlock& block) {
   block.lines = wanted ? lines : 0;
 }
 
-template <int kRows, typename Tiles>
+template <int kRows, bool kAdd, typename Tiles>
 void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                         int k_pad, const void* next, float* c) {
   const int tokens = m < kTileRows ? m : kTileRows;  // of a tile
@@ -247,9 +256,9 @@ void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, 
     block.c = c;
     plan_prefetch<kRows>(index, blocks, next, block);
     if (second < m) {
-      multiply_block<kRows, 2>(tiles, block, tokens, tail);
+      multiply_block<kRows, 2, kAdd>(tiles, block, tokens, tail);
     } else {
-      multiply_block<kRows, 1>(tiles, block, tokens, tail);
+      multiply_block<kRows, 1, kAdd>(tiles, block, tokens, tail);
     }
   }
   tiles.release();
@@ -259,15 +268,22 @@ void amx_multiply_panel(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, 
 ///   configure(const TileConfig&), release(), prefetch(const void*) to L2,
 ///   zero<tile>(), load<tile>(memory, row stride in bytes), store<tile>(memory, row stride),
 ///   multiply<c, a, b>(): TDPBF16PS.
-template <typename Tiles>
+template <bool kAdd = false, typename Tiles>
 void amx_panel_gemm(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                     int rows, int k_pad, const void* next, float* c) {
   if (m <= 0) return;
+  if (kAdd && m > kTileRows && m % kTileRows != 0) {  // no token may be added to twice
+    const int whole = m / kTileRows * kTileRows;
+    amx_panel_gemm<kAdd>(tiles, x, ldx, whole, panel, rows, k_pad, panel, c);
+    amx_panel_gemm<kAdd>(tiles, x + whole * ldx, ldx, m - whole, panel, rows, k_pad, next,
+                         c + std::ptrdiff_t{whole} * kPanelRows);
+    return;
+  }
   switch (rows) {
-    case 8: return amx_multiply_panel<8>(tiles, x, ldx, m, panel, k_pad, next, c);
-    case 16: return amx_multiply_panel<16>(tiles, x, ldx, m, panel, k_pad, next, c);
-    case 24: return amx_multiply_panel<24>(tiles, x, ldx, m, panel, k_pad, next, c);
-    default: return amx_multiply_panel<kPanelRows>(tiles, x, ldx, m, panel, k_pad, next, c);
+    case 8: return amx_multiply_panel<8, kAdd>(tiles, x, ldx, m, panel, k_pad, next, c);
+    case 16: return amx_multiply_panel<16, kAdd>(tiles, x, ldx, m, panel, k_pad, next, c);
+    case 24: return amx_multiply_panel<24, kAdd>(tiles, x, ldx, m, panel, k_pad, next, c);
+    default: return amx_multiply_panel<kPanelRows, kAdd>(tiles, x, ldx, m, panel, k_pad, next, c);
   }
 }
 

@@ -225,7 +225,8 @@ void multiply_chunk(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
   }
 }
 
-template <typename Dot, int kHalves>
+/// From zero, or with kAdd on top of c.
+template <typename Dot, int kHalves, bool kAdd>
 void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                     const typename Dot::Weight* panel, int k_pad, const void* next, float* c) {
   constexpr std::ptrdiff_t kWeights = kStepWeights<Dot, kHalves>;
@@ -236,24 +237,25 @@ void multiply_panel(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
     const auto* w = panel + step * kWeights;
     const void* after = step + count == steps ? next : w + count * kWeights;
     multiply_chunk<Dot, kHalves>(x + std::ptrdiff_t{step} * Dot::kElements, ldx, m, w, count,
-                                 step == 0, after, kStepLines<Dot, kHalves>, c);
+                                 !kAdd && step == 0, after, kStepLines<Dot, kHalves>, c);
   }
 }
 
-template <typename Dot>
+template <typename Dot, bool kAdd = false>
 void panel_gemm(const typename Dot::Element* x, std::ptrdiff_t ldx, int m,
                 const typename Dot::Weight* panel, int rows, int k_pad, const void* next,
                 float* c) {
   switch (rows / kHalfLanes) {
-    case 1: return multiply_panel<Dot, 1>(x, ldx, m, panel, k_pad, next, c);
-    case 2: return multiply_panel<Dot, 2>(x, ldx, m, panel, k_pad, next, c);
-    case 3: return multiply_panel<Dot, 3>(x, ldx, m, panel, k_pad, next, c);
-    default: return multiply_panel<Dot, kPanelHalves>(x, ldx, m, panel, k_pad, next, c);
+    case 1: return multiply_panel<Dot, 1, kAdd>(x, ldx, m, panel, k_pad, next, c);
+    case 2: return multiply_panel<Dot, 2, kAdd>(x, ldx, m, panel, k_pad, next, c);
+    case 3: return multiply_panel<Dot, 3, kAdd>(x, ldx, m, panel, k_pad, next, c);
+    default: return multiply_panel<Dot, kPanelHalves, kAdd>(x, ldx, m, panel, k_pad, next, c);
   }
 }
 
 /// Several passes read the weights several times, so they are expanded once, chunk by chunk, in
 /// memory that stays in L2.
+template <bool kAdd>
 void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                        int k_pad, const void* next, float* c) {
   constexpr std::ptrdiff_t kWeights = kStepWeights<DotBf16, kPanelHalves>;
@@ -265,18 +267,20 @@ void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8
     for (int i = 0; i < count; ++i) expand_int8(w + i * kWeights, expanded + i * kWeights);
     const void* after = step + count == steps ? next : w + count * kWeights;
     multiply_chunk<DotBf16, kPanelHalves>(x + std::ptrdiff_t{step} * DotBf16::kElements, ldx, m,
-                                          expanded, count, step == 0, after,
+                                          expanded, count, !kAdd && step == 0, after,
                                           kStepLines<DotInt8, kPanelHalves>, c);
   }
 }
 
+template <bool kAdd = false>
 void panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                      const float* scale, int k_pad, const void* next, float* c) {
   if (m <= DotInt8::kMaxTokens) {
-    multiply_panel<DotInt8, kPanelHalves>(x, ldx, m, panel, k_pad, next, c);
+    multiply_panel<DotInt8, kPanelHalves, kAdd>(x, ldx, m, panel, k_pad, next, c);
   } else {
-    multiply_expanded(x, ldx, m, panel, k_pad, next, c);
+    multiply_expanded<kAdd>(x, ldx, m, panel, k_pad, next, c);
   }
+  if (scale == nullptr) return;
   const Vec scales[] = {load(scale), load(scale + kLanes)};
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < 2; ++j) {

@@ -31,8 +31,12 @@ struct AmxTiles {
   }
   template <int kTile>
   static void load(const void* p, std::ptrdiff_t stride) {
-    static_assert(kTileA <= kTile && kTile < 8);
+    static_assert(0 <= kTile && kTile < 8);
     flush();
+    if constexpr (kTile == 0) _tile_loadd(0, p, stride);
+    if constexpr (kTile == 1) _tile_loadd(1, p, stride);
+    if constexpr (kTile == 2) _tile_loadd(2, p, stride);
+    if constexpr (kTile == 3) _tile_loadd(3, p, stride);
     if constexpr (kTile == 4) _tile_loadd(4, p, stride);
     if constexpr (kTile == 5) _tile_loadd(5, p, stride);
     if constexpr (kTile == 6) _tile_loadd(6, p, stride);
@@ -62,6 +66,12 @@ void amx_panel_gemm_bf16(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* p
                          int k_pad, const void* next, float* c) {
   AmxTiles tiles;
   amx_panel_gemm(tiles, x, ldx, m, panel, rows, k_pad, next, c);
+}
+
+void amx_panel_gemm_add_bf16(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel, int rows,
+                             int k_pad, const void* next, float* c) {
+  AmxTiles tiles;
+  amx_panel_gemm<true>(tiles, x, ldx, m, panel, rows, k_pad, next, c);
 }
 
 }  // namespace deinfer::cpu

@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with the BF16 extension, and the table of AMX-BF16, which shares all but one.
+// Kernels for AVX-512 with the BF16 extension, and the table of AMX-BF16, which shares all but two.
 #include "kernels/cpu/isa_tables.h"
 // clang-format off: the vectors come before the kernels
 #include "kernels/cpu/simd_avx512_bf16.h"
@@ -12,6 +12,7 @@ namespace {
 constexpr KernelTable make_amx_table() {
   KernelTable table = make_table(Isa::kAmxBf16);
   table.panel_gemm_bf16 = amx_panel_gemm_bf16;
+  table.panel_gemm_add_bf16 = amx_panel_gemm_add_bf16;
   return table;
 }
 

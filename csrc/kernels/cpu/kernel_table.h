@@ -98,9 +98,19 @@ struct KernelTable {
                           int k_pad, const void* next, float* c);
 
   /// The same for int8 weights in panels of 32 rows and bf16 x: the bf16 products of q, times
-  /// scale[32].
+  /// scale[32], which may be null for 1.
   void (*panel_gemm_int8)(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                           const float* scale, int k_pad, const void* next, float* c);
+
+  /// The same on top of c[m, kPanelRows], for a product whose k comes in parts: products of
+  /// consecutive parts, each a multiple of 32 but for the last, end with the bits of one product
+  /// over all of k. int8: c holds sums without the scale, which the last part is given.
+  void (*panel_gemm_add_f32)(const float* x, std::ptrdiff_t ldx, int m, const float* panel,
+                             int rows, int k_pad, const void* next, float* c);
+  void (*panel_gemm_add_bf16)(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel, int rows,
+                              int k_pad, const void* next, float* c);
+  void (*panel_gemm_add_int8)(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                              const float* scale, int k_pad, const void* next, float* c);
 
   // --- epilogues: tiles c[m, kPanelRows] to rows of memory ---------------------------------------
   // cols in [1, 32] columns are written. bias[cols] may be null.

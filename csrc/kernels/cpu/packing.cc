@@ -132,7 +132,7 @@ void PackedMatrix::read_row(int row, float* out) const {
   }
 }
 
-PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferArena* arena) {
+PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows) {
   bool int8 = dtype == DType::kInt8;
   check_argument(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || int8,
                  "packed weights must be float32, bfloat16 or int8, not ", dtype_name(dtype));
@@ -146,11 +146,21 @@ PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferAr
   packed.n_pad = round_up(n, int8 ? kPanelRows : kRowMultiple);
   packed.k_pad = round_up(k, kKMultiple);
   packed.panel_rows = panel_rows;
-  std::size_t bytes = static_cast<std::size_t>(packed.n_pad) *
-                      static_cast<std::size_t>(packed.k_pad) * dtype_size(dtype);
-  packed.data = arena == nullptr ? Buffer(bytes) : arena->allocate(bytes);
-  if (int8) packed.scales.resize(static_cast<std::size_t>(packed.n_pad));
   return packed;
+}
+
+PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferArena* arena) {
+  PackedMatrix packed = packed_shape(dtype, n, k, panel_rows);
+  std::size_t bytes = packed.panel_bytes();
+  packed.data = arena == nullptr ? Buffer(bytes) : arena->allocate(bytes);
+  if (dtype == DType::kInt8) packed.scales.resize(static_cast<std::size_t>(packed.n_pad));
+  return packed;
+}
+
+int choose_panel_rows(int n, int threads) {
+  int panels = (n + kPanelRows - 1) / kPanelRows;
+  int busiest = (panels + threads - 1) / threads;
+  return busiest * threads * 10 > panels * 11 ? kLanes : kPanelRows;
 }
 
 void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, int first_panel,

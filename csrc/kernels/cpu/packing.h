@@ -25,6 +25,9 @@ struct PackedMatrix {
   int num_panels() const { return empty() ? 0 : (n_pad + panel_rows - 1) / panel_rows; }
   int rows_of(int panel) const;        // 8, 16, 24 or 32
   const void* panel(int panel) const;  // its first byte
+  std::size_t panel_bytes() const {    // that `data` needs
+    return static_cast<std::size_t>(n_pad) * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
+  }
   std::size_t bytes() const { return data.size() + scales.size() * sizeof(float); }
   /// out[k] = row `row` (packed order) as fp32, for embedding look-ups.
   void read_row(int row, float* out) const;
@@ -33,10 +36,17 @@ struct PackedMatrix {
 /// out[source.cols] = row `row` of unpacked fp32, bf16 or fp16 weights as fp32.
 void read_row(const TensorView& source, std::int64_t row, float* out);
 
+/// A packed matrix for W[n, k] without memory.
+PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows);
+
 /// Allocates the packed matrix (zeros) for W[n, k], from `arena` if there is one; fill it with
 /// pack_rows. int8 panels have 32 rows.
 PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows,
                              BufferArena* arena = nullptr);
+
+/// Rows per panel of n rows that `threads` threads share: panels of 32 stream best; 16 where 32
+/// would leave threads idle.
+int choose_panel_rows(int n, int threads);
 
 /// Writes the panels [first_panel, last_panel) of `packed` from `source` (fp32, bf16 or fp16, any
 /// row stride): packed row i comes from source row row_map[i], or is zero when row_map[i] < 0.
