@@ -27,8 +27,12 @@ void multiply(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix, 
   }
 }
 
-const void* panel_after(const cpu::PackedMatrix& matrix, int panel) {
-  return panel + 1 < matrix.num_panels() ? matrix.panel(panel + 1) : nullptr;
+/// Where the columns from `k` on of a panel begin; null behind the last.
+const void* columns_of(const cpu::PackedMatrix& matrix, int panel, Range k) {
+  if (panel >= matrix.num_panels()) return nullptr;
+  return static_cast<const std::byte*>(matrix.panel(panel)) +
+         std::ptrdiff_t{k.begin} * matrix.rows_of(panel) *
+             static_cast<std::ptrdiff_t>(dtype_size(matrix.dtype));
 }
 
 /// The rows [begin, end) of a pass that begins at `row` and has m.
@@ -50,13 +54,13 @@ void run_panel(ExecutionContext& ctx, const PanelJob& job, int row, int m, int b
     second_k = job.part->second_k;
   }
   if (k.size() > 0) {
-    const void* next =
-        job.second != nullptr ? job.second->panel(panel) : panel_after(matrix, panel);
+    const void* next = job.second != nullptr ? columns_of(*job.second, panel, second_k)
+                                             : columns_of(matrix, panel + 1, k);
     multiply(ctx.kernels, matrix, k, job.x, row + begin, count, panel, next, tile);
   }
   if (second_k.size() > 0) {
     multiply(ctx.kernels, *job.second, second_k, job.second_x, row + begin, count, panel,
-             panel_after(matrix, panel), second);
+             columns_of(*job.second, panel + 1, second_k), second);
   }
   if (job.part && !job.part->last) return;
   job.epilogue->apply(ctx.kernels, tile, second, row + begin, count, panel * matrix.panel_rows,

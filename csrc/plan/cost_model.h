@@ -67,8 +67,8 @@ struct StepCost {
 
 /// The cost of a step in `chunks` chunks as the runtime overlaps them (plan/overlap.h): of the rank
 /// dimension for few tokens, else of the tokens. What the cutting costs counts as exchange: further
-/// operations, weights that are read again. The embedding and what follows the layers overlap with
-/// nothing.
+/// operations, sums written and read, weights that are read again. The embedding and what follows
+/// the layers overlap with nothing.
 StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
                    const Hardware& hardware, const LinkModel& link, const Phase& phase, int chunks);
 
