@@ -254,8 +254,14 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     auto [request, index] = owners.at(item.sequence->id);
     SampleResult& result = results[sampled.size()];
     int count = item.sequence->num_generated() + 1;
-    FinishReason reason = request->finish_reason(result.token, count);
+    Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
+    // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
+    bool again = count <= progress.num_reported;
+    FinishReason reason =
+        again ? FinishReason::kNone : request->finish_reason(result.token, count);
     sampled.push_back({item.sequence->id, result.token, reason != FinishReason::kNone});
+    if (again) continue;
+    progress.num_reported = count;
     RequestOutput& output = output_of(request->id());
     if (request->wants_prompt_rows(index)) request->report_prompt(output);
     SequenceOutput& sample = output.outputs.emplace_back();

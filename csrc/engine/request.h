@@ -62,6 +62,7 @@ class Request {
   // Per sample; kept by the engine.
   struct Sample {
     SequenceId sequence = 0;
+    int num_reported = 0;  // generated tokens; a policy may have a sample generate them again
     bool ended = false;
   };
   std::vector<Sample> samples;

@@ -3,6 +3,7 @@
 
 #include "base/check.h"
 #include "scheduler/scheduling_policy.h"
+#include "scheduler/static_bucket.h"
 
 namespace deinfer {
 
@@ -17,6 +18,8 @@ struct PolicyEntry {
 
 constexpr PolicyEntry kPolicies[] = {
     {"fcfs", make_fcfs_policy},
+    {"static", [] { return make_static_batch_policy(StaticBatchConfig::plain(16)); }},
+    {"static_bucket", [] { return make_static_batch_policy({}); }},
 };
 
 }  // namespace

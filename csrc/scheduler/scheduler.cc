@@ -112,7 +112,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
       fail(ErrorCode::kInternal, "the scheduling policy set aside sequence ", sequence->id,
            ", which does not run");
     }
-    preempt(*sequence);
+    preempt(*sequence, policy_->set_aside_restarts());
   }
 
   order_ = running_;
@@ -181,7 +181,7 @@ Sequence& Scheduler::choose_victim() {
   return *victim;
 }
 
-void Scheduler::preempt(Sequence& sequence) {
+void Scheduler::preempt(Sequence& sequence, bool restart) {
   const auto item = std::ranges::find(batch_.items, &sequence, &ScheduledSequence::sequence);
   if (item != batch_.items.end()) {
     budget_ += item->num_tokens;
@@ -190,6 +190,7 @@ void Scheduler::preempt(Sequence& sequence) {
   }
   sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
   blocks_.release(sequence);
+  if (restart) sequence.tokens.resize(static_cast<std::size_t>(sequence.prompt_length));
   ++sequence.preemptions;
   ++totals_.num_preemptions;
   sequence.state = SequenceState::kWaiting;

@@ -70,7 +70,9 @@ struct SchedulerStats {
 /// of admission with what is left of the token budget; then it admits waiting ones. Since admission
 /// spends only what all the running ones left over, these are never more than the budget has
 /// tokens, and so neither decodes nor prefills starve. When blocks run out a running sequence is
-/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. The running
+/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. (A policy may have
+/// what it sets aside start again from the prompt; its tokens are then sampled a second time, and
+/// the caller must see to it that they are the same and are reported once.) The running
 /// sequence that comes first by priority and arrival is never preempted for another, so that one
 /// always gets done.
 class Scheduler {
@@ -113,7 +115,7 @@ class Scheduler {
   std::int64_t missing_blocks(const Sequence& sequence) const;
   std::int64_t admission_reserve(const Sequence& sequence) const;
   Sequence& choose_victim();
-  void preempt(Sequence& sequence);
+  void preempt(Sequence& sequence, bool restart = false);
   void retire(Sequence& sequence);
   SchedulingContext context(std::span<Sequence* const> running) const;
 

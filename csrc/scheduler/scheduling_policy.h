@@ -42,6 +42,8 @@ class SchedulingPolicy {
   /// A running sequence to preempt although it could run, or null. Asked before every step until
   /// the answer is null: for policies that collect overrunning sequences or that favour short ones.
   virtual Sequence* set_aside(const SchedulingContext&) { return nullptr; }
+  /// Whether what is set aside starts again from its prompt, its generated tokens forgotten.
+  virtual bool set_aside_restarts() const { return false; }
 };
 
 /// The policy of that name. Throws Error(kInvalidArgument) listing the known ones.
