@@ -17,6 +17,8 @@ namespace {
 
 using Ids = std::vector<SequenceId>;
 
+constexpr int kMaxNewTokens = 512;
+
 /// The fake model: token i of a sequence's answer.
 TokenId token_of(SequenceId id, int i) { return static_cast<TokenId>(id * 1000 + i); }
 
@@ -40,7 +42,7 @@ class Playback {
     sequence.arrival = last_;
     sequence.tokens.assign(4, static_cast<TokenId>(last_));
     sequence.prompt_length = 4;
-    sequence.max_new_tokens = 512;
+    sequence.max_new_tokens = kMaxNewTokens;
     if (job.expected > 0) {
       sequence.expected_length = LengthDistribution::point(static_cast<float>(job.expected));
     }
@@ -224,15 +226,15 @@ TEST(StaticBatches, RecomputedOnesHaveNoBound) {
 }
 
 TEST(StaticBatches, WhatTheCacheCannotHoldMakesABatchOfItsOwn) {
-  // 70 blocks, one of them left as watermark; a prompt takes one.
-  std::vector<Job> jobs(80, {1});
+  // 140 blocks, two of them left as watermark; a prompt takes one.
+  std::vector<Job> jobs(150, {1});
   jobs[0].answer = 4;
-  Playback run(StaticBatchConfig::plain(80), jobs, 256, 70);
+  Playback run(StaticBatchConfig::plain(150), jobs, 256, 140);
   const Batches batches = run.batches();
   ASSERT_EQ(batches.size(), 2u);
-  EXPECT_EQ(batches[0].first.size(), 69u);
+  EXPECT_EQ(batches[0].first.size(), 138u);
   EXPECT_EQ(batches[0].second, 4) << "nobody joins once members have ended";
-  EXPECT_EQ(batches[1].first.size(), 11u);
+  EXPECT_EQ(batches[1].first.size(), 12u);
 }
 
 TEST(StaticBatches, AbortedAndReconsideredMembersAreForgottenEverywhere) {
