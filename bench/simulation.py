@@ -105,11 +105,15 @@ def settings(
 ) -> dict[str, Any]:
     """What `simulate` needs; `rest`: policy and the scheduler's other settings by name.
 
-    Static batches (`static`) are given all the step tokens that they want.
+    Static batches (`static`) are the paper's: they have all the step tokens that they want, and
+    are padded.
     """
+    if "static" in rest:
+        step_tokens = UNBOUNDED
+        rest = {"policy": "static_bucket", "padded": True, "admission": "prompt", **rest}
     return {
         "max_num_seqs": slots,
-        "max_num_batched_tokens": UNBOUNDED if "static" in rest else step_tokens,
+        "max_num_batched_tokens": step_tokens,
         "block_size": block_size,
         "num_blocks": kv_tokens // block_size,
         "max_tokens": max_tokens,
@@ -161,7 +165,7 @@ def simulate(trace: Trace, options: dict[str, Any]) -> dict[str, Any]:
     )
     report: dict[str, Any] = json.loads(text)
     generated = int(output.sum())
-    if "static" in options:
+    if options.get("padded"):
         rows = report.pop("returned_rows")
     else:
         rows = generated + report["recomputed_tokens"]

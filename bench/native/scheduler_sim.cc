@@ -14,7 +14,6 @@
 #include "base/check.h"
 #include "bench.h"
 #include "scheduler/scheduler.h"
-#include "scheduler/static_bucket.h"
 
 namespace deinfer::bench {
 namespace {
@@ -77,7 +76,19 @@ struct SimulationConfig {
     settings.read("block_size", scheduler.block_size);
     settings.read("num_blocks", scheduler.num_blocks);
     settings.read("watermark", scheduler.watermark);
+    settings.read("safety", scheduler.safety);
+    settings.read("history_window", scheduler.history_window);
+    settings.read("preempt_limit", scheduler.preempt_limit);
+    std::string admission = "peak";
+    settings.read("admission", admission);
+    scheduler.admission = parse_admission(admission);
+    scheduler.promotion = default_promotion(policy);
+    settings.read("promote_after_s", scheduler.promotion.after_s);
+    settings.read("promote_per_token_s", scheduler.promotion.per_token_s);
+    settings.read("bucket_width", options.bucket_width);
+    settings.read("tail_factor", options.tail_factor);
     settings.read("max_tokens", max_tokens);
+    settings.read("padded", padded);
     scheduler.enable_prefix_caching = false;
     if (const Json* json_cost = settings.object("cost")) {
       Settings members(*json_cost);
@@ -88,20 +99,19 @@ struct SimulationConfig {
       members.finish();
     }
     if (const Json* json_static = settings.object("static")) {
-      static_batches = std::make_unique<StaticBatchConfig>(static_config(*json_static));
+      options.static_batches = static_config(*json_static);
     }
     settings.finish();
   }
 
-  std::unique_ptr<SchedulingPolicy> make() const {
-    return static_batches ? make_static_batch_policy(*static_batches) : make_policy(policy);
-  }
+  std::unique_ptr<SchedulingPolicy> make() const { return make_policy(policy, options); }
 
   std::string policy = "fcfs";
+  PolicyConfig options;
   SchedulerConfig scheduler;
   int max_tokens = 512;
   StepCost cost;
-  std::unique_ptr<StaticBatchConfig> static_batches;  // in place of `policy`; its rows are padded
+  bool padded = false;  // of batches, all rows run until the last one ends
 };
 
 /// Durations of calls, to 0.1 us below 1 ms, in constant memory.
@@ -183,7 +193,7 @@ class Simulation {
     for (const ScheduledSequence& item : batch.items) {
       if (item.sequence->num_computed == 0) started(item.sequence->id);
     }
-    const double ms = config_.static_batches ? padded_cost(batch) : cost(batch);
+    const double ms = config_.padded ? padded_cost(batch) : cost(batch);
     now_s_ += ms * 1e-3;
     busy_s_ += ms * 1e-3;
     occupied_s_ += ms * 1e-3 * static_cast<double>(batch.items.size());
@@ -211,6 +221,10 @@ class Simulation {
             {"mean_batch", busy_s_ > 0.0 ? occupied_s_ / busy_s_ : 0.0},
             {"returned_rows", returned_rows_},
             {"preemptions", totals.num_preemptions},
+            {"evicted_for_decode", totals.evicted_for_decode},
+            {"evicted_for_prefill", totals.evicted_for_prefill},
+            {"set_aside", totals.set_aside},
+            {"promotions", totals.num_promotions},
             {"recomputed_tokens", totals.recomputed_tokens},
             {"planning", planning_.report()},
             {"updating", updating_.report()}};

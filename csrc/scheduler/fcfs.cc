@@ -1,5 +1,4 @@
-// First come, first served: by priority, then arrival; the last of that order gives way.
-#include <algorithm>
+// First come, first served: by priority, then arrival.
 #include <set>
 
 #include "scheduler/scheduling_policy.h"
@@ -16,9 +15,6 @@ class FcfsPolicy final : public SchedulingPolicy {
   Sequence* next(const SchedulingContext&) override {
     return waiting_.empty() ? nullptr : *waiting_.begin();
   }
-  Sequence* victim(const SchedulingContext& context) override {
-    return *std::ranges::max_element(context.running, Before{});
-  }
 
  private:
   struct Before {
@@ -30,6 +26,8 @@ class FcfsPolicy final : public SchedulingPolicy {
 
 }  // namespace
 
-std::unique_ptr<SchedulingPolicy> make_fcfs_policy() { return std::make_unique<FcfsPolicy>(); }
+std::unique_ptr<SchedulingPolicy> make_fcfs_policy(const PolicyConfig&) {
+  return std::make_unique<FcfsPolicy>();
+}
 
 }  // namespace deinfer

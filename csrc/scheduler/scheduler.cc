@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -23,24 +24,12 @@ const SchedulerConfig& validated(const SchedulerConfig& config) {
 
 }  // namespace
 
-void SchedulerConfig::validate() const {
-  const auto at_least = [](const char* name, int value, int minimum) {
-    check_argument(value >= minimum, name, " must be at least ", minimum, ", got ", value);
-  };
-  at_least("max_num_seqs", max_num_seqs, 1);
-  at_least("max_num_batched_tokens", max_num_batched_tokens, 1);
-  at_least("block_size", block_size, 1);
-  at_least("num_blocks", num_blocks, 1);
-  at_least("max_prefill_chunk", max_prefill_chunk, 0);
-  check_argument(watermark >= 0.0 && watermark < 1.0, "watermark must be in [0, 1), got ",
-                 watermark);
-}
-
 Scheduler::Scheduler(const SchedulerConfig& config, std::unique_ptr<SchedulingPolicy> policy)
     : config_(validated(config)),
       watermark_blocks_(static_cast<std::int64_t>(std::ceil(config.watermark * config.num_blocks))),
       policy_(std::move(policy)),
-      blocks_(config.num_blocks, config.block_size, config.enable_prefix_caching) {
+      blocks_(config.num_blocks, config.block_size, config.enable_prefix_caching),
+      admission_(config_, blocks_) {
   check_argument(policy_ != nullptr, "scheduler: no policy");
 }
 
@@ -65,12 +54,51 @@ void Scheduler::add(Sequence sequence) {
   sequence.num_computed = 0;
   sequence.block_table.clear();
   sequence.preemptions = 0;
+  sequence.evictions = 0;
   sequence.max_computed = 0;
   sequence.num_registered = 0;
   sequence.prefix_node = 0;
+  sequence.promoted = false;
+  sequence.admission_mean = 0.0f;
+  sequence.admission_q90 = 0.0f;
   const auto [entry, inserted] =
       sequences_.emplace(id, std::make_unique<Sequence>(std::move(sequence)));
-  policy_->push(*entry->second);
+  enqueue(*entry->second);
+}
+
+void Scheduler::enqueue(Sequence& sequence) {
+  sequence.state = SequenceState::kWaiting;
+  sequence.expected_remaining = admission_.expected_remaining(sequence);
+  policy_->push(sequence);
+  if (sequence.promoted) return;
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  double wait_s = config_.promotion.after_s > 0.0 ? config_.promotion.after_s : kNever;
+  const float length =
+      sequence.expected_remaining > 0.0f
+          ? sequence.expected_remaining + static_cast<float>(sequence.num_generated())
+          : admission_.history().mean();
+  if (config_.promotion.per_token_s > 0.0 && length > 0.0f) {
+    wait_s = std::min(wait_s, config_.promotion.per_token_s * length);
+  }
+  constexpr double kCentury = 3.2e9;  // in seconds; beyond it, numbers would overflow
+  if (wait_s > kCentury) return;
+  sequence.promotion_us = sequence.arrival_us + static_cast<std::int64_t>(wait_s * 1e6);
+  promotions_.insert({sequence.promotion_us, sequence.id});
+}
+
+void Scheduler::dequeue(Sequence& sequence) {
+  policy_->remove(sequence);
+  promotions_.erase({sequence.promotion_us, sequence.id});
+}
+
+void Scheduler::promote_waiting() {
+  while (!promotions_.empty() && promotions_.begin()->first <= now_us_) {
+    Sequence& sequence = *sequences_.at(promotions_.begin()->second);
+    dequeue(sequence);
+    sequence.promoted = true;
+    ++totals_.num_promotions;
+    enqueue(sequence);
+  }
 }
 
 bool Scheduler::abort(SequenceId id) {
@@ -79,11 +107,11 @@ bool Scheduler::abort(SequenceId id) {
   if (entry == sequences_.end()) return false;
   Sequence& sequence = *entry->second;
   if (sequence.state == SequenceState::kWaiting) {
-    policy_->remove(sequence);
+    dequeue(sequence);
   } else {
     std::erase(running_, &sequence);
   }
-  retire(sequence);
+  retire(sequence, false);
   return true;
 }
 
@@ -93,9 +121,9 @@ bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
   if (entry == sequences_.end()) return false;
   Sequence& sequence = *entry->second;
   const bool waiting = sequence.state == SequenceState::kWaiting;
-  if (waiting) policy_->remove(sequence);
+  if (waiting) dequeue(sequence);
   sequence.expected_length = length;
-  if (waiting) policy_->push(sequence);
+  if (waiting) enqueue(sequence);
   return true;
 }
 
@@ -112,8 +140,10 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
       fail(ErrorCode::kInternal, "the scheduling policy set aside sequence ", sequence->id,
            ", which does not run");
     }
+    ++totals_.set_aside;
     preempt(*sequence, policy_->set_aside_restarts());
   }
+  promote_waiting();
 
   order_ = running_;
   for (Sequence* sequence : order_) {
@@ -129,6 +159,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
     blocks_.register_computed(sequence, sequence.num_computed + item.num_tokens);
   }
   if (batch_.preempted.empty() || running_.empty()) plan_waiting();
+  batch_.graph_size = graph_size();
   in_flight_ = !batch_.items.empty();
   if (!in_flight_ && !sequences_.empty()) {
     fail(ErrorCode::kInternal, "the scheduling policy holds back all ", sequences_.size(),
@@ -152,6 +183,8 @@ void Scheduler::plan_running(Sequence& sequence) {
   num_tokens = static_cast<int>(std::clamp<std::int64_t>(fitting, 1, num_tokens));
   while (!blocks_.grow(sequence, sequence.num_computed + num_tokens)) {
     Sequence& victim = choose_victim();
+    ++(sequence.num_pending() == 1 ? totals_.evicted_for_decode : totals_.evicted_for_prefill);
+    ++victim.evictions;
     preempt(victim);
     if (&victim == &sequence) return;
   }
@@ -169,10 +202,13 @@ Sequence& Scheduler::choose_victim() {
       running_, [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); });
   candidates_.clear();
   for (Sequence* sequence : running_) {
-    if (sequence != *first) candidates_.push_back(sequence);
+    if (sequence == *first || admission_.pinned(*sequence)) continue;
+    sequence->expected_remaining = admission_.expected_remaining(*sequence);
+    candidates_.push_back(sequence);
   }
   if (candidates_.empty()) {
-    fail(ErrorCode::kInternal, "no KV block for sequence ", (*first)->id, " running alone");
+    fail(ErrorCode::kInternal, "no KV block and no victim beside sequence ", (*first)->id, " of ",
+         running_.size());
   }
   Sequence* victim = policy_->victim(context(candidates_));
   if (std::ranges::find(candidates_, victim) == candidates_.end()) {
@@ -190,18 +226,21 @@ void Scheduler::preempt(Sequence& sequence, bool restart) {
   }
   sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
   blocks_.release(sequence);
-  if (restart) sequence.tokens.resize(static_cast<std::size_t>(sequence.prompt_length));
+  if (restart) {
+    totals_.generated_tokens -= sequence.num_generated();
+    sequence.tokens.resize(static_cast<std::size_t>(sequence.prompt_length));
+  }
   ++sequence.preemptions;
   ++totals_.num_preemptions;
-  sequence.state = SequenceState::kWaiting;
   std::erase(running_, &sequence);
-  policy_->push(sequence);
+  enqueue(sequence);
   batch_.preempted.push_back(sequence.id);
 }
 
 void Scheduler::plan_waiting() {
   pledged_blocks_ = 0;
   for (const Sequence* sequence : running_) pledged_blocks_ += missing_blocks(*sequence);
+  admission_.begin(running_);
   while (budget_ > 0 && static_cast<int>(running_.size()) < config_.max_num_seqs) {
     Sequence* sequence = policy_->next(context(running_));
     if (sequence == nullptr || !try_admit(*sequence)) return;
@@ -229,9 +268,9 @@ bool Scheduler::try_admit(Sequence& sequence) {
   blocks_.match_prefix(sequence, match_);
   const std::int64_t needed = blocks_.blocks_for(sequence.length()) -
                               static_cast<std::int64_t>(match_.blocks.size()) + match_.num_cached;
-  if (needed > spare) return false;
+  if (needed > spare || !admission_.has_room(sequence, match_)) return false;
 
-  policy_->remove(sequence);
+  dequeue(sequence);
   sequence.state = SequenceState::kRunning;
   running_.push_back(&sequence);
   blocks_.take_prefix(sequence, match_);
@@ -244,7 +283,14 @@ bool Scheduler::try_admit(Sequence& sequence) {
   pledged_blocks_ += missing_blocks(sequence);
   // At once, so that the other samples of the same prompt share its blocks in this very step.
   blocks_.register_computed(sequence, sequence.num_computed + num_tokens);
+  admission_.admitted(running_);
   return true;
+}
+
+int Scheduler::graph_size() const {
+  const auto size =
+      std::ranges::lower_bound(config_.graph_sizes, static_cast<int>(batch_.items.size()));
+  return size == config_.graph_sizes.end() ? 0 : *size;
 }
 
 void Scheduler::update(std::span<const SampledToken> sampled) {
@@ -254,6 +300,7 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
     fail(ErrorCode::kInternal, "the step samples ", samples, " tokens, got ", sampled.size());
   }
   in_flight_ = false;
+  compare_forecast();
   std::size_t next = 0;
   bool any_finished = false;
   for (const ScheduledSequence& item : batch_.items) {
@@ -268,8 +315,10 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
       fail(ErrorCode::kInternal, "a token for sequence ", answer.id, " in place of ", sequence.id);
     }
     sequence.tokens.push_back(answer.token);
+    ++totals_.generated_tokens;
     if (answer.finished) {
-      retire(sequence);
+      // At its limit it may have had more to say.
+      retire(sequence, sequence.num_generated() < sequence.max_new_tokens);
       any_finished = true;
     } else if (sequence.num_generated() >= sequence.max_new_tokens) {
       fail(ErrorCode::kInternal, "sequence ", sequence.id, " goes on after its max_new_tokens ",
@@ -281,7 +330,21 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
   }
 }
 
-void Scheduler::retire(Sequence& sequence) {
+void Scheduler::compare_forecast() {
+  window_forecast_ = std::max(window_forecast_, admission_.forecast_blocks());
+  window_used_ = std::max<std::int64_t>(window_used_, blocks_.num_used());
+  if (++window_steps_ < SchedulerStats::kForecastWindow) return;
+  if (window_forecast_ > 0) {
+    totals_.forecast_error =
+        static_cast<double>(window_forecast_ - window_used_) / config_.num_blocks;
+  }
+  window_steps_ = 0;
+  window_forecast_ = 0;
+  window_used_ = 0;
+}
+
+void Scheduler::retire(Sequence& sequence, bool ended) {
+  admission_.observe(sequence, ended);
   blocks_.release(sequence);
   sequence.state = SequenceState::kFinished;
   const auto entry = sequences_.find(sequence.id);
@@ -290,7 +353,9 @@ void Scheduler::retire(Sequence& sequence) {
 }
 
 SchedulingContext Scheduler::context(std::span<Sequence* const> running) const {
-  return {now_us_, running, config_.max_num_seqs, blocks_.num_available()};
+  return {
+      now_us_, running, config_.max_num_seqs, blocks_.num_available(), admission_.history().mean(),
+      &blocks_};
 }
 
 const Sequence* Scheduler::find(SequenceId id) const {
@@ -305,6 +370,8 @@ SchedulerStats Scheduler::stats() const {
   stats.free_blocks = blocks_.num_free();
   stats.cached_blocks = blocks_.num_cached();
   stats.used_blocks = blocks_.num_used();
+  for (const Sequence* sequence : running_) stats.promised_blocks += missing_blocks(*sequence);
+  stats.forecast_blocks = admission_.forecast_blocks();
   return stats;
 }
 

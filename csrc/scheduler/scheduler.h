@@ -4,28 +4,20 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <span>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "scheduler/admission.h"
 #include "scheduler/block_manager.h"
+#include "scheduler/scheduler_config.h"
+#include "scheduler/scheduler_stats.h"
 #include "scheduler/scheduling_policy.h"
 #include "scheduler/sequence.h"
 
 namespace deinfer {
-
-struct SchedulerConfig {
-  int max_num_seqs = 256;            // running sequences
-  int max_num_batched_tokens = 512;  // computed tokens per step
-  int block_size = 16;               // tokens per KV block
-  int num_blocks = 0;                // in the pool
-  int max_prefill_chunk = 0;         // tokens of one sequence per step; 0: the step's budget
-  bool enable_prefix_caching = true;
-  double watermark = 0.01;  // share of the blocks that admission leaves available, [0, 1)
-
-  /// Throws Error(kInvalidArgument) naming the field and its value.
-  void validate() const;
-};
 
 /// One sequence's part of a step: its tokens [num_computed, num_computed + num_tokens).
 struct ScheduledSequence {
@@ -43,6 +35,7 @@ struct ScheduledBatch {
   // it came back at once because nothing else could run.
   std::vector<SequenceId> preempted;
   int num_tokens = 0;
+  int graph_size = 0;  // the least of the config's graph_sizes that holds all items; 0: none does
 };
 
 /// The engine's answer for one item with `samples`.
@@ -52,17 +45,6 @@ struct SampledToken {
   bool finished = false;  // this token ends the sequence
 };
 
-struct SchedulerStats {
-  int num_waiting = 0;
-  int num_running = 0;
-  int free_blocks = 0;
-  int cached_blocks = 0;  // evictable
-  int used_blocks = 0;
-  std::int64_t num_preemptions = 0;
-  std::int64_t recomputed_tokens = 0;  // computed again after a preemption
-  std::int64_t prefix_hit_tokens = 0;  // never computed for their sequence, taken from the cache
-};
-
 /// Decides what each step computes. Deterministic: the same calls give the same batches. One
 /// thread; no clock, no random numbers, no device.
 ///
@@ -70,11 +52,12 @@ struct SchedulerStats {
 /// of admission with what is left of the token budget; then it admits waiting ones. Since admission
 /// spends only what all the running ones left over, these are never more than the budget has
 /// tokens, and so neither decodes nor prefills starve. When blocks run out a running sequence is
-/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. (A policy may have
-/// what it sets aside start again from the prompt; its tokens are then sampled a second time, and
-/// the caller must see to it that they are the same and are reported once.) The running
-/// sequence that comes first by priority and arrival is never preempted for another, so that one
-/// always gets done.
+/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. (A policy may
+/// have what it sets aside start again from the prompt; its tokens are then sampled a second time,
+/// and the caller must see to it that they are the same and are reported once.) The running
+/// sequence that comes first by priority, promotion and arrival is never preempted for another, so
+/// that one always gets done. Nor is one that was evicted `preempt_limit` times before: it comes
+/// back when it can never again lack a block.
 class Scheduler {
  public:
   /// Throws Error(kInvalidArgument) for a bad configuration.
@@ -107,25 +90,32 @@ class Scheduler {
   void check_invariants() const;
 
  private:
+  void enqueue(Sequence& sequence);
+  void dequeue(Sequence& sequence);
+  void promote_waiting();
   void plan_running(Sequence& sequence);
   void plan_item(Sequence& sequence, int num_tokens);
   void plan_waiting();
   bool try_admit(Sequence& sequence);
   int chunk_size(const Sequence& sequence) const;
+  int graph_size() const;
   std::int64_t missing_blocks(const Sequence& sequence) const;
   std::int64_t admission_reserve(const Sequence& sequence) const;
   Sequence& choose_victim();
   void preempt(Sequence& sequence, bool restart = false);
-  void retire(Sequence& sequence);
+  void retire(Sequence& sequence, bool ended);
+  void compare_forecast();
   SchedulingContext context(std::span<Sequence* const> running) const;
 
   const SchedulerConfig config_;
   const std::int64_t watermark_blocks_;
   std::unique_ptr<SchedulingPolicy> policy_;
   BlockManager blocks_;
+  AdmissionController admission_;
   std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
-  std::vector<Sequence*> running_;                  // in order of admission
-  std::vector<std::unique_ptr<Sequence>> retired_;  // ended since the last schedule()
+  std::vector<Sequence*> running_;                            // in order of admission
+  std::vector<std::unique_ptr<Sequence>> retired_;            // ended since the last schedule()
+  std::set<std::pair<std::int64_t, SequenceId>> promotions_;  // when waiting ones will be due
   SchedulerStats totals_;
 
   // The step being planned; buffers are reused.
@@ -137,6 +127,11 @@ class Scheduler {
   std::vector<Sequence*> order_;       // the running sequences when the step began
   std::vector<Sequence*> candidates_;  // for preemption
   BlockManager::PrefixMatch match_;
+
+  // The window of forecasts and what came of them.
+  int window_steps_ = 0;
+  std::int64_t window_forecast_ = 0;
+  std::int64_t window_used_ = 0;
 };
 
 }  // namespace deinfer

@@ -31,9 +31,16 @@ struct Sequence {
   int num_computed = 0;                   // tokens whose KV is in the cache
   std::vector<std::int32_t> block_table;  // block i holds the tokens [i, i + 1) * block_size
   int preemptions = 0;                    // times that its KV was dropped
+  int evictions = 0;                      // those of them that were for lack of blocks
   int max_computed = 0;                   // highest num_computed before a preemption
   int num_registered = 0;                 // leading blocks that are known to the prefix cache
   std::uint64_t prefix_node = 0;          // the prefix cache's name for those blocks' content
+  bool promoted = false;          // waited too long: goes before others of its priority, by arrival
+  std::int64_t promotion_us = 0;  // when that happens; only of waiting sequences
+  float expected_remaining = 0.0f;  // tokens, when it began to wait or is up for preemption;
+                                    // 0: unknown
+  float admission_mean = 0.0f;  // total length as believed when it was first admitted; 0: unknown
+  float admission_q90 = 0.0f;   // its 90 % quantile
 
   int length() const { return static_cast<int>(tokens.size()); }
   int num_generated() const { return length() - prompt_length; }

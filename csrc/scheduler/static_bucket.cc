@@ -6,8 +6,6 @@
 // nothing runs and has its seats to itself until its last sequence has ended or was set aside. If
 // KV blocks or the token budget leave no room for all of it, its rest may join until the first
 // member ends, and after that makes a batch of its own.
-#include "scheduler/static_bucket.h"
-
 #include <algorithm>
 #include <cmath>
 #include <deque>
@@ -16,6 +14,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "scheduler/scheduling_policy.h"
 
 namespace deinfer {
 namespace {
@@ -27,9 +26,7 @@ struct Batch {
 
 class StaticBatchPolicy final : public SchedulingPolicy {
  public:
-  explicit StaticBatchPolicy(StaticBatchConfig config) : config_(std::move(config)) {
-    config_.validate();
-  }
+  explicit StaticBatchPolicy(StaticBatchConfig config) : config_(std::move(config)) {}
 
   void push(Sequence& sequence) override {
     // What lost its KV, by failing or because blocks ran out, is recomputed with its group.
@@ -199,8 +196,13 @@ void StaticBatchConfig::validate() const {
   }
 }
 
-std::unique_ptr<SchedulingPolicy> make_static_batch_policy(const StaticBatchConfig& config) {
-  return std::make_unique<StaticBatchPolicy>(config);
+std::unique_ptr<SchedulingPolicy> make_static_policy(const PolicyConfig& config) {
+  const StaticBatchConfig& batches = config.static_batches;
+  return std::make_unique<StaticBatchPolicy>(StaticBatchConfig::plain(batches.batch_size));
+}
+
+std::unique_ptr<SchedulingPolicy> make_static_bucket_policy(const PolicyConfig& config) {
+  return std::make_unique<StaticBatchPolicy>(config.static_batches);
 }
 
 }  // namespace deinfer

@@ -1,6 +1,4 @@
 // Static batches: who runs with whom, what happens to sequences that outlive their bucket.
-#include "scheduler/static_bucket.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,6 +20,12 @@ constexpr int kMaxNewTokens = 512;
 /// The fake model: token i of a sequence's answer.
 TokenId token_of(SequenceId id, int i) { return static_cast<TokenId>(id * 1000 + i); }
 
+PolicyConfig options(const StaticBatchConfig& batches) {
+  PolicyConfig config;
+  config.static_batches = batches;
+  return config;
+}
+
 struct Job {
   int answer = 1;    // tokens
   int expected = 0;  // 0: unknown
@@ -32,7 +36,7 @@ class Playback {
  public:
   Playback(const StaticBatchConfig& batches, const std::vector<Job>& jobs, int seats = 256,
            int num_blocks = 4096)
-      : scheduler_(config(seats, num_blocks), make_static_batch_policy(batches)) {
+      : scheduler_(config(seats, num_blocks), make_policy("static_bucket", options(batches))) {
     for (const Job& job : jobs) add(job);
   }
 
@@ -107,6 +111,7 @@ class Playback {
     config.block_size = 4;
     config.num_blocks = num_blocks;
     config.enable_prefix_caching = false;
+    config.admission = Admission::kPrompt;
     return config;
   }
 
@@ -207,6 +212,8 @@ TEST(StaticBatches, FailuresAreRecomputedAtTheEndOfTheirGroupForTheRightPrompts)
     EXPECT_EQ(run.preempted(), (Ids{4, 21}));
     // Prompts and tokens before the cap: their last one was sampled, but never computed.
     EXPECT_EQ(run.scheduler().stats().recomputed_tokens, 4 + 9 + 4 + 29);
+    EXPECT_EQ(run.scheduler().stats().generated_tokens, 14 * 9 + 12 + 10 + 15 * 25 + 35 + 2 * 4);
+    EXPECT_EQ(run.scheduler().stats().set_aside, 2);
   }
 }
 
@@ -254,12 +261,32 @@ TEST(StaticBatches, AbortedAndReconsideredMembersAreForgottenEverywhere) {
   EXPECT_EQ(run.step(), Ids{4});
 }
 
+TEST(StaticBatches, TheOtherNameIsPlain) {
+  PolicyConfig config;
+  config.static_batches.batch_size = 3;
+  const std::unique_ptr<SchedulingPolicy> policy = make_policy("static", config);
+  std::vector<Sequence> sequences(4);
+  for (Sequence& sequence : sequences) {
+    sequence.id = sequence.arrival = static_cast<SequenceId>(&sequence - sequences.data());
+    sequence.expected_length = LengthDistribution::point(10.0f - static_cast<float>(sequence.id));
+    policy->push(sequence);
+  }
+  std::vector<Sequence*> running;
+  while (Sequence* next = policy->next({.running = running, .max_num_seqs = 8})) {
+    EXPECT_EQ(next->id, running.size());
+    policy->remove(*next);
+    running.push_back(next);
+  }
+  EXPECT_EQ(running.size(), 3u);
+  EXPECT_EQ(policy->set_aside({.running = running, .max_num_seqs = 8}), nullptr);
+}
+
 TEST(StaticBatches, BadConfigurationsAreRefused) {
   const auto message = [](auto&& change) {
     StaticBatchConfig config;
     change(config);
     try {
-      make_static_batch_policy(config);
+      make_policy("static_bucket", options(config));
     } catch (const Error& e) {
       return std::string(e.what());
     }

@@ -101,8 +101,9 @@ def test_little_kv_costs_preemptions_and_time(load, library) -> None:
             trace,
             simulation.settings(slots=64, cost=COST, policy="fcfs", kv_tokens=kv, **admission),
         )
-        for kv, admission in ((simulation.UNBOUNDED, {}), (3200, {}))
+        for kv, admission in ((simulation.UNBOUNDED, {}), (3200, {"admission": "prompt"}))
     )
+    assert narrow["preemptions"] == narrow["evicted_for_decode"] > 20
     assert wide["preemptions"] == wide["recomputed_tokens"] == 0
     assert narrow["seconds"] > 1.1 * wide["seconds"]
     assert narrow["mean_batch"] < wide["mean_batch"]
@@ -116,7 +117,9 @@ def test_bad_settings_are_refused(load, library) -> None:
     with pytest.raises(RuntimeError, match='"nonsense" is unknown'):
         simulation.simulate(trace, {**options, "policy": "nonsense"})
     with pytest.raises(RuntimeError, match="batch_size must be at least 1, got 0"):
-        simulation.simulate(trace, {**options, "static": {"batch_size": 0}})
+        simulation.simulate(
+            trace, {**options, "policy": "static_bucket", "static": {"batch_size": 0}}
+        )
 
 
 def test_soak_reports_planning_and_memory(library) -> None:

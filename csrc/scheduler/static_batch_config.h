@@ -1,11 +1,7 @@
 // Static batches of sequences of similar expected length, as in arXiv 2305.13144.
 #pragma once
 
-#include <cstdint>
-#include <memory>
 #include <vector>
-
-#include "scheduler/scheduling_policy.h"
 
 namespace deinfer {
 
@@ -29,8 +25,5 @@ struct StaticBatchConfig {
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;
 };
-
-/// Throws as validate() does.
-std::unique_ptr<SchedulingPolicy> make_static_batch_policy(const StaticBatchConfig& config);
 
 }  // namespace deinfer
