@@ -78,6 +78,7 @@ struct SimulationConfig {
     settings.read("watermark", scheduler.watermark);
     settings.read("safety", scheduler.safety);
     settings.read("history_window", scheduler.history_window);
+    settings.read("readmission_steps", scheduler.readmission_steps);
     settings.read("preempt_limit", scheduler.preempt_limit);
     std::string admission = "peak";
     settings.read("admission", admission);

@@ -34,6 +34,9 @@ struct SchedulerConfig {
   double safety = 0.0;       // [0, 1]: lengths for admission between their mean and 90 % quantile
   int history_window = 512;  // ended answers whose lengths are remembered, >= 1
   Promotion promotion;
+  // Tokens that each running sequence must have room to generate before a preempted one comes back;
+  // with 0, they take turns at preempting each other.
+  int readmission_steps = 8;
   int preempt_limit =
       2;  // evictions of a sequence, after which it has its blocks for sure; 0: none
   // Sizes of batches that the backend has prepared (captured graphs), ascending; it pads others to

@@ -31,7 +31,7 @@ struct PolicyConfig {
   std::vector<int> bucket_edges;
   int bucket_width = 50;
   // longest_tail: longest first once fewer wait than this many times max_num_seqs.
-  double tail_factor = 1.5;
+  double tail_factor = 4.0;
   StaticBatchConfig static_batches;  // static_bucket; static: its batch_size only
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
