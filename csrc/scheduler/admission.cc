@@ -4,19 +4,6 @@
 #include <cmath>
 
 namespace deinfer {
-namespace {
-
-/// What n uncertain lengths may need beyond their forecast, as a share of the pool, falls with
-/// sqrt(n), the more of them there are the better they make up for each other.
-constexpr double kForecastError = 0.4;
-
-/// One length, and it is not outlived.
-bool is_certain(const Sequence& sequence) {
-  return sequence.expected_length.num_bins() == 1 &&
-         sequence.expected_length.mean_remaining(sequence.num_generated()) > 0.0f;
-}
-
-}  // namespace
 
 AdmissionController::AdmissionController(const SchedulerConfig& config, const BlockManager& blocks)
     : config_(config),
@@ -164,12 +151,7 @@ bool AdmissionController::peak_fits(const Sequence& candidate,
       forecast_.peak_with(item(candidate, pending_ + candidate.num_pending(),
                                static_cast<int>(shared - match.blocks.begin())));
   double limit = config_.num_blocks;
-  if (!graph_pads_a_seat()) {
-    double uncertain = is_certain(candidate) ? 0.0 : 1.0;
-    for (const Sequence* sequence : running_) uncertain += is_certain(*sequence) ? 0.0 : 1.0;
-    const double share = std::sqrt(uncertain) / static_cast<double>(running_.size() + 1);
-    limit *= std::max(0.0, 1.0 - config_.watermark - kForecastError * share);
-  }
+  if (!graph_pads_a_seat()) limit *= 1.0 - config_.watermark;
   if (static_cast<double>(peak) > limit) return false;
   forecast_blocks_ = peak;
   return true;
