@@ -36,7 +36,13 @@ from traces import (
 Rows = dict[str, dict[str, Any]]
 PREDICTORS = ("none", "history", "noisy", "oracle")
 # Admits whatever prompt fits and lets evicted sequences back at once, as vLLM does.
-ADMIT_PROMPT = {"admission": "prompt", "readmission_steps": 0, "preempt_limit": 0}
+ADMIT_PROMPT = {
+    "admission": "prompt",
+    "readmission_steps": 0,
+    "max_pause": 0,
+    "preempt_limit": 0,
+    "watermark": 0.01,
+}
 
 
 @dataclass(frozen=True)
@@ -308,13 +314,13 @@ def reproduce(load: Load, reference: Any) -> tuple[Rows, list[Check]]:
         unit = reference.Cost(1.0, 0.0, 0.0, 0.0)
         counted = reference.static_sim(served, pred=expected, P=prompt, cost=unit, **theirs)
         rows[name] = {
-            "average_length": (report["average_length"], told_so["avglen"]),
+            "average_length": (report["average_length"], float(told_so["avglen"])),
             "effective": (
                 float(served.sum()) / (report["average_length"] * len(served)),
-                told_so["eff"],
+                float(told_so["eff"]),
             ),
-            "throughput": (report["throughput"], told_so["thr"]),
-            "steps": (report["steps"], round(len(served) / counted["thr"] * 1e3)),
+            "throughput": (report["throughput"], float(told_so["thr"])),
+            "steps": (report["steps"], round(float(len(served) / counted["thr"] * 1e3))),
         }
     z = np.zeros(len(served))
     run = reference.CB(served, z, prompt, cost=reference.HF, slots=16, kv_cap=10**9, budget=10**9)
@@ -324,19 +330,20 @@ def reproduce(load: Load, reference: Any) -> tuple[Rows, list[Check]]:
         settings(slots=16, cost=HUGGING_FACE, policy="fcfs", step_tokens=UNBOUNDED),
     )
     rows["fcfs, 16 seats"] = {
-        "throughput": (report["throughput"], theirs["thr"]),
+        "throughput": (report["throughput"], float(theirs["thr"])),
         "steps": (report["steps"], theirs["steps"]),
     }
     checks = []
     for name, row in rows.items():
         for key, (ours, expected) in row.items():
             if key == "steps":
-                checks.append(Check(f"{name}: steps off sim.py", abs(ours - expected), 0, False))
+                off = abs(float(ours) - float(expected))
+                checks.append(Check(f"{name}: steps off sim.py", off, 0, False))
             elif key == "throughput":
                 base = rows["static 16"]["throughput"]
-                off = abs((ours / base[0]) / (expected / base[1]) - 1)
+                off = float(abs((ours / base[0]) / (expected / base[1]) - 1))
                 checks.append(Check(f"{name}: throughput ratio off sim.py", off, 0.03, False))
             else:
-                off = abs(ours / expected - 1)
+                off = float(abs(ours / expected - 1))
                 checks.append(Check(f"{name}: {key} off sim.py", off, 0.03, False))
     return rows, checks

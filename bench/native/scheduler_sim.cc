@@ -78,6 +78,7 @@ struct SimulationConfig {
     settings.read("watermark", scheduler.watermark);
     settings.read("safety", scheduler.safety);
     settings.read("history_window", scheduler.history_window);
+    settings.read("max_pause", scheduler.max_pause);
     settings.read("readmission_steps", scheduler.readmission_steps);
     settings.read("preempt_limit", scheduler.preempt_limit);
     std::string admission = "peak";
@@ -225,6 +226,7 @@ class Simulation {
             {"evicted_for_decode", totals.evicted_for_decode},
             {"evicted_for_prefill", totals.evicted_for_prefill},
             {"set_aside", totals.set_aside},
+            {"paused_steps", totals.paused_steps},
             {"promotions", totals.num_promotions},
             {"recomputed_tokens", totals.recomputed_tokens},
             {"planning", planning_.report()},

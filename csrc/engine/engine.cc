@@ -64,6 +64,7 @@ struct Engine::Impl {
   std::unordered_map<RequestId, std::vector<bool>> alive;  // samples that have not ended
   RequestId next_request = 0;
   EngineStats counters;
+  AccuracyWindow accuracy;
   std::exception_ptr failure;
 
   // Of step() alone.
@@ -106,7 +107,25 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   scheduler_config.block_size = config.block_size;
   scheduler_config.num_blocks = static_cast<int>(blocks);
   scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
-  scheduler = std::make_unique<Scheduler>(scheduler_config, make_policy(config.scheduling_policy));
+  scheduler_config.admission = parse_admission(config.admission);
+  scheduler_config.safety = config.safety;
+  scheduler_config.watermark = config.kv_watermark;
+  scheduler_config.max_pause = config.max_pause;
+  scheduler_config.preempt_limit = config.preempt_limit;
+  scheduler_config.promotion = default_promotion(config.scheduling_policy);
+  Promotion& promotion = scheduler_config.promotion;
+  promotion.after_s = config.promote_after.value_or(promotion.after_s);
+  promotion.per_token_s = config.promote_per_token.value_or(promotion.per_token_s);
+  PolicyConfig policy_config;
+  policy_config.bucket_width = config.bucket_width;
+  StaticBatchConfig& batches = policy_config.static_batches;
+  batches.group = config.static_group;
+  batches.batch_size = config.static_batch_size;
+  batches.bucket_tokens = config.bucket_width;
+  batches.bucket_batch_sizes = config.bucket_batch_sizes;
+  batches.restart_failures = config.recompute == "restart";
+  scheduler = std::make_unique<Scheduler>(scheduler_config,
+                                          make_policy(config.scheduling_policy, policy_config));
   for (int i = 0; i < threads; ++i)
     samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks};
@@ -257,8 +276,7 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
     // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
     bool again = count <= progress.num_reported;
-    FinishReason reason =
-        again ? FinishReason::kNone : request->finish_reason(result.token, count);
+    FinishReason reason = again ? FinishReason::kNone : request->finish_reason(result.token, count);
     sampled.push_back({item.sequence->id, result.token, reason != FinishReason::kNone});
     if (again) continue;
     progress.num_reported = count;
@@ -320,7 +338,18 @@ std::vector<RequestOutput> Engine::Impl::step() {
   counters.num_waiting = stats.num_waiting;
   counters.num_running = stats.num_running;
   counters.free_kv_blocks = stats.free_blocks + stats.cached_blocks;
+  counters.used_kv_blocks = stats.used_blocks;
+  counters.promised_kv_blocks = stats.promised_blocks;
+  counters.forecast_kv_blocks = stats.forecast_blocks;
+  counters.kv_forecast_error = stats.forecast_error;
   counters.num_preemptions = stats.num_preemptions;
+  counters.evicted_for_decode = stats.evicted_for_decode;
+  counters.evicted_for_prefill = stats.evicted_for_prefill;
+  counters.set_aside = stats.set_aside;
+  counters.paused_steps = stats.paused_steps;
+  counters.num_promotions = stats.num_promotions;
+  counters.effective_token_ratio = stats.effective_token_ratio();
+  if (accuracy.total() != scheduler->accuracy().total()) accuracy = scheduler->accuracy();
   counters.recomputed_tokens = stats.recomputed_tokens;
   counters.prefix_hit_tokens = stats.prefix_hit_tokens;
   for (auto& [id, output] : outputs) {
@@ -352,7 +381,9 @@ const ModelInfo& Engine::model_info() const { return impl_->info; }
 
 EngineStats Engine::stats() const {
   std::lock_guard lock(impl_->mutex);
-  return impl_->counters;
+  EngineStats stats = impl_->counters;
+  stats.length_accuracy = impl_->accuracy.report();
+  return stats;
 }
 
 std::vector<std::string> supported_isas() {

@@ -1,6 +1,9 @@
+#include <cmath>
+
 #include "base/check.h"
 #include "deinfer/engine.h"
 #include "kernels/cuda/devices.h"
+#include "scheduler/scheduling_policy.h"
 
 namespace deinfer {
 namespace {
@@ -37,6 +40,28 @@ void EngineConfig::validate() const {
                  "block_size must be a multiple of 16 in [16, 4096], got ", block_size);
   check_argument(num_kv_blocks >= 0 && num_kv_blocks <= 1 << 30,
                  "num_kv_blocks must be in [0, 2^30], got ", num_kv_blocks);
+  parse_admission(admission);
+  // Written so that NaN fails.
+  check_argument(safety >= 0.0 && safety <= 1.0, "safety must be in [0, 1], got ", safety);
+  check_argument(kv_watermark >= 0.0 && kv_watermark < 1.0, "kv_watermark must be in [0, 1), got ",
+                 kv_watermark);
+  check_argument(max_pause >= 0, "max_pause must be at least 0, got ", max_pause);
+  check_argument(preempt_limit >= 0, "preempt_limit must be at least 0, got ", preempt_limit);
+  const auto check_wait = [](const char* name, const std::optional<double>& seconds) {
+    check_argument(!seconds || (*seconds >= 0.0 && std::isfinite(*seconds)), name,
+                   " must be a finite number of seconds >= 0, got ", seconds.value_or(0.0));
+  };
+  check_wait("promote_after", promote_after);
+  check_wait("promote_per_token", promote_per_token);
+  check_argument(bucket_width >= 1, "bucket_width must be at least 1, got ", bucket_width);
+  check_argument(static_group >= 1, "static_group must be at least 1, got ", static_group);
+  check_argument(static_batch_size >= 1, "static_batch_size must be at least 1, got ",
+                 static_batch_size);
+  for (const int size : bucket_batch_sizes) {
+    check_argument(size >= 1, "bucket_batch_sizes must be at least 1, got ", size);
+  }
+  check_argument(recompute == "continue" || recompute == "restart",
+                 "recompute must be continue or restart, got ", recompute);
 }
 
 }  // namespace deinfer

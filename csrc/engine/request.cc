@@ -53,6 +53,10 @@ Sequence Request::make_sequence(int index, SequenceId id, std::int64_t now_us) c
   sequence.tokens = prompt_;
   sequence.prompt_length = prompt_length();
   sequence.max_new_tokens = max_new_tokens_;
+  if (params_.expected_tokens) {
+    sequence.hinted = true;
+    sequence.expected_length = LengthDistribution::point(*params_.expected_tokens);
+  }
   sequence.reuse_prefix = !wants_prompt_rows(index);
   return sequence;
 }

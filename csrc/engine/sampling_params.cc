@@ -35,6 +35,9 @@ void SamplingParams::validate() const {
                  logprobs.value_or(0));
   check_argument(!prompt_logprobs || *prompt_logprobs >= 0,
                  "prompt_logprobs must be at least 0, got ", prompt_logprobs.value_or(0));
+  if (expected_tokens) {
+    check_range("expected_tokens", *expected_tokens, *expected_tokens > 0, "a finite number > 0");
+  }
 }
 
 }  // namespace deinfer

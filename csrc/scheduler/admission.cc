@@ -48,6 +48,16 @@ int AdmissionController::remaining(const Sequence& sequence) const {
   return static_cast<int>(std::clamp(std::round(tokens), 1.0, most));
 }
 
+void AdmissionController::note_belief(Sequence& sequence) const {
+  const LengthDistribution& own = sequence.expected_length;
+  const auto most = static_cast<float>(sequence.max_new_tokens);
+  const float mean = own.known() ? own.mean() : history_.mean();
+  const float q90 =
+      own.known() ? own.quantile_remaining(0.9, 0) : history_.quantile_remaining(0.9, 0);
+  sequence.admission_mean = std::min(mean, most);
+  sequence.admission_q90 = std::min(q90, most);
+}
+
 void AdmissionController::begin(std::span<Sequence* const> running) {
   running_ = running;
   forecast_done_ = false;
@@ -68,14 +78,13 @@ bool AdmissionController::has_room(const Sequence& candidate,
 
 void AdmissionController::admitted(std::span<Sequence* const> running) {
   running_ = running;
-  const Sequence& sequence = *running.back();
   if (!forecast_done_) return;
-  if (!sequence.block_table.empty() && blocks_.reference_count(sequence.block_table[0]) > 1) {
-    forecast_done_ = false;  // what others held alone is shared now
+  if (candidate_.owner != running.back()->id) {
+    forecast_done_ = false;  // admitted without a look ahead
     return;
   }
-  pending_ += sequence.num_pending();
-  forecast_.insert(item(sequence, pending_, 0));
+  forecast_.insert(candidate_);
+  pending_ += running.back()->num_pending();
 }
 
 bool AdmissionController::reservations_fit(const Sequence& candidate) const {
@@ -122,7 +131,7 @@ KvForecast::Item AdmissionController::item(const Sequence& sequence, std::int64_
     steps += delay;
     tokens = std::max(0, tokens - delay);
   }
-  return {steps, tokens, shared};
+  return {sequence.id, steps, tokens, shared};
 }
 
 void AdmissionController::forecast_running() {
@@ -144,15 +153,34 @@ bool AdmissionController::peak_fits(const Sequence& candidate,
                                     const BlockManager::PrefixMatch& match) {
   if (!history_.known() && !candidate.expected_length.known()) return true;
   if (!forecast_done_) forecast_running();
-  // Blocks that one other sequence holds count for both, as either may outlive the other.
-  const auto shared = std::ranges::partition_point(
-      match.blocks, [&](std::int32_t block) { return blocks_.reference_count(block) > 1; });
-  const std::int64_t peak =
-      forecast_.peak_with(item(candidate, pending_ + candidate.num_pending(),
-                               static_cast<int>(shared - match.blocks.begin())));
+  // Of the candidate's prefix, some blocks are shared already and one sequence holds some alone,
+  // which would be shared then, too; nobody holds the rest.
+  const auto held_by_more_than = [&](int others) {
+    const auto end = std::ranges::partition_point(
+        match.blocks, [&](std::int32_t block) { return blocks_.reference_count(block) > others; });
+    return static_cast<int>(end - match.blocks.begin());
+  };
+  const int held = held_by_more_than(0);
+  const int newly_shared = held - held_by_more_than(1);
+  SequenceId holder = 0;
+  if (newly_shared > 0) {
+    const auto last = static_cast<std::size_t>(held - 1);
+    const auto found = std::ranges::find_if(running_, [&](const Sequence* sequence) {
+      return sequence->block_table.size() > last &&
+             sequence->block_table[last] == match.blocks[last];
+    });
+    holder = (*found)->id;
+    forecast_.share(holder, newly_shared);
+  }
+  const std::int64_t matched = static_cast<std::int64_t>(match.blocks.size()) * config_.block_size;
+  candidate_ = item(candidate, pending_ + candidate.length() - matched, held);
+  const std::int64_t peak = forecast_.peak_with(candidate_);
   double limit = config_.num_blocks;
   if (!graph_pads_a_seat()) limit *= 1.0 - config_.watermark;
-  if (static_cast<double>(peak) > limit) return false;
+  if (static_cast<double>(peak) > limit) {
+    if (newly_shared > 0) forecast_.share(holder, -newly_shared);
+    return false;
+  }
   forecast_blocks_ = peak;
   return true;
 }

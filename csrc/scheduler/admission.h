@@ -42,6 +42,9 @@ class AdmissionController {
     return config_.preempt_limit > 0 && sequence.evictions >= config_.preempt_limit;
   }
 
+  /// Keeps in the sequence what is believed about its length now that it starts.
+  void note_belief(Sequence& sequence) const;
+
   /// Begins a step's admissions.
   void begin(std::span<Sequence* const> running);
   /// Whether the running sequences leave the candidate room enough. `match`: its cached prefix.
@@ -75,6 +78,7 @@ class AdmissionController {
   std::int64_t pending_ = 0;  // prompt tokens that running sequences have not computed
   bool forecast_done_ = false;
   KvForecast forecast_;
+  KvForecast::Item candidate_;  // that has_room() looked at last
   std::int64_t forecast_blocks_ = 0;
 };
 

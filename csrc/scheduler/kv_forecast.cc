@@ -16,6 +16,13 @@ void KvForecast::insert(const Item& item) {
       std::ranges::upper_bound(items_, item.remaining, std::greater<>{}, &Item::remaining), item);
 }
 
+void KvForecast::share(std::uint64_t owner, int blocks) {
+  const auto item = std::ranges::find(items_, owner, &Item::owner);
+  if (item == items_.end()) return;
+  item->shared += blocks;
+  shared_blocks_ += blocks;
+}
+
 std::int64_t KvForecast::scan(const Item* extra) const {
   // After r = a * block_size + b steps a sequence with c = q * block_size + p tokens holds
   // q + a + ceil((p + b) / block_size) blocks. Summed over sequences that is the sum of q, a for

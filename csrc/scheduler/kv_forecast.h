@@ -12,9 +12,10 @@ namespace deinfer {
 class KvForecast {
  public:
   struct Item {
-    int remaining = 0;  // steps, >= 0
-    int tokens = 0;     // known now
-    int shared = 0;     // leading blocks that others hold, too, counted in the shared blocks
+    std::uint64_t owner = 0;  // any name
+    int remaining = 0;        // steps, >= 0
+    int tokens = 0;           // known now
+    int shared = 0;           // leading blocks that others hold, too, counted in the shared blocks
   };
 
   explicit KvForecast(int block_size);
@@ -27,6 +28,9 @@ class KvForecast {
   void sort();
   /// Adds an item in order.
   void insert(const Item& item);
+
+  /// So many (or, negative, fewer) more leading blocks of the owner's item are shared.
+  void share(std::uint64_t owner, int blocks);
 
   /// The peak in blocks, 0 without items. O(items).
   std::int64_t peak() const { return scan(nullptr); }

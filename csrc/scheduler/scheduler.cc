@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "scheduler/event_log.h"
 
 namespace deinfer {
 namespace {
@@ -46,11 +47,13 @@ void Scheduler::add(Sequence sequence) {
          blocks_.blocks_for(tokens), " KV blocks of ", config_.block_size, " tokens, the pool has ",
          config_.num_blocks);
   }
+  if (log_ != nullptr) log_->add(sequence);
   sequence.state = SequenceState::kWaiting;
   sequence.num_computed = 0;
   sequence.block_table.clear();
   sequence.preemptions = 0;
   sequence.evictions = 0;
+  sequence.pause = 0;
   sequence.max_computed = 0;
   sequence.num_registered = 0;
   sequence.prefix_node = 0;
@@ -101,6 +104,7 @@ bool Scheduler::abort(SequenceId id) {
   if (in_flight_) fail(ErrorCode::kInternal, "abort of sequence ", id, " during a step");
   const auto entry = sequences_.find(id);
   if (entry == sequences_.end()) return false;
+  if (log_ != nullptr) log_->add(EventLog::Abort{id});
   Sequence& sequence = *entry->second;
   if (sequence.state == SequenceState::kWaiting) {
     dequeue(sequence);
@@ -115,7 +119,9 @@ bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
   if (in_flight_) fail(ErrorCode::kInternal, "expect() for sequence ", id, " during a step");
   const auto entry = sequences_.find(id);
   if (entry == sequences_.end()) return false;
+  if (log_ != nullptr) log_->add(EventLog::Expect{id, length});
   Sequence& sequence = *entry->second;
+  if (sequence.hinted) return true;
   const bool waiting = sequence.state == SequenceState::kWaiting;
   if (waiting) dequeue(sequence);
   sequence.expected_length = length;
@@ -125,12 +131,14 @@ bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
 
 const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
   if (in_flight_) fail(ErrorCode::kInternal, "schedule() before the update() of the last step");
+  if (log_ != nullptr) log_->add(EventLog::Step{now_us});
   retired_.clear();
   batch_.items.clear();
   batch_.preempted.clear();
   batch_.num_tokens = 0;
   now_us_ = now_us;
   budget_ = config_.max_num_batched_tokens;
+  any_paused_ = false;
   while (Sequence* sequence = policy_->set_aside(context(running_))) {
     if (sequence->state != SequenceState::kRunning) {
       fail(ErrorCode::kInternal, "the scheduling policy set aside sequence ", sequence->id,
@@ -154,7 +162,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
     Sequence& sequence = owned(item);
     blocks_.register_computed(sequence, sequence.num_computed + item.num_tokens);
   }
-  if (batch_.preempted.empty() || running_.empty()) plan_waiting();
+  if ((batch_.preempted.empty() && !any_paused_) || running_.empty()) plan_waiting();
   batch_.graph_size = graph_size();
   in_flight_ = !batch_.items.empty();
   if (!in_flight_ && !sequences_.empty()) {
@@ -178,12 +186,14 @@ void Scheduler::plan_running(Sequence& sequence) {
   const std::int64_t fitting = blocks_.capacity(sequence) - sequence.num_computed;
   num_tokens = static_cast<int>(std::clamp<std::int64_t>(fitting, 1, num_tokens));
   while (!blocks_.grow(sequence, sequence.num_computed + num_tokens)) {
+    if (may_pause(sequence)) return;
     Sequence& victim = choose_victim();
     ++(sequence.num_pending() == 1 ? totals_.evicted_for_decode : totals_.evicted_for_prefill);
     ++victim.evictions;
     preempt(victim);
     if (&victim == &sequence) return;
   }
+  sequence.pause = 0;
   plan_item(sequence, num_tokens);
 }
 
@@ -191,46 +201,6 @@ void Scheduler::plan_item(Sequence& sequence, int num_tokens) {
   batch_.items.push_back({&sequence, num_tokens, num_tokens == sequence.num_pending()});
   batch_.num_tokens += num_tokens;
   budget_ -= num_tokens;
-}
-
-Sequence& Scheduler::choose_victim() {
-  const auto first = std::ranges::min_element(
-      running_, [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); });
-  candidates_.clear();
-  for (Sequence* sequence : running_) {
-    if (sequence == *first || admission_.pinned(*sequence)) continue;
-    sequence->expected_remaining = admission_.expected_remaining(*sequence);
-    candidates_.push_back(sequence);
-  }
-  if (candidates_.empty()) {
-    fail(ErrorCode::kInternal, "no KV block and no victim beside sequence ", (*first)->id, " of ",
-         running_.size());
-  }
-  Sequence* victim = policy_->victim(context(candidates_));
-  if (std::ranges::find(candidates_, victim) == candidates_.end()) {
-    fail(ErrorCode::kInternal, "the scheduling policy chose a victim that is no candidate");
-  }
-  return *victim;
-}
-
-void Scheduler::preempt(Sequence& sequence, bool restart) {
-  const auto item = std::ranges::find(batch_.items, &sequence, &ScheduledSequence::sequence);
-  if (item != batch_.items.end()) {
-    budget_ += item->num_tokens;
-    batch_.num_tokens -= item->num_tokens;
-    batch_.items.erase(item);
-  }
-  sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
-  blocks_.release(sequence);
-  if (restart) {
-    totals_.generated_tokens -= sequence.num_generated();
-    sequence.tokens.resize(static_cast<std::size_t>(sequence.prompt_length));
-  }
-  ++sequence.preemptions;
-  ++totals_.num_preemptions;
-  std::erase(running_, &sequence);
-  enqueue(sequence);
-  batch_.preempted.push_back(sequence.id);
 }
 
 void Scheduler::plan_waiting() {
@@ -267,6 +237,7 @@ bool Scheduler::try_admit(Sequence& sequence) {
   if (needed > spare || !admission_.has_room(sequence, match_)) return false;
 
   dequeue(sequence);
+  if (sequence.preemptions == 0) admission_.note_belief(sequence);
   sequence.state = SequenceState::kRunning;
   running_.push_back(&sequence);
   blocks_.take_prefix(sequence, match_);
@@ -295,6 +266,7 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
   if (static_cast<std::size_t>(samples) != sampled.size()) {
     fail(ErrorCode::kInternal, "the step samples ", samples, " tokens, got ", sampled.size());
   }
+  if (log_ != nullptr) log_->add(EventLog::Update{{sampled.begin(), sampled.end()}});
   in_flight_ = false;
   compare_forecast();
   std::size_t next = 0;
@@ -315,6 +287,9 @@ void Scheduler::update(std::span<const SampledToken> sampled) {
     if (answer.finished) {
       // At its limit it may have had more to say.
       retire(sequence, sequence.num_generated() < sequence.max_new_tokens);
+      if (sequence.admission_mean > 0.0f) {
+        accuracy_.add(sequence.admission_mean, sequence.admission_q90, sequence.num_generated());
+      }
       any_finished = true;
     } else if (sequence.num_generated() >= sequence.max_new_tokens) {
       fail(ErrorCode::kInternal, "sequence ", sequence.id, " goes on after its max_new_tokens ",

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "scheduler/accuracy_window.h"
 #include "scheduler/admission.h"
 #include "scheduler/block_manager.h"
 #include "scheduler/scheduler_config.h"
@@ -45,6 +46,8 @@ struct SampledToken {
   bool finished = false;  // this token ends the sequence
 };
 
+class EventLog;
+
 /// Decides what each step computes. Deterministic: the same calls give the same batches. One
 /// thread; no clock, no random numbers, no device.
 ///
@@ -69,8 +72,8 @@ class Scheduler {
   void add(Sequence sequence);
   /// Ends a sequence now; false if unknown or already ended. Not between schedule() and update().
   bool abort(SequenceId id);
-  /// Replaces what is believed about an unfinished sequence's length; false if it is unknown or
-  /// ended. Not between schedule() and update().
+  /// Replaces what is believed about an unfinished sequence's length, unless its caller gave a
+  /// hint; false if it is unknown or ended. Not between schedule() and update().
   bool expect(SequenceId id, const LengthDistribution& length);
   bool has_unfinished() const { return !sequences_.empty(); }
 
@@ -83,6 +86,10 @@ class Scheduler {
   void update(std::span<const SampledToken> sampled);
 
   SchedulerStats stats() const;
+  /// The lengths of ended sequences against what was believed when they were admitted.
+  const AccuracyWindow& accuracy() const { return accuracy_; }
+  /// Writes all further calls to the log, which must live as long as they go on; null ends that.
+  void record(EventLog* log) { log_ = log; }
   /// A waiting or running sequence, or null.
   const Sequence* find(SequenceId id) const;
   const SchedulerConfig& config() const { return config_; }
@@ -101,6 +108,8 @@ class Scheduler {
   int graph_size() const;
   std::int64_t missing_blocks(const Sequence& sequence) const;
   std::int64_t admission_reserve(const Sequence& sequence) const;
+  const Sequence* protected_sequence() const;
+  bool may_pause(Sequence& sequence);
   Sequence& choose_victim();
   void preempt(Sequence& sequence, bool restart = false);
   void retire(Sequence& sequence, bool ended);
@@ -117,10 +126,13 @@ class Scheduler {
   std::vector<std::unique_ptr<Sequence>> retired_;            // ended since the last schedule()
   std::set<std::pair<std::int64_t, SequenceId>> promotions_;  // when waiting ones will be due
   SchedulerStats totals_;
+  AccuracyWindow accuracy_;
+  EventLog* log_ = nullptr;
 
   // The step being planned; buffers are reused.
   ScheduledBatch batch_;
   bool in_flight_ = false;
+  bool any_paused_ = false;
   std::int64_t now_us_ = 0;
   int budget_ = 0;                     // tokens left
   std::int64_t pledged_blocks_ = 0;    // that running sequences still need for their known tokens

@@ -29,7 +29,7 @@ struct SchedulerConfig {
   int num_blocks = 0;                // in the pool
   int max_prefill_chunk = 0;         // tokens of one sequence per step; 0: the step's budget
   bool enable_prefix_caching = true;
-  double watermark = 0.01;  // share of the blocks that admission leaves available, [0, 1)
+  double watermark = 0.03;  // share of the blocks that admission leaves available, [0, 1)
   Admission admission = Admission::kPeak;
   double safety = 0.0;       // [0, 1]: lengths for admission between their mean and 90 % quantile
   int history_window = 512;  // ended answers whose lengths are remembered, >= 1
@@ -37,8 +37,11 @@ struct SchedulerConfig {
   // Tokens that each running sequence must have room to generate before a preempted one comes back;
   // with 0, they take turns at preempting each other.
   int readmission_steps = 8;
-  int preempt_limit =
-      2;  // evictions of a sequence, after which it has its blocks for sure; 0: none
+  // Steps that a running sequence without a block for its next token pauses, keeping its KV, before
+  // another is evicted for it; >= 0. Answers end all the time, so most find a block.
+  int max_pause = 8;
+  // Evictions of a sequence, after which it never again lacks a block; 0: no limit.
+  int preempt_limit = 2;
   // Sizes of batches that the backend has prepared (captured graphs), ascending; it pads others to
   // the next one. Empty: all sizes are the same to it.
   std::vector<int> graph_sizes;

@@ -22,6 +22,7 @@ struct SchedulerStats {
   std::int64_t evicted_for_decode = 0;   // no block for another one's next token
   std::int64_t evicted_for_prefill = 0;  // no block for another one's prompt
   std::int64_t set_aside = 0;            // by the policy
+  std::int64_t paused_steps = 0;         // of sequences that waited for a block with their KV
   std::int64_t num_promotions = 0;
   std::int64_t generated_tokens = 0;
   std::int64_t recomputed_tokens = 0;  // computed again after a preemption

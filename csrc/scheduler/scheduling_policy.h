@@ -28,7 +28,7 @@ struct SchedulingContext {
 struct PolicyConfig {
   // length_bucket: bucket k ends with edges[k] expected tokens (ascending); beyond the last edge,
   // or without edges, buckets are `bucket_width` wide.
-  std::vector<int> bucket_edges;
+  std::vector<int> bucket_edges = {};
   int bucket_width = 50;
   // longest_tail: longest first once fewer wait than this many times max_num_seqs.
   double tail_factor = 4.0;

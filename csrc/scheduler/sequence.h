@@ -24,6 +24,7 @@ struct Sequence {
   int prompt_length = 0;               // tokens
   int max_new_tokens = 0;              // generated at most
   LengthDistribution expected_length;  // generated tokens; advisory
+  bool hinted = false;       // expected_length is the caller's own: no prediction replaces it
   bool reuse_prefix = true;  // may take computed blocks (false: needs every position's logits)
 
   // ---- kept by the scheduler ----
@@ -32,6 +33,7 @@ struct Sequence {
   std::vector<std::int32_t> block_table;  // block i holds the tokens [i, i + 1) * block_size
   int preemptions = 0;                    // times that its KV was dropped
   int evictions = 0;                      // those of them that were for lack of blocks
+  int pause = 0;                          // steps that it has been waiting for a block
   int max_computed = 0;                   // highest num_computed before a preemption
   int num_registered = 0;                 // leading blocks that are known to the prefix cache
   std::uint64_t prefix_node = 0;          // the prefix cache's name for those blocks' content

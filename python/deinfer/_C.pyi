@@ -30,6 +30,7 @@ class SamplingParams:
         prompt_logprobs: int | None = None,
         prompt_logits: bool = False,
         priority: int = 0,
+        expected_tokens: float | None = None,
     ) -> None: ...
     n: int
     max_tokens: int | None
@@ -48,6 +49,7 @@ class SamplingParams:
     prompt_logprobs: int | None
     prompt_logits: bool
     priority: int
+    expected_tokens: float | None
     def validate(self) -> None: ...
 
 class EngineConfig:
@@ -71,6 +73,18 @@ class EngineConfig:
         num_kv_blocks: int = 0,
         kv_cache_bytes: int = 0,
         scheduling_policy: str = "fcfs",
+        admission: str = "peak",
+        safety: float = 0.0,
+        kv_watermark: float = 0.03,
+        max_pause: int = 8,
+        preempt_limit: int = 2,
+        promote_after: float | None = None,
+        promote_per_token: float | None = None,
+        bucket_width: int = 50,
+        static_group: int = 256,
+        static_batch_size: int = 16,
+        bucket_batch_sizes: Sequence[int] = ...,
+        recompute: str = "continue",
         enable_prefix_caching: bool = True,
         seed: int = 0,
     ) -> None: ...
@@ -89,6 +103,18 @@ class EngineConfig:
     num_kv_blocks: int
     kv_cache_bytes: int
     scheduling_policy: str
+    admission: str
+    safety: float
+    kv_watermark: float
+    max_pause: int
+    preempt_limit: int
+    promote_after: float | None
+    promote_per_token: float | None
+    bucket_width: int
+    static_group: int
+    static_batch_size: int
+    bucket_batch_sizes: list[int]
+    recompute: str
     enable_prefix_caching: bool
     seed: int
     def validate(self) -> None: ...
@@ -138,13 +164,32 @@ class CollectiveStats:
     bytes: int
     wire_bytes: int
 
+class LengthAccuracy:
+    count: int
+    mae: float
+    acc_50: float
+    acc_100: float
+    kendall_tau: float
+    q90_coverage: float
+
 class EngineStats:
     num_waiting: int
     num_running: int
     free_kv_blocks: int
     num_steps: int
+    used_kv_blocks: int
+    promised_kv_blocks: int
+    forecast_kv_blocks: int
+    kv_forecast_error: float
     num_preemptions: int
+    evicted_for_decode: int
+    evicted_for_prefill: int
+    set_aside: int
+    paused_steps: int
+    num_promotions: int
     recomputed_tokens: int
+    effective_token_ratio: float
+    length_accuracy: LengthAccuracy
     prefix_hit_tokens: int
     prompt_tokens: int
     generated_tokens: int

@@ -80,6 +80,8 @@ class SamplingParams(_C.SamplingParams):
         skip_special_tokens: Leave special tokens out of the text.
         detokenize: Make text at all; False saves its time.
         priority: Higher runs earlier.
+        expected_tokens: > 0: a guess at the length of the answer, which scheduling prefers to any
+            prediction; None: no guess.
 
     Raises:
         ValueError: A value is out of range; the message names the field and the value.
@@ -115,6 +117,7 @@ class SamplingParams(_C.SamplingParams):
         skip_special_tokens: bool = True,
         detokenize: bool = True,
         priority: int = 0,
+        expected_tokens: float | None = None,
     ) -> None:
         """Check and store the parameters; see the class."""
         super().__init__()
@@ -136,6 +139,7 @@ class SamplingParams(_C.SamplingParams):
             "prompt_logprobs": prompt_logprobs,
             "prompt_logits": prompt_logits,
             "priority": priority,
+            "expected_tokens": expected_tokens,
         }
         assign_fields(self, native, native)
         self.stop = [stop] if isinstance(stop, str) else list(stop or [])

@@ -79,6 +79,8 @@ std::vector<RequestSpec> random_requests(std::mt19937& random, int count) {
     spec.params.max_tokens = 1 + below(40);
     spec.params.temperature = below(3) == 0 ? 0.0f : 0.9f;
     spec.params.seed = random();
+    // Beliefs have no say in what is generated, right or wrong.
+    if (i % 3 != 0) spec.params.expected_tokens = static_cast<float>(1 + i * 7 % 60);
     spec.params.n = below(4) == 0 ? 3 : 1;
     if (below(2) == 0) spec.params.top_p = 0.8f;
     if (below(3) == 0) spec.params.top_k = 5;
@@ -120,13 +122,24 @@ void expect_invariance(test::TinyConfig tiny, const std::string& dtype) {
   struct Trial {
     int threads, seats, budget, block_size, blocks;
     bool prefix_caching, trickle;
+    const char* policy = "fcfs";
+    const char* admission = "prompt";
+    const char* recompute = "continue";
   };
   for (const Trial& trial :
        {Trial{1, 64, 512, 16, 38, false, false},  // preempts
         Trial{2, 64, 33, 16, 38, true, true},     // preempts and shares
         Trial{3, 7, 100, 32, 20, true, false}, Trial{2, 2, 5, 16, 64, true, false},
         Trial{1, 64, 1, 16, 200, true, true},  // token by token
-        Trial{2, 64, 512, 64, 64, false, true}}) {
+        Trial{2, 64, 512, 64, 64, false, true, "fcfs", "peak"},
+        Trial{1, 64, 512, 16, 38, true, true, "hrrn", "peak"},
+        Trial{2, 64, 512, 16, 38, false, false, "length_bucket"},
+        Trial{1, 6, 512, 16, 38, true, true, "longest_tail", "peak"},
+        Trial{2, 64, 512, 16, 38, true, true, "sjf", "prompt"},
+        Trial{1, 64, 512, 16, 100, true, false, "sjf", "max_tokens"},
+        Trial{2, 64, 512, 16, 38, true, true, "static", "prompt"},
+        Trial{1, 64, 512, 16, 100, false, false, "static_bucket", "prompt"},
+        Trial{2, 64, 100, 16, 100, true, true, "static_bucket", "prompt", "restart"}}) {
     EngineConfig config;
     config.model = model.path();
     config.dtype = dtype;
@@ -136,9 +149,17 @@ void expect_invariance(test::TinyConfig tiny, const std::string& dtype) {
     config.block_size = trial.block_size;
     config.num_kv_blocks = trial.blocks;
     config.enable_prefix_caching = trial.prefix_caching;
+    config.scheduling_policy = trial.policy;
+    config.admission = trial.admission;
+    config.recompute = trial.recompute;
+    config.bucket_width = 10;  // so that some outlive their bucket
+    config.max_pause = trial.trickle ? 2 : 0;
     Engine engine(config);
     EXPECT_EQ(run(engine, requests, trial.trickle), expected)
-        << "budget " << trial.budget << " " << dtype;
+        << "budget " << trial.budget << " " << dtype << " " << trial.policy;
+    if (trial.policy == std::string("static_bucket")) {
+      EXPECT_GT(engine.stats().set_aside, 0) << trial.recompute;
+    }
     preemptions += engine.stats().num_preemptions;
     prefix_hits += engine.stats().prefix_hit_tokens;
   }

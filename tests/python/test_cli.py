@@ -270,6 +270,11 @@ def test_argument_errors(
             'scheduling_policy="lifo"',
             ("generate", tiny_model, "--prompt", "x", "--scheduling-policy", "lifo"),
         ),
+        (
+            'admission="all"',
+            ("generate", tiny_model, "--prompt", "x", "--admission", "all"),
+        ),
+        ("promote_after", ("generate", tiny_model, "--prompt", "x", "--promote-after", "nan")),
         ("num_threads", ("generate", tiny_model, "--prompt", "x", "--num-threads", "-3")),
         ("cannot read", ("eval", tiny_model, "--text", tmp_path / "none")),
         ("not UTF-8", ("eval", tiny_model, "--text", tmp_path / "latin")),

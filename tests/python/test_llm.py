@@ -158,6 +158,17 @@ def test_unknown_engine_argument(tiny_model: Path) -> None:
         ("dtype", 16, TypeError),
         ("device", "tpu", ValueError),
         ("scheduling_policy", "random", ValueError),
+        ("admission", "all", ValueError),
+        ("safety", 1.5, ValueError),
+        ("kv_watermark", 1.0, ValueError),
+        ("max_pause", -1, ValueError),
+        ("preempt_limit", -1, ValueError),
+        ("promote_after", -1.5, ValueError),
+        ("promote_per_token", "soon", TypeError),
+        ("bucket_width", 0, ValueError),
+        ("static_group", 0, ValueError),
+        ("static_batch_size", 0, ValueError),
+        ("recompute", "never", ValueError),
         ("tensor_parallel_plan", "magic", ValueError),
     ],
 )
@@ -166,6 +177,39 @@ def test_bad_engine_argument(
 ) -> None:
     with pytest.raises(error, match=rf"{name}.*{value}"):
         LLM(tiny_model, **{name: value})
+
+
+def test_policies_give_the_same_answers_and_report_themselves(tiny_model: Path) -> None:
+    prompts = [{"prompt_token_ids": [1 + i, 5, 9]} for i in range(24)]
+    params = [
+        SamplingParams(
+            max_tokens=8 + i,
+            temperature=0,
+            ignore_eos=True,
+            expected_tokens=7 + i,
+            detokenize=False,
+        )
+        for i in range(24)
+    ]
+    answers = []
+    for policy in ("fcfs", "hrrn", "length_bucket", "longest_tail", "sjf", "static_bucket"):
+        small = LLM(
+            tiny_model, num_kv_blocks=9, max_num_seqs=6, scheduling_policy=policy, promote_after=30
+        )
+        outputs = small.generate(prompts, params)
+        answers.append([output.outputs[0].token_ids for output in outputs])
+        stats = small.stats
+        accuracy = stats.length_accuracy
+        assert (accuracy.count, accuracy.mae, accuracy.acc_50) == (24, 1.0, 1.0)
+        assert accuracy.kendall_tau == 1.0
+        assert stats.forecast_kv_blocks > 0
+        assert 0 < stats.effective_token_ratio <= 1
+        assert stats.num_preemptions == stats.evicted_for_decode + stats.evicted_for_prefill
+        assert (stats.used_kv_blocks, stats.promised_kv_blocks, stats.num_waiting) == (0, 0, 0)
+    assert all(answer == answers[0] for answer in answers)
+    for bad in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected_tokens"):
+            SamplingParams(expected_tokens=bad)
 
 
 def test_missing_model(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ struct DEINFER_API SamplingParams {
   std::optional<int> prompt_logprobs;   // the same for every prompt token but the first
   bool prompt_logits = false;           // return fp32 logits of all prompt positions (large)
   int priority = 0;                     // higher runs earlier
+  std::optional<float> expected_tokens;  // > 0: the caller's guess at the length of the answer,
+                                         // which scheduling prefers to any prediction
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;

@@ -92,7 +92,21 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         ("--max-num-seqs", int, "most sequences in one batch (default: 256)"),
         ("--max-num-batched-tokens", int, "most tokens in one step (default: 512)"),
         ("--kv-cache-bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
-        ("--scheduling-policy", str, "order of the requests (default: fcfs)"),
+        (
+            "--scheduling-policy",
+            str,
+            "order of the requests: fcfs, hrrn, length_bucket, longest_tail, sjf, static or "
+            "static_bucket (default: fcfs)",
+        ),
+        (
+            "--admission",
+            str,
+            "KV memory that a request must find to start: peak (what all are expected to need), "
+            "prompt or max_tokens (default: peak)",
+        ),
+        ("--safety", float, "0 to 1: expected lengths from mean to 90%% quantile (default: 0)"),
+        ("--promote-after", float, "seconds of waiting after which a request goes first"),
+        ("--promote-per-token", float, "the same, for each token that is expected of it"),
     ):
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
 
@@ -139,6 +153,10 @@ _ENGINE = (
     "max_num_batched_tokens",
     "kv_cache_bytes",
     "scheduling_policy",
+    "admission",
+    "safety",
+    "promote_after",
+    "promote_per_token",
 )
 _SAMPLING = (
     "max_tokens",
