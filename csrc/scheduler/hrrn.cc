@@ -14,7 +14,7 @@ namespace {
 
 /// Added to every length, in mean answers: it bounds the advantage of the shortest, at whose cost
 /// the longest would wait half as long again.
-constexpr double kRatioOffset = 0.25;
+constexpr double kRatioOffset = 0.3;
 /// Lengths in a bucket differ by at most a factor of 2^(1/4).
 constexpr int kBucketsPerOctave = 4;
 /// From 1 to 2^24 tokens, beyond which lengths share the last bucket.

@@ -115,7 +115,7 @@ TEST(PolicyProperties, StaticBatchesLoseNothingHoweverTheyAreRecomputed) {
       config.static_batches.bucket_batch_sizes = {4, 3};
       config.static_batches.restart_failures = seed % 2 == 0;
       const char* name = seed % 5 == 0 ? "static" : "static_bucket";
-      const Outcome outcome = play(trace, [&] { return make_policy(name, config); }, true);
+      const Outcome outcome = play(trace, [&] { return make_policy(name, config); }, false, true);
       if (HasFailure()) return;
       set_aside += outcome.stats.set_aside;
     }

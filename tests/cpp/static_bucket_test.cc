@@ -112,6 +112,7 @@ class Playback {
     config.num_blocks = num_blocks;
     config.enable_prefix_caching = false;
     config.admission = Admission::kPrompt;
+    config.watermark = 0.01;
     return config;
   }
 
