@@ -113,10 +113,11 @@ bool AdmissionController::pinned_fit(const Sequence& candidate) const {
 }
 
 int AdmissionController::shared_blocks(const Sequence& sequence) const {
+  const auto shared = [&](std::int32_t block) { return blocks_.reference_count(block) > 1; };
+  const std::vector<std::int32_t>& table = sequence.block_table;
+  if (sequence.computed_twice) return static_cast<int>(std::ranges::count_if(table, shared));
   // Whoever holds a block of a shared prefix holds those before it, so counts never rise.
-  const auto end = std::ranges::partition_point(
-      sequence.block_table, [&](std::int32_t block) { return blocks_.reference_count(block) > 1; });
-  return static_cast<int>(end - sequence.block_table.begin());
+  return static_cast<int>(std::ranges::partition_point(table, shared) - table.begin());
 }
 
 KvForecast::Item AdmissionController::item(const Sequence& sequence, std::int64_t pending,
@@ -149,36 +150,40 @@ void AdmissionController::forecast_running() {
   forecast_.sort();
 }
 
+int AdmissionController::lend_prefix(const BlockManager::PrefixMatch& match) {
+  lent_.clear();
+  int held = 0;
+  const Sequence* holder = nullptr;
+  for (std::size_t i = match.blocks.size(); i-- > 0;) {
+    const std::int32_t block = match.blocks[i];
+    const int holders = blocks_.reference_count(block);
+    if (holders > 0) ++held;
+    if (holders != 1) continue;
+    const auto holds = [&](const Sequence* sequence) {
+      return sequence->block_table.size() > i && sequence->block_table[i] == block;
+    };
+    if (holder == nullptr || !holds(holder)) {  // mostly one sequence holds them all
+      holder = *std::ranges::find_if(running_, holds);
+      lent_.emplace_back(holder->id, 0);
+    }
+    ++lent_.back().second;
+  }
+  for (const auto& [owner, blocks] : lent_) forecast_.share(owner, blocks);
+  return held;
+}
+
 bool AdmissionController::peak_fits(const Sequence& candidate,
                                     const BlockManager::PrefixMatch& match) {
   if (!history_.known() && !candidate.expected_length.known()) return true;
   if (!forecast_done_) forecast_running();
-  // Of the candidate's prefix, some blocks are shared already and one sequence holds some alone,
-  // which would be shared then, too; nobody holds the rest.
-  const auto held_by_more_than = [&](int others) {
-    const auto end = std::ranges::partition_point(
-        match.blocks, [&](std::int32_t block) { return blocks_.reference_count(block) > others; });
-    return static_cast<int>(end - match.blocks.begin());
-  };
-  const int held = held_by_more_than(0);
-  const int newly_shared = held - held_by_more_than(1);
-  SequenceId holder = 0;
-  if (newly_shared > 0) {
-    const auto last = static_cast<std::size_t>(held - 1);
-    const auto found = std::ranges::find_if(running_, [&](const Sequence* sequence) {
-      return sequence->block_table.size() > last &&
-             sequence->block_table[last] == match.blocks[last];
-    });
-    holder = (*found)->id;
-    forecast_.share(holder, newly_shared);
-  }
+  const int held = lend_prefix(match);
   const std::int64_t matched = static_cast<std::int64_t>(match.blocks.size()) * config_.block_size;
   candidate_ = item(candidate, pending_ + candidate.length() - matched, held);
   const std::int64_t peak = forecast_.peak_with(candidate_);
   double limit = config_.num_blocks;
   if (!graph_pads_a_seat()) limit *= 1.0 - config_.watermark;
   if (static_cast<double>(peak) > limit) {
-    if (newly_shared > 0) forecast_.share(holder, -newly_shared);
+    for (const auto& [holder, blocks] : lent_) forecast_.share(holder, -blocks);
     return false;
   }
   forecast_blocks_ = peak;

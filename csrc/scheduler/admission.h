@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
+#include <vector>
 
 #include "scheduler/block_manager.h"
 #include "scheduler/kv_forecast.h"
@@ -67,6 +69,9 @@ class AdmissionController {
   /// `pending`: prompt tokens to be computed until its first token, others' included.
   KvForecast::Item item(const Sequence& sequence, std::int64_t pending, int shared) const;
   void forecast_running();
+  /// Lets the forecast see those blocks as shared that the match would take from a single holder;
+  /// the result is how many matched blocks anyone holds.
+  int lend_prefix(const BlockManager::PrefixMatch& match);
   bool graph_pads_a_seat() const;
 
   const SchedulerConfig& config_;
@@ -78,7 +83,8 @@ class AdmissionController {
   std::int64_t pending_ = 0;  // prompt tokens that running sequences have not computed
   bool forecast_done_ = false;
   KvForecast forecast_;
-  KvForecast::Item candidate_;  // that has_room() looked at last
+  KvForecast::Item candidate_;                    // that has_room() looked at last
+  std::vector<std::pair<SequenceId, int>> lent_;  // blocks by holder
   std::int64_t forecast_blocks_ = 0;
 };
 

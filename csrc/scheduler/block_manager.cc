@@ -84,10 +84,11 @@ void BlockManager::register_computed(Sequence& sequence, int num_tokens) {
     const std::span<const TokenId> tokens = block_tokens(sequence, index);
     const std::uint64_t hash = block_hash(sequence.prefix_node, tokens);
     std::int32_t block = find(sequence.prefix_node, tokens, hash);
-    if (block ==
-        kNone) {  // else another sequence computed the same: its block stays the shared one
+    if (block == kNone) {
       block = sequence.block_table[index];
       insert(block, sequence.prefix_node, tokens, hash);
+    } else {  // another sequence computed the same: its block stays the shared one
+      sequence.computed_twice = true;
     }
     sequence.prefix_node = at(block).node;
   }
@@ -102,6 +103,7 @@ void BlockManager::release(Sequence& sequence) {
   sequence.block_table.clear();
   sequence.num_computed = 0;
   sequence.num_registered = 0;
+  sequence.computed_twice = false;
   sequence.prefix_node = 0;
 }
 

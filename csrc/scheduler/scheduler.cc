@@ -56,6 +56,7 @@ void Scheduler::add(Sequence sequence) {
   sequence.pause = 0;
   sequence.max_computed = 0;
   sequence.num_registered = 0;
+  sequence.computed_twice = false;
   sequence.prefix_node = 0;
   sequence.promoted = false;
   sequence.admission_mean = 0.0f;

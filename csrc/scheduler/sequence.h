@@ -36,6 +36,7 @@ struct Sequence {
   int pause = 0;                          // steps that it has been waiting for a block
   int max_computed = 0;                   // highest num_computed before a preemption
   int num_registered = 0;                 // leading blocks that are known to the prefix cache
+  bool computed_twice = false;            // holds blocks that the prefix cache has elsewhere, too
   std::uint64_t prefix_node = 0;          // the prefix cache's name for those blocks' content
   bool promoted = false;          // waited too long: goes before others of its priority, by arrival
   std::int64_t promotion_us = 0;  // when that happens; only of waiting sequences

@@ -160,7 +160,7 @@ def test_unknown_engine_argument(tiny_model: Path) -> None:
         ("scheduling_policy", "random", ValueError),
         ("admission", "all", ValueError),
         ("safety", 1.5, ValueError),
-        ("kv_watermark", 1.0, ValueError),
+        ("kv_watermark", 1.5, ValueError),
         ("max_pause", -1, ValueError),
         ("preempt_limit", -1, ValueError),
         ("promote_after", -1.5, ValueError),
