@@ -50,6 +50,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "group_create": (c_void_p, [c_int, c_size_t]),
     "group_destroy": (None, [c_void_p]),
     "all_reduce": (c_int, [c_void_p, c_size_t, c_int, POINTER(c_double)]),
+    "schedule": (
+        c_char_p,
+        [c_char_p, c_int, POINTER(c_double), POINTER(c_int), POINTER(c_int), c_int]
+        + 2 * [POINTER(c_float)]
+        + 3 * [POINTER(c_double)],
+    ),
+    "schedule_soak": (c_char_p, [c_char_p, c_int, c_int]),
 }
 
 
@@ -79,7 +86,7 @@ def _library() -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def _call(name: str, *arguments: Any) -> Any:
+def call(name: str, *arguments: Any) -> Any:
     """The result of a native function; RuntimeError with its message when it failed."""
     result = _library()[name](*arguments)
     restype = _SIGNATURES[name][0]
@@ -90,19 +97,19 @@ def _call(name: str, *arguments: Any) -> Any:
 
 def isa() -> str:
     """The instruction set of the kernels."""
-    return str(_call("isa").decode())
+    return str(call("isa").decode())
 
 
 def instruction() -> str:
     """The instruction by which they multiply bf16, whose rate Peak measures."""
-    return str(_call("instruction").decode())
+    return str(call("instruction").decode())
 
 
 class _Handle:
     """Owner of a native object of one kind ("team", ...)."""
 
     def __init__(self, kind: str, *arguments: Any) -> None:
-        self.handle = c_void_p(_call(f"{kind}_create", *arguments))
+        self.handle = c_void_p(call(f"{kind}_create", *arguments))
         weakref.finalize(self, _library()[f"{kind}_destroy"], self.handle)
 
 
@@ -130,7 +137,7 @@ class Stream(_Handle):
     def run(self, team: Team, calls: int) -> list[float]:
         times = (c_double * calls)()
         size = self.slice_bytes(team)
-        _call("stream", team.handle, self.handle, size, self.next, calls, times)
+        call("stream", team.handle, self.handle, size, self.next, calls, times)
         self.next += calls
         return [time * 1e-9 for time in times]
 
@@ -148,14 +155,14 @@ class Peak:
     """
 
     def __init__(self, team: Team, flops: float) -> None:
-        per_iteration = float(_call("peak_flops")) * team.threads
+        per_iteration = float(call("peak_flops")) * team.threads
         self.team = team
         self.iterations = max(MIN_PEAK_ITERATIONS, round(flops / per_iteration))
         self.flops = self.iterations * per_iteration
 
     def run(self, calls: int) -> list[float]:
         times = (c_double * calls)()
-        _call("peak", self.team.handle, self.iterations, calls, times)
+        call("peak", self.team.handle, self.iterations, calls, times)
         return [time * 1e-9 for time in times]
 
 
@@ -185,13 +192,13 @@ class Linear(_Handle):
     @property
     def bytes(self) -> float:
         """Bytes of the weights as stored, scales included, padding not."""
-        return float(_call("linear_bytes", self.handle))
+        return float(call("linear_bytes", self.handle))
 
     def unpack(self) -> tuple[torch.Tensor, ...]:
         """The stored weights as fp32, shaped as they were given."""
         weights = tuple(torch.empty(shape, dtype=torch.float32) for shape in self.shapes)
         pointers = [ctypes.cast(weight.data_ptr(), POINTER(c_float)) for weight in weights]
-        _call("linear_unpack", self.handle, pointers[0], pointers[-1])
+        call("linear_unpack", self.handle, pointers[0], pointers[-1])
         return weights
 
 
@@ -213,7 +220,7 @@ class Rotation:
         self.next += calls
         handles = (c_void_p * calls)(*[self.linears[turn].handle.value for turn in turns])
         times = (c_double * calls)()
-        _call("run", self.team.handle, self.workspace.handle, handles, calls, times)
+        call("run", self.team.handle, self.workspace.handle, handles, calls, times)
         return [time * 1e-9 for time in times]
 
     def once(self) -> torch.Tensor:
@@ -222,7 +229,7 @@ class Rotation:
         output = torch.empty(self.shape, dtype=torch.float32)
         ctypes.memmove(
             output.data_ptr(),
-            _call("workspace_output", self.workspace.handle),
+            call("workspace_output", self.workspace.handle),
             output.numel() * output.element_size(),
         )
         return output
@@ -237,5 +244,5 @@ class LocalRanks(_Handle):
     def all_reduce(self, floats: int, calls: int) -> list[float]:
         """Sums so many floats over the ranks."""
         times = (c_double * calls)()
-        _call("all_reduce", self.handle, floats, calls, times)
+        call("all_reduce", self.handle, floats, calls, times)
         return [time * 1e-9 for time in times]

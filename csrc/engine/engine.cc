@@ -120,6 +120,12 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   promotion.per_token_s = config.promote_per_token.value_or(promotion.per_token_s);
   PolicyConfig policy_config;
   policy_config.bucket_width = config.bucket_width;
+  StaticBatchConfig& batches = policy_config.static_batches;
+  batches.group = config.static_group;
+  batches.batch_size = config.static_batch_size;
+  batches.bucket_tokens = config.bucket_width;
+  batches.bucket_batch_sizes = config.bucket_batch_sizes;
+  batches.restart_failures = config.recompute == "restart";
   scheduler = std::make_unique<Scheduler>(scheduler_config,
                                           make_policy(config.scheduling_policy, policy_config));
   for (int i = 0; i < threads; ++i)
@@ -277,8 +283,13 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     auto [request, index] = owners.at(item.sequence->id);
     SampleResult& result = results[sampled.size()];
     int count = item.sequence->num_generated() + 1;
-    FinishReason reason = request->finish_reason(result.token, count);
+    Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
+    // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
+    bool again = count <= progress.num_reported;
+    FinishReason reason = again ? FinishReason::kNone : request->finish_reason(result.token, count);
     sampled.push_back({item.sequence->id, result.token, reason != FinishReason::kNone});
+    if (again) continue;
+    progress.num_reported = count;
     RequestOutput& output = output_of(request->id());
     if (request->wants_prompt_rows(index)) request->report_prompt(output);
     SequenceOutput& sample = output.outputs.emplace_back();

@@ -56,6 +56,14 @@ void EngineConfig::validate() const {
   check_wait("promote_after", promote_after);
   check_wait("promote_per_token", promote_per_token);
   check_argument(bucket_width >= 1, "bucket_width must be at least 1, got ", bucket_width);
+  check_argument(static_group >= 1, "static_group must be at least 1, got ", static_group);
+  check_argument(static_batch_size >= 1, "static_batch_size must be at least 1, got ",
+                 static_batch_size);
+  for (const int size : bucket_batch_sizes) {
+    check_argument(size >= 1, "bucket_batch_sizes must be at least 1, got ", size);
+  }
+  check_argument(recompute == "continue" || recompute == "restart",
+                 "recompute must be continue or restart, got ", recompute);
 }
 
 }  // namespace deinfer

@@ -64,6 +64,7 @@ class Request {
   // Per sample; kept by the engine.
   struct Sample {
     SequenceId sequence = 0;
+    int num_reported = 0;  // generated tokens; a policy may have a sample generate them again
     bool ended = false;
     std::vector<float> state_sum;     // [layers, hidden] of the rows that sampled; see HiddenStates
     std::vector<float> length_prior;  // what the length head keeps between its stages

@@ -31,7 +31,7 @@ int AdmissionController::remaining(const Sequence& sequence) const {
   const double safety = config_.safety;
   double tokens = 0.0;
   if (own.known()) {
-    tokens = own.mean_remaining(generated);
+    tokens = own.quantile_remaining(LengthHistory::stratum(sequence.id), generated);
     if (safety > 0.0) {
       tokens += safety * std::max(0.0, own.quantile_remaining(0.9, generated) - tokens);
     }

@@ -15,9 +15,10 @@ namespace deinfer {
 
 /// Keeps what earlier answers say about lengths and decides how much room a sequence must find.
 ///
-/// An expected length is the sequence's own distribution where it is known; else the history gives
-/// each sequence a fixed part of its distribution (LengthHistory::stratum), so that many together
-/// end as differently as real ones do. Whoever outlives its expectation gets the history's
+/// An expected length comes from the sequence's own distribution where it is known, else from the
+/// history. Each sequence stands for a fixed part of its distribution (LengthHistory::stratum), so
+/// that many together end as differently as real ones do; with everyone's mean they would all be
+/// expected to hold their KV at once. Whoever outlives its expectation gets the history's
 /// conditional mean, and at least two blocks. While nothing is known about a sequence, nor enough
 /// answers have ended, it is admitted if its known tokens fit.
 class AdmissionController {

@@ -12,6 +12,9 @@
 namespace deinfer {
 namespace {
 
+/// Added to every length, in mean answers: it bounds the advantage of the shortest, at whose cost
+/// the longest would wait half as long again.
+constexpr double kRatioOffset = 0.3;
 /// Lengths in a bucket differ by at most a factor of 2^(1/4).
 constexpr int kBucketsPerOctave = 4;
 /// From 1 to 2^24 tokens, beyond which lengths share the last bucket.
@@ -57,7 +60,8 @@ class HrrnPolicy final : public SchedulingPolicy {
     const auto compare = [&](const Fifo& fifo, bool known) {
       if (fifo.empty()) return;
       Sequence* head = *fifo.begin();
-      const double length = known ? head->expected_remaining : std::max(context.prior_length, 1.0f);
+      const double own = known ? head->expected_remaining : std::max(context.prior_length, 1.0f);
+      const double length = own + kRatioOffset * context.prior_length;
       const double waited = static_cast<double>(context.now_us - head->arrival_us);
       const double ratio = std::max(waited, 0.0) / length;
       if (best == nullptr || ratio > best_ratio ||

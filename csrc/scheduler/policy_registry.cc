@@ -12,6 +12,8 @@ std::unique_ptr<SchedulingPolicy> make_hrrn_policy(const PolicyConfig&);
 std::unique_ptr<SchedulingPolicy> make_length_bucket_policy(const PolicyConfig&);
 std::unique_ptr<SchedulingPolicy> make_longest_tail_policy(const PolicyConfig&);
 std::unique_ptr<SchedulingPolicy> make_sjf_policy(const PolicyConfig&);
+std::unique_ptr<SchedulingPolicy> make_static_policy(const PolicyConfig&);
+std::unique_ptr<SchedulingPolicy> make_static_bucket_policy(const PolicyConfig&);
 
 namespace {
 
@@ -30,6 +32,8 @@ constexpr PolicyEntry kPolicies[] = {
     {"length_bucket", make_length_bucket_policy, kAfterAMinute},
     {"longest_tail", make_longest_tail_policy, kAfterAMinute},
     {"sjf", make_sjf_policy, kAfterAMinute},
+    {"static", make_static_policy, {}},  // batches follow each other by arrival
+    {"static_bucket", make_static_bucket_policy, {}},
 };
 
 const PolicyEntry& find_policy(std::string_view name) {
@@ -52,6 +56,7 @@ void PolicyConfig::validate() const {
   }
   check_argument(tail_factor >= 0.0 && std::isfinite(tail_factor),
                  "tail_factor must be a finite number >= 0, got ", tail_factor);
+  static_batches.validate();
 }
 
 std::unique_ptr<SchedulingPolicy> make_policy(std::string_view name, const PolicyConfig& config) {

@@ -38,7 +38,7 @@ Sequence& Scheduler::choose_victim() {
   return *victim;
 }
 
-void Scheduler::preempt(Sequence& sequence) {
+void Scheduler::preempt(Sequence& sequence, bool restart) {
   const auto item = std::ranges::find(batch_.items, &sequence, &ScheduledSequence::sequence);
   if (item != batch_.items.end()) {
     budget_ += item->num_tokens;
@@ -47,6 +47,10 @@ void Scheduler::preempt(Sequence& sequence) {
   }
   sequence.max_computed = std::max(sequence.max_computed, sequence.num_computed);
   blocks_.release(sequence);
+  if (restart) {
+    totals_.generated_tokens -= sequence.num_generated();
+    sequence.tokens.resize(static_cast<std::size_t>(sequence.prompt_length));
+  }
   ++sequence.preemptions;
   sequence.pause = 0;
   ++totals_.num_preemptions;

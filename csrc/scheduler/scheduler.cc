@@ -11,10 +11,6 @@
 namespace deinfer {
 namespace {
 
-/// A preempted sequence comes back only when the running ones and itself could then generate so
-/// many tokens each: without it they would take turns at preempting each other.
-constexpr std::int64_t kReadmissionSteps = 8;
-
 /// Batches show sequences read-only to the engine; the scheduler owns them.
 Sequence& owned(const ScheduledSequence& item) { return const_cast<Sequence&>(*item.sequence); }
 
@@ -150,7 +146,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
            ", which does not run");
     }
     ++totals_.set_aside;
-    preempt(*sequence);
+    preempt(*sequence, policy_->set_aside_restarts());
   }
   promote_waiting();
 
@@ -227,7 +223,7 @@ std::int64_t Scheduler::admission_reserve(const Sequence& sequence) const {
   if (running_.empty()) return 0;  // alone, every sequence that was accepted fits
   if (sequence.preemptions == 0) return watermark_blocks_;
   const auto sharers = static_cast<std::int64_t>(running_.size()) + 1;
-  return watermark_blocks_ + blocks_.blocks_for(kReadmissionSteps * sharers);
+  return watermark_blocks_ + blocks_.blocks_for(config_.readmission_steps * sharers);
 }
 
 bool Scheduler::try_admit(Sequence& sequence) {

@@ -55,7 +55,9 @@ class EventLog;
 /// of admission with what is left of the token budget; then it admits waiting ones. Since admission
 /// spends only what all the running ones left over, these are never more than the budget has
 /// tokens, and so neither decodes nor prefills starve. When blocks run out a running sequence is
-/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. The running
+/// preempted: it keeps its tokens, loses its KV and waits with its old arrival. (A policy may
+/// have what it sets aside start again from the prompt; its tokens are then sampled a second time,
+/// and the caller must see to it that they are the same and are reported once.) The running
 /// sequence that comes first by priority, promotion and arrival is never preempted for another, so
 /// that one always gets done. Nor is one that was evicted `preempt_limit` times before: it comes
 /// back when it can never again lack a block.
@@ -109,7 +111,7 @@ class Scheduler {
   const Sequence* protected_sequence() const;
   bool may_pause(Sequence& sequence);
   Sequence& choose_victim();
-  void preempt(Sequence& sequence);
+  void preempt(Sequence& sequence, bool restart = false);
   void retire(Sequence& sequence, bool ended);
   void compare_forecast();
   SchedulingContext context(std::span<Sequence* const> running) const;

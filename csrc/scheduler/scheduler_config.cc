@@ -35,6 +35,7 @@ void SchedulerConfig::validate() const {
   at_least("history_window", history_window, 1);
   duration("promotion.after_s", promotion.after_s);
   duration("promotion.per_token_s", promotion.per_token_s);
+  at_least("readmission_steps", readmission_steps, 0);
   at_least("max_pause", max_pause, 0);
   at_least("preempt_limit", preempt_limit, 0);
   for (std::size_t i = 0; i < graph_sizes.size(); ++i) {

@@ -34,6 +34,9 @@ struct SchedulerConfig {
   double safety = 0.0;       // [0, 1]: lengths for admission between their mean and 90 % quantile
   int history_window = 512;  // ended answers whose lengths are remembered, >= 1
   Promotion promotion;
+  // Tokens that each running sequence must have room to generate before a preempted one comes back;
+  // with 0, they take turns at preempting each other.
+  int readmission_steps = 8;
   // Steps that a running sequence without a block for its next token pauses, keeping its KV, before
   // another is evicted for it; >= 0. Answers end all the time, so most find a block.
   int max_pause = 8;

@@ -10,6 +10,7 @@
 #include "scheduler/block_manager.h"
 #include "scheduler/scheduler_config.h"
 #include "scheduler/sequence.h"
+#include "scheduler/static_batch_config.h"
 
 namespace deinfer {
 
@@ -30,7 +31,8 @@ struct PolicyConfig {
   std::vector<int> bucket_edges = {};
   int bucket_width = 50;
   // longest_tail: longest first once fewer wait than this many times max_num_seqs.
-  double tail_factor = 1.5;
+  double tail_factor = 4.0;
+  StaticBatchConfig static_batches;  // static_bucket; static: its batch_size only
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;
@@ -65,6 +67,8 @@ class SchedulingPolicy {
   /// A running sequence to preempt although it could run, or null. Asked before every step until
   /// the answer is null: for policies that collect overrunning sequences or that favour short ones.
   virtual Sequence* set_aside(const SchedulingContext&) { return nullptr; }
+  /// Whether what is set aside starts again from its prompt, its generated tokens forgotten.
+  virtual bool set_aside_restarts() const { return false; }
 };
 
 /// The policy of that name. Throws Error(kInvalidArgument) listing the known ones.

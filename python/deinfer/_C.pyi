@@ -83,6 +83,10 @@ class EngineConfig:
         promote_after: float | None = None,
         promote_per_token: float | None = None,
         bucket_width: int = 50,
+        static_group: int = 256,
+        static_batch_size: int = 16,
+        bucket_batch_sizes: Sequence[int] = ...,
+        recompute: str = "continue",
         enable_prefix_caching: bool = True,
         hidden_state_layers: Sequence[int] = (),
         length_predictor: str = "",
@@ -111,6 +115,10 @@ class EngineConfig:
     promote_after: float | None
     promote_per_token: float | None
     bucket_width: int
+    static_group: int
+    static_batch_size: int
+    bucket_batch_sizes: list[int]
+    recompute: str
     enable_prefix_caching: bool
     hidden_state_layers: list[int]
     length_predictor: str

@@ -124,6 +124,7 @@ void expect_invariance(test::TinyConfig tiny, const std::string& dtype) {
     bool prefix_caching, trickle;
     const char* policy = "fcfs";
     const char* admission = "prompt";
+    const char* recompute = "continue";
   };
   for (const Trial& trial :
        {Trial{1, 64, 512, 16, 38, false, false},  // preempts
@@ -135,7 +136,10 @@ void expect_invariance(test::TinyConfig tiny, const std::string& dtype) {
         Trial{2, 64, 512, 16, 38, false, false, "length_bucket"},
         Trial{1, 6, 512, 16, 38, true, true, "longest_tail", "peak"},
         Trial{2, 64, 512, 16, 38, true, true, "sjf", "prompt"},
-        Trial{1, 64, 512, 16, 100, true, false, "sjf", "max_tokens"}}) {
+        Trial{1, 64, 512, 16, 100, true, false, "sjf", "max_tokens"},
+        Trial{2, 64, 512, 16, 38, true, true, "static", "prompt"},
+        Trial{1, 64, 512, 16, 100, false, false, "static_bucket", "prompt"},
+        Trial{2, 64, 100, 16, 100, true, true, "static_bucket", "prompt", "restart"}}) {
     EngineConfig config;
     config.model = model.path();
     config.dtype = dtype;
@@ -147,6 +151,8 @@ void expect_invariance(test::TinyConfig tiny, const std::string& dtype) {
     config.enable_prefix_caching = trial.prefix_caching;
     config.scheduling_policy = trial.policy;
     config.admission = trial.admission;
+    config.recompute = trial.recompute;
+    config.bucket_width = 10;  // so that some outlive their bucket
     config.max_pause = trial.trickle ? 2 : 0;
     Engine engine(config);
     EXPECT_EQ(run(engine, requests, trial.trickle), expected)
@@ -210,6 +216,42 @@ TEST_P(EngineInvariance, GreedyTokensDoNotDependOnWhetherLogitsAreAskedFor) {
 
 INSTANTIATE_TEST_SUITE_P(Isas, EngineInvariance,
                          testing::Values("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"));
+
+/// Every sequence outlives its bucket; what it generates a second time is not reported again.
+TEST(EngineStaticBatches, RecomputedSamplesReportEveryTokenOnce) {
+  test::TinyModel model;
+  std::vector<RequestSpec> requests(20);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    requests[i].prompt = {static_cast<TokenId>(i + 1), 5, 9};
+    requests[i].params.max_tokens = 20 + static_cast<int>(i % 5);
+    requests[i].params.ignore_eos = true;
+    requests[i].params.temperature = 0.9f;
+    requests[i].params.seed = i;
+    requests[i].params.logprobs = 2;
+    requests[i].params.expected_tokens = 4.0f;
+  }
+  EngineConfig config;
+  config.model = model.path();
+  config.num_threads = 1;
+  config.num_kv_blocks = 100;
+  Engine plain(config);
+  const Answers expected = run(plain, requests, false);
+  std::int64_t steps = -7;
+  config.scheduling_policy = "static_bucket";
+  config.bucket_width = 7;
+  config.enable_prefix_caching = false;
+  for (const char* recompute : {"continue", "restart"}) {
+    config.recompute = recompute;
+    Engine engine(config);
+    EXPECT_EQ(run(engine, requests, false), expected) << recompute;
+    const EngineStats stats = engine.stats();
+    EXPECT_EQ(stats.set_aside, 20) << recompute;
+    EXPECT_EQ(stats.generated_tokens, plain.stats().generated_tokens) << recompute;
+    EXPECT_EQ(stats.recomputed_tokens, 20 * (3 + 6)) << recompute;
+    EXPECT_GE(stats.num_steps, steps + 7) << recompute << " after continue";
+    steps = stats.num_steps;
+  }
+}
 
 }  // namespace
 }  // namespace deinfer

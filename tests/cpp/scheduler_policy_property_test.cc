@@ -101,6 +101,28 @@ TEST(PolicyProperties, WithoutPredictionsEveryPolicyIsFirstComeFirstServed) {
   }
 }
 
+TEST(PolicyProperties, StaticBatchesLoseNothingHoweverTheyAreRecomputed) {
+  std::int64_t set_aside = 0;
+  unsigned seed = 50'000;
+  for (const auto& [belief, predict] : kPredictors) {
+    for (int round = 0; round < 20; ++round, ++seed) {
+      SCOPED_TRACE(str("static_bucket", Admission::kPrompt, belief, seed));
+      const Trace trace = predicted_trace(seed, predict);
+      PolicyConfig config;
+      config.static_batches.group = 1 + static_cast<int>(seed % 20);
+      config.static_batches.batch_size = 1 + static_cast<int>(seed % 7);
+      config.static_batches.bucket_tokens = static_cast<int>(seed % 3) * 5;
+      config.static_batches.bucket_batch_sizes = {4, 3};
+      config.static_batches.restart_failures = seed % 2 == 0;
+      const char* name = seed % 5 == 0 ? "static" : "static_bucket";
+      const Outcome outcome = play(trace, [&] { return make_policy(name, config); }, false, true);
+      if (HasFailure()) return;
+      set_aside += outcome.stats.set_aside;
+    }
+  }
+  EXPECT_GT(set_aside, 100);
+}
+
 TEST(PolicyProperties, ALogReplaysToTheSameBatches) {
   unsigned seed = 30'000;
   for (const char* name : kPolicies) {

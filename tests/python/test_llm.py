@@ -166,6 +166,9 @@ def test_unknown_engine_argument(tiny_model: Path) -> None:
         ("promote_after", -1.5, ValueError),
         ("promote_per_token", "soon", TypeError),
         ("bucket_width", 0, ValueError),
+        ("static_group", 0, ValueError),
+        ("static_batch_size", 0, ValueError),
+        ("recompute", "never", ValueError),
         ("tensor_parallel_plan", "magic", ValueError),
     ],
 )
@@ -189,7 +192,7 @@ def test_policies_give_the_same_answers_and_report_themselves(tiny_model: Path) 
         for i in range(24)
     ]
     answers = []
-    for policy in ("fcfs", "hrrn", "length_bucket", "longest_tail", "sjf"):
+    for policy in ("fcfs", "hrrn", "length_bucket", "longest_tail", "sjf", "static_bucket"):
         small = LLM(
             tiny_model, num_kv_blocks=9, max_num_seqs=6, scheduling_policy=policy, promote_after=30
         )

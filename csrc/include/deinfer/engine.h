@@ -44,7 +44,8 @@ struct DEINFER_API EngineConfig {
   int block_size = 16;                     // tokens per KV block, a multiple of 16
   std::int64_t num_kv_blocks = 0;          // 0: from kv_cache_bytes
   std::uint64_t kv_cache_bytes = 0;        // 0: a quarter of the memory available after loading
-  std::string scheduling_policy = "fcfs";  // "fcfs", "hrrn", "length_bucket", "longest_tail", "sjf"
+  std::string scheduling_policy = "fcfs";  // "fcfs", "hrrn", "length_bucket", "longest_tail",
+                                           // "sjf", "static", "static_bucket"
   std::string admission = "peak";  // what a waiting sequence must find room for: "peak" of the
                                    // future KV of all that run, by expected lengths; "prompt": its
                                    // known tokens; "max_tokens": all that anyone may ever need
@@ -55,7 +56,13 @@ struct DEINFER_API EngineConfig {
   std::optional<double> promote_after;      // seconds of waiting after which a sequence goes first;
                                             // 0: never; empty: as the policy needs it
   std::optional<double> promote_per_token;  // the same, per expected token
-  int bucket_width = 50;                    // expected tokens, of length_bucket
+  int bucket_width = 50;                    // expected tokens, of length_bucket and static_bucket
+  // Static batches, which nothing joins: "static" by arrival, "static_bucket" by expected length.
+  int static_group = 256;      // sequences that are sorted into buckets together
+  int static_batch_size = 16;  // by arrival, beyond the buckets below, and of those that outlived
+                               // their bucket, which run again at the end of their group:
+  std::vector<int> bucket_batch_sizes = {256, 128, 64, 32};  // of the shortest buckets
+  std::string recompute = "continue";  // after the tokens that they have; "restart": all again
   bool enable_prefix_caching = true;
   std::vector<int> hidden_state_layers;  // that requests may ask for, numbered as transformers
                                          // does: 0 enters the first block, i leaves block i, the

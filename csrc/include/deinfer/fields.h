@@ -63,6 +63,10 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("promote_after", &T::promote_after);
   visitor("promote_per_token", &T::promote_per_token);
   visitor("bucket_width", &T::bucket_width);
+  visitor("static_group", &T::static_group);
+  visitor("static_batch_size", &T::static_batch_size);
+  visitor("bucket_batch_sizes", &T::bucket_batch_sizes);
+  visitor("recompute", &T::recompute);
   visitor("enable_prefix_caching", &T::enable_prefix_caching);
   visitor("hidden_state_layers", &T::hidden_state_layers);
   visitor("length_predictor", &T::length_predictor);

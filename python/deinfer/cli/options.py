@@ -100,7 +100,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         (
             "--scheduling-policy",
             str,
-            "order of the requests: fcfs, hrrn, length_bucket, longest_tail or sjf (default: fcfs)",
+            "order of the requests: fcfs, hrrn, length_bucket, longest_tail, sjf, static or "
+            "static_bucket (default: fcfs)",
         ),
         (
             "--admission",
