@@ -32,7 +32,7 @@ struct PolicyConfig {
   int bucket_width = 50;
   // longest_tail: longest first once fewer wait than this many times max_num_seqs.
   double tail_factor = 4.0;
-  StaticBatchConfig static_batches;  // static_bucket; static: its batch_size only
+  StaticBatchConfig static_batches{};  // static_bucket; static: its batch_size only
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;

@@ -85,7 +85,7 @@ class EngineConfig:
         bucket_width: int = 50,
         static_group: int = 256,
         static_batch_size: int = 16,
-        bucket_batch_sizes: Sequence[int] = ...,
+        bucket_batch_sizes: Sequence[int] = [256, 128, 64, 32],
         recompute: str = "continue",
         enable_prefix_caching: bool = True,
         hidden_state_layers: Sequence[int] = (),
