@@ -62,7 +62,7 @@ cmake -S examples/cpp -B "$work/example" -G Ninja -Ddeinfer_DIR="$config" >"$wor
 cmake --build "$work/example"
 "$work/example/generate" "$model" --max-tokens 4 1,2,3
 
-if [ -e "$(dirname "$config")/../../../libdeinfer_torch.so" ]; then
+if [ -e "$config/../../../libdeinfer_torch.so" ]; then
   echo "--- the wheel's torch ops, by the torch that they were built with"
   site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
   (cd "$work/empty" && PYTHONPATH=$site "$python" - "$site") <<'PYTHON'
