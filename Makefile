@@ -92,4 +92,4 @@ asan ubsan tsan: build
 	ctest --preset $@
 
 clean:
-	rm -rf build python/deinfer/_C*.so python/*.egg-info
+	rm -rf build python/deinfer/*.so python/*.egg-info

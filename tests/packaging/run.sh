@@ -61,3 +61,19 @@ config=$(installed python -m deinfer --cmake-dir)
 cmake -S examples/cpp -B "$work/example" -G Ninja -Ddeinfer_DIR="$config" >"$work/example.log"
 cmake --build "$work/example"
 "$work/example/generate" "$model" --max-tokens 4 1,2,3
+
+if [ -e "$config/../../../libdeinfer_torch.so" ]; then
+  echo "--- the wheel's torch ops, by the torch that they were built with"
+  site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+  (cd "$work/empty" && PYTHONPATH=$site "$python" - "$site") <<'PYTHON'
+import sys
+
+import torch
+
+import deinfer
+
+assert deinfer.__file__.startswith(sys.argv[1]), deinfer.__file__
+x, v, u = torch.randn(3, 8), torch.randn(4, 8), torch.randn(6, 4)
+torch.testing.assert_close(deinfer.torch_ops.lowrank_linear(x, v, u), x @ v.T @ u.T)
+PYTHON
+fi

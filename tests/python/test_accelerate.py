@@ -16,7 +16,7 @@ import deinfer  # noqa: E402
 from checkpoints import write_model  # noqa: E402
 from deinfer.decompose.reference import load_reference  # noqa: E402
 from deinfer.nn import InnerFactor, LowRankLinear, OuterFactor, accelerate  # noqa: E402
-from smollm2 import chat_prompts, needs_model, write_decomposed  # noqa: E402
+from smollm2 import MODEL, chat_prompts, needs_model, write_decomposed  # noqa: E402
 
 RANKS = {"q_proj": 24, "o_proj": 13, "gate_proj": 40, "down_proj": 21}
 
@@ -265,7 +265,9 @@ def test_compiled_model(tiny: Any) -> None:
 
 @needs_model
 def test_smollm2_says_the_same(tmp_path: Path) -> None:
-    path = write_decomposed(tmp_path / "keep0.8", keep=0.8)
+    path = MODEL.with_name(f"{MODEL.name}-keep0.8")  # of `make demo`
+    if not (path / "config.json").is_file():
+        path = write_decomposed(tmp_path / "decomposed", keep=None)
     prompts = chat_prompts(["What is the capital of France?", "Count to ten."])
     ours = load_reference(path)
     for layout in ("ours", "svd_llm", "asvd"):
