@@ -60,7 +60,7 @@ SETTINGS = {
     "kv": Setting(
         32,
         2048,
-        ("fcfs prompt", "fcfs", "fcfs resample", "fcfs oracle", "fcfs max_tokens"),
+        ("fcfs eager", "fcfs", "fcfs resample", "fcfs oracle", "fcfs max_tokens"),
     ),
 }
 # What a variant is for: throughput, or the mean latency.
@@ -72,7 +72,9 @@ def variant_options(name: str) -> tuple[dict[str, Any], str]:
     policy, _, rest = name.partition(" ")
     options: dict[str, Any] = {"policy": policy}
     predictor = ""
-    if rest in ("prompt", "max_tokens"):
+    if rest == "eager":  # whatever prompt fits, and evictions at once
+        options.update(admission="prompt", max_pause=0, preempt_limit=0)
+    elif rest == "max_tokens":
         options["admission"] = rest
     else:
         predictor = rest

@@ -14,6 +14,10 @@ namespace {
 void pack_matrix(const TeamMember& member, const TensorView& source, cpu::PackedMatrix& packed) {
   auto [first, last] = member.share(packed.num_panels());
   cpu::pack_rows(source, {}, first, last, packed);
+  if (member.id() != 0) return;
+  // What lies before the next matrix: equal weights have equal bytes.
+  const std::size_t bytes = packed.data.size();
+  std::memset(packed.data.as<std::byte>() + bytes, 0, packed_aligned(bytes) - bytes);
 }
 
 void check_input(const TensorView& x, const PackedLinears& linears, int count) {

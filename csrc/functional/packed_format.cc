@@ -7,13 +7,8 @@
 namespace deinfer {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
 // Sizes of six such matrices add up without overflow.
 constexpr std::int64_t kMostRows = std::int64_t{1} << 28;
-
-std::size_t aligned(std::size_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
 
 std::size_t bias_bytes(int n) {
   constexpr auto kRows = static_cast<std::size_t>(cpu::kPanelRows);
@@ -47,7 +42,7 @@ cpu::PackedMatrix view_at(DType dtype, int n, int k, int panel_rows, const std::
   cpu::PackedMatrix matrix = cpu::packed_shape(dtype, n, k, panel_rows);
   std::size_t bytes = matrix.panel_bytes();
   if (memory != nullptr) matrix.data = Buffer::borrow(memory + offset, bytes);
-  offset += aligned(bytes);
+  offset += packed_aligned(bytes);
   return matrix;
 }
 
@@ -111,7 +106,7 @@ std::size_t lay_out(const PackedHeader& header, const void* memory, LinearGroup&
     }
     if (from.has_bias == 0) continue;
     if (bytes != nullptr) linear.bias = Buffer::borrow(bytes + offset, bias_bytes(from.n));
-    offset += aligned(bias_bytes(from.n));
+    offset += packed_aligned(bias_bytes(from.n));
   }
   check_argument(memory == nullptr || offset == header.bytes,
                  "the header of packed linears has shapes of ", offset, " bytes, and says ",
@@ -120,8 +115,8 @@ std::size_t lay_out(const PackedHeader& header, const void* memory, LinearGroup&
 }
 
 void check_aligned(const void* memory) {
-  check_argument(reinterpret_cast<std::uintptr_t>(memory) % kAlignment == 0,
-                 "packed linears must lie at a multiple of ", kAlignment, " bytes, not at ",
+  check_argument(reinterpret_cast<std::uintptr_t>(memory) % kPackedAlignment == 0,
+                 "packed linears must lie at a multiple of ", kPackedAlignment, " bytes, not at ",
                  memory);
 }
 

@@ -35,6 +35,10 @@ struct PackedHeader {
   std::uint32_t checksum = 0;  // of what stands before
 };
 inline constexpr std::size_t kPackedHeaderBytes = 128;
+inline constexpr std::size_t kPackedAlignment = 64;
+constexpr std::size_t packed_aligned(std::size_t bytes) {
+  return (bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
+}
 static_assert(sizeof(PackedHeader) <= kPackedHeaderBytes);
 
 /// The linears that lie behind a header, in borrowed memory.

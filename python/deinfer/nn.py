@@ -196,7 +196,7 @@ def accelerate(model: Any) -> Any:
     first runs without gradients, and take as much memory as the factors.
 
     Args:
-        model: The model; it is changed in place.
+        model: The model, on the CPU; it is changed in place.
 
     Returns:
         The model.

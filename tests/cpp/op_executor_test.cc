@@ -101,6 +101,22 @@ TEST(OpExecutorTest, PackedBytesMayBeMoved) {
   EXPECT_NE(out[0][0].bits, 0);
 }
 
+TEST(OpExecutorTest, EqualWeightsHaveEqualBytes) {
+  OpExecutor ops;
+  Random random(5);
+  Matrix v(random, 3, 6);
+  Matrix u(random, 5, 3);
+  Matrix bias(random, 1, 5);
+  const LinearWeights weights{v.view(), u.view(), bias.view()};
+  const std::size_t bytes = packed_bytes({&weights, 1}, DType::kBFloat16);
+  Buffer memory[2] = {Buffer(bytes), Buffer(bytes)};
+  for (int i = 0; i < 2; ++i) {
+    std::memset(memory[i].as<void>(), i == 0 ? 0x11 : 0x77, bytes);
+    ops.pack({&weights, 1}, DType::kBFloat16, memory[i].as<void>(), bytes, 1);
+  }
+  EXPECT_TRUE(same_bits(memory[0].as<char>(), memory[1].as<char>(), bytes));
+}
+
 TEST(OpExecutorTest, HeadersThatLieAreRefused) {
   OpExecutor ops;
   Random random(3);

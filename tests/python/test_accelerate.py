@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("deinfer.torch_ops", reason="built without torch's custom ops")
+pytest.importorskip("deinfer.torch_ops", reason="built without torch ops", exc_type=ImportError)
 
 import deinfer  # noqa: E402
 from checkpoints import write_model  # noqa: E402

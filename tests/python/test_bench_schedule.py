@@ -46,10 +46,8 @@ def test_no_cost_is_negative() -> None:
 
 def test_variants_name_policy_admission_and_predictor() -> None:
     assert schedule_real.variant_options("fcfs") == ({"policy": "fcfs"}, "")
-    assert schedule_real.variant_options("fcfs prompt") == (
-        {"policy": "fcfs", "admission": "prompt"},
-        "",
-    )
+    eager = {"policy": "fcfs", "admission": "prompt", "max_pause": 0, "preempt_limit": 0}
+    assert schedule_real.variant_options("fcfs eager") == (eager, "")
     assert schedule_real.variant_options("sjf oracle") == ({"policy": "sjf"}, "oracle")
 
 
@@ -73,13 +71,13 @@ def predicted(**runs: tuple[float, float]) -> dict:
 def test_gains_are_compared_within_sessions_with_their_share_and_sign() -> None:
     simulated = {
         "slots": predicted(fcfs=(10, 5), sjf_oracle=(10, 2.5), static=(20, 10)),
-        "kv": predicted(fcfs_prompt=(10, 5), fcfs=(9.9, 5), fcfs_oracle=(8, 5)),
+        "kv": predicted(fcfs_eager=(10, 5), fcfs=(9.9, 5), fcfs_oracle=(8, 5)),
     }
     measured = [
         # Half as fast a machine, for both.
         session("slots", fcfs=(20, 10), sjf_oracle=(20, 5.6), static=(30, 20)),
         session("slots", fcfs=(10, 5), sjf_oracle=(10, 2.8)),
-        session("kv", fcfs_prompt=(10, 5), fcfs=(10.5, 5), fcfs_oracle=(9.5, 5)),
+        session("kv", fcfs_eager=(10, 5), fcfs=(10.5, 5), fcfs_oracle=(9.5, 5)),
         session("kv", fcfs=(10.5, 5)),  # nothing to compare with
     ]
     rows, checks = schedule_real.compare(measured, simulated)
@@ -90,13 +88,13 @@ def test_gains_are_compared_within_sessions_with_their_share_and_sign() -> None:
     assert set(judged) == {
         "slots: sjf oracle / fcfs",
         "slots: static / fcfs",
-        "kv: fcfs oracle / fcfs prompt",  # fcfs: too small a gain to be judged
+        "kv: fcfs oracle / fcfs eager",  # fcfs: too small a gain to be judged
     }
     assert judged["slots: sjf oracle / fcfs"].target == pytest.approx(1.7)
     assert judged["slots: sjf oracle / fcfs"].ok
     loss = judged["slots: static / fcfs"]
     assert loss.target == pytest.approx(0.65) and not loss.at_least and not loss.ok
-    assert not judged["kv: fcfs oracle / fcfs prompt"].ok
+    assert not judged["kv: fcfs oracle / fcfs eager"].ok
 
 
 def test_targets_are_ratios_of_means() -> None:

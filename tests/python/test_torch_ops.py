@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("deinfer.torch_ops", reason="built without torch's custom ops")
+pytest.importorskip("deinfer.torch_ops", reason="built without torch ops", exc_type=ImportError)
 
 from deinfer import torch_ops  # noqa: E402
 
