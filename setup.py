@@ -1,6 +1,7 @@
 """Builds deinfer._C and libdeinfer by driving CMake; everything else is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,18 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Build the one extension into its place in the package."""
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        package = target.parent
         python = f"-DPython_EXECUTABLE={sys.executable}"
         if self.editable_mode or self.inplace:
             build = ROOT / "build" / "cpu"
-            output = f"-DDEINFER_PYTHON_OUTPUT_DIR={ROOT / 'python' / 'deinfer'}"
+            source = ROOT / "python" / "deinfer"
+            output = f"-DDEINFER_PYTHON_OUTPUT_DIR={source}"
             run("cmake", "--preset", "cpu", "-B", build, output, python)
             run("cmake", "--build", build, "--target", "deinfer_python")
+            if package != source:  # where setuptools looks for what it has asked for
+                package.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source / target.name, target)
             return
         if reused := os.environ.get("DEINFER_BUILD_DIR"):
             build = Path(reused).resolve()
