@@ -18,7 +18,10 @@ if ldd "$library" | grep -Ei 'torch|python'; then
   exit 1
 fi
 
-for cc in gcc clang; do
+compilers=(gcc clang)
+# One compiler's sanitizer cannot look into what another has instrumented.
+[ -n "$flags" ] && compilers=(gcc)
+for cc in "${compilers[@]}"; do
   compiler=${cc/gcc/g}
   compiler=${compiler}++
   if ! command -v "$compiler" >/dev/null; then
