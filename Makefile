@@ -69,7 +69,7 @@ consumer: build
 
 # Wheel and source distribution, and what their users do first.
 packages: build
-	bash tests/packaging/run.sh $(PY) build/cpu
+	bash tests/packaging/run.sh $(abspath $(PY)) build/cpu
 
 # --- checks -----------------------------------------------------------------------------------------
 lint: $(VENV)/.ready
