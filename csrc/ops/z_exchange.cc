@@ -87,8 +87,10 @@ void ZExchange::receive(const Tile& tile, int chunk) {
   } else {
     sum(tile, chunk);
   }
+  if (chunk == 0) {  // with its last column a linear reads its padding, which may be in any chunk
+    for (const Inner& inner : inners()) clear(inner, tile.u_tokens, inner.rank());
+  }
   if (chunk + 1 < chunks()) return ctx_.member.barrier();
-  for (const Inner& inner : inners()) clear(inner, tile.u_tokens, inner.rank());
   // All at once, as every chunk needs the statistics of the first.
   ctx_.exchange.finish(ctx_.member, tile.tickets[0], chunks());
 }
