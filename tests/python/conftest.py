@@ -174,3 +174,31 @@ def llm(tiny_model: Path) -> Any:
     from deinfer import LLM
 
     return LLM(tiny_model, num_threads=1, kv_cache_bytes=16 << 20)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "llm" in request.fixturenames:
+        shared = request.getfixturevalue("llm")
+        assert not shared._requests
+        assert not shared._engine.has_unfinished_requests()
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Tiny matrices are fastest on one thread, above all on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied tiny Llama in bfloat16, for the decomposer."""
+    from decompose_helpers import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("models") / "dense")

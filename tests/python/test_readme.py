@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deinfer import LLM, SamplingParams
@@ -42,3 +43,17 @@ def test_scheduling(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> Non
     preemptions, tau = capsys.readouterr().out.split()
     assert preemptions == "0"
     assert -1.0 <= float(tau) <= 1.0
+
+
+def test_torch() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("deinfer.torch_ops", reason="built without torch ops", exc_type=ImportError)
+    names: dict[str, Any] = {}
+    exec(python_example("deinfer.accelerate"), names)
+    assert names["y"].shape == (4, 32)
+    # And these are the model's and the layer's own factors.
+    first, second = names["model"]
+    with torch.no_grad():
+        z = torch.randn(2, 64)
+        expected = z @ first.weight.T @ second.weight.T + second.bias
+        torch.testing.assert_close(names["model"](z), expected)

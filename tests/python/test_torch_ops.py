@@ -1,10 +1,7 @@
-"""torch.ops.deinfer against float64, and everything that torch asks of a custom op."""
+"""torch.ops.deinfer against float64: values, bad input, paged attention."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,34 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("deinfer.torch_ops", reason="built without torch ops", exc_type=ImportError)
 
 from deinfer import torch_ops  # noqa: E402
-
-DTYPES = [torch.float32, torch.bfloat16]
-# Of results that are sums of some hundred products of about 1: rounding of z and of the output.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 4e-3, torch.float64: 1e-12}
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(dtype)
-
-
-def factors(n: int, k: int, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return randn(r, k, dtype=dtype, scale=k**-0.5), randn(n, r, dtype=dtype, scale=r**-0.5)
-
-
-def exact(x: Tensor, v: Tensor | None, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = x.double() if v is None else x.double() @ v.double().T
-    y = y @ u.double().T
-    return y if bias is None else y + bias.double()
-
-
-def assert_near(actual: Tensor, expected: Tensor) -> None:
-    error = (actual.double() - expected).abs() / (1 + expected.abs())
-    assert error.max() < TOLERANCE[actual.dtype]
+from torch_helpers import DTYPES, TOLERANCE, Paged, assert_near, exact, factors, randn  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -206,62 +180,6 @@ def test_bad_input_is_named(name: str) -> None:
 # --- paged attention ------------------------------------------------------------------------------
 
 
-class Paged:
-    """Sequences with random K and V, scattered over a cache."""
-
-    def __init__(
-        self,
-        lengths: list[int],
-        queries: list[int],
-        *,
-        heads: int = 6,
-        kv_heads: int = 2,
-        head_dim: int = 20,
-        block_size: int = 32,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        blocks = [-(-length // block_size) for length in lengths]
-        self.caches = torch_ops.new_kv_cache(
-            sum(blocks) + 3, kv_heads, head_dim, block_size=block_size, dtype=dtype
-        )
-        order = torch.randperm(sum(blocks) + 3, dtype=torch.int32)
-        self.table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-        self.k, self.v = [], []
-        for s, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
-            self.table[s, :count], order = order[:count], order[count:]
-            k, v = (randn(length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
-            places = torch.arange(length)
-            slots = self.table[s].long()[places // block_size] * block_size + places % block_size
-            torch_ops.kv_cache_write(k, v, *self.caches, slots)
-            self.k.append(k)
-            self.v.append(v)
-        self.lengths = torch.tensor(lengths, dtype=torch.int32)
-        self.starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.q = randn(sum(queries), heads, head_dim, dtype=dtype)
-        self.scale = head_dim**-0.5
-
-    def arguments(self, window: int = 0) -> tuple[Any, ...]:
-        return (
-            self.q, *self.caches, self.table, self.starts, self.lengths, self.scale, window
-        )  # fmt: skip
-
-    def exact(self, window: int = 0) -> Tensor:
-        outs = []
-        group = self.q.shape[1] // self.k[0].shape[1]
-        for s, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
-            q = self.q[self.starts[s] : self.starts[s + 1]].double()
-            k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
-            position = torch.arange(len(k))
-            row = position[len(k) - len(q) :, None]
-            visible = position <= row
-            if window:
-                visible &= position > row - window
-            scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
-            weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-            outs.append(torch.einsum("hqk,khd->qhd", weights, v))
-        return torch.cat(outs)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 40])
 def test_paged_attention_of_prefill_and_decode(dtype: torch.dtype, window: int) -> None:
@@ -304,192 +222,3 @@ def test_bad_slots_are_named() -> None:
         torch_ops.kv_cache_write(randn(1, 1, 8), randn(1, 1, 8), k, v, torch.tensor([32]))
     with pytest.raises(ValueError, match="got 24"):
         torch_ops.new_kv_cache(1, 1, 8, block_size=24)
-
-
-# --- what torch asks of an op ---------------------------------------------------------------------
-
-
-def _calls(dtype: torch.dtype, *, grad: bool = False) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Every op with arguments that it takes."""
-    k, n = 10, 12
-
-    def leaf(*shape: int) -> Tensor:
-        return (torch.randn(*shape, dtype=torch.float64) / 3).to(dtype).requires_grad_(grad)
-
-    x, v, u, w, bias = leaf(3, k), leaf(4, k), leaf(n, 4), leaf(n, k), leaf(n)
-    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "lowrank_linear": (torch_ops.lowrank_linear, (x, v, u, bias)),
-        "lowrank_linear without bias": (torch_ops.lowrank_linear, (x, v, u)),
-        "lowrank_gated_mlp": (torch_ops.lowrank_gated_mlp, (x, v, u, None, w, None, bias)),
-        "lowrank_qkv": (torch_ops.lowrank_qkv, (x, v, u, None, w, v, u, bias, None, None)),
-    }
-    if grad:
-        return calls
-    one = torch_ops.lowrank_pack([v], [u], [bias])
-    two = torch_ops.lowrank_pack([v, None], [u, w], [None, bias])
-    three = torch_ops.lowrank_pack([v, None, v], [u, w, u], [bias, None, None])
-    paged = Paged([40, 30], [2, 1], dtype=dtype)
-    key = randn(2, 2, 20, dtype=dtype)
-    slots = torch.tensor([3, 17])
-    return calls | {
-        "lowrank_pack": (torch_ops.lowrank_pack, ([v, None], [u, w], [bias, None])),
-        "lowrank_linear_packed": (torch_ops.lowrank_linear_packed, (x, one, n)),
-        "lowrank_gated_mlp_packed": (torch_ops.lowrank_gated_mlp_packed, (x, two, n)),
-        "lowrank_qkv_packed": (torch_ops.lowrank_qkv_packed, (x, three, n, n, n)),
-        "kv_cache_write": (torch_ops.kv_cache_write, (key, key.clone(), *paged.caches, slots)),
-        "paged_attention": (torch_ops.paged_attention, paged.arguments()),
-    }
-
-
-CALLS = list(_calls(torch.float32))
-GRADIENTS = list(_calls(torch.float64, grad=True))
-
-
-def test_every_op_is_checked() -> None:
-    ops = {name for name in torch_ops.__all__ if name != "new_kv_cache"}
-    assert {name.split()[0] for name in CALLS} == ops
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    op, arguments = _calls(dtype)[name]
-    torch.library.opcheck(op, arguments)
-
-
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_opcheck_with_gradients(name: str) -> None:
-    op, arguments = _calls(torch.float32, grad=True)[name]
-    torch.library.opcheck(op, arguments, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_gradcheck(name: str) -> None:
-    op, arguments = _calls(torch.float64, grad=True)[name]
-    assert torch.autograd.gradcheck(op, arguments)
-
-
-def test_gradients_by_the_kernels() -> None:
-    (v, u), x, bias = factors(12, 10, 4, torch.float32), randn(2, 3, 10), randn(12)
-    leaves = [t.requires_grad_() for t in (x, v, u, bias)]
-    torch_ops.lowrank_linear(*leaves).square().sum().backward()
-    actual = [t.grad for t in leaves]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    exact(*doubles).square().sum().backward()
-    for a, b in zip(actual, doubles, strict=True):
-        assert torch.allclose(a.double(), b.grad, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_compiled_equals_eager(name: str) -> None:
-    torch._dynamo.reset()
-    op, arguments = _calls(torch.float32)[name]
-    compiled = torch.compile(lambda *args: op(*args), fullgraph=True)
-    expected, actual = op(*arguments), compiled(*arguments)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-def test_compiled_for_any_batch() -> None:
-    torch._dynamo.reset()
-    v, u = factors(12, 10, 4, torch.float32)
-    packed = torch_ops.lowrank_pack([v], [u], [None])
-    compilations = 0
-
-    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
-        nonlocal compilations
-        compilations += 1
-        return graph
-
-    def f(x: Tensor) -> Tensor:
-        y = torch_ops.lowrank_linear(x.relu(), v, u) + 1
-        return y + torch_ops.lowrank_linear_packed(x, packed, 12)
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
-    for m in (2, 5, 64):
-        x = randn(m, 10)
-        assert torch.equal(compiled(x), f(x))
-    assert compilations == 1
-
-
-def test_mutation_survives_compilation() -> None:
-    torch._dynamo.reset()
-    caches = torch_ops.new_kv_cache(2, 1, 8, dtype=torch.float32)
-    k, slots = randn(1, 1, 8), torch.tensor([17])
-
-    def f() -> Tensor:
-        torch_ops.kv_cache_write(k, k, *caches, slots)
-        return caches[1].sum() * 1
-
-    out = torch.compile(f, fullgraph=True)()
-    torch.testing.assert_close(out, k.sum())
-    assert torch.equal(caches[1][1, 0, 1], k[0, 0])
-
-
-def test_autocast() -> None:
-    (v, u), x = factors(12, 10, 4, torch.float32), randn(3, 10)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = torch_ops.lowrank_linear(x, v, u)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, torch_ops.lowrank_linear(x.bfloat16(), v.bfloat16(), u.bfloat16()))
-
-
-# --- the library ----------------------------------------------------------------------------------
-
-# Versions of the symbols of glibc, libstdc++ and libgcc.
-RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$|^(_ITM_\w+|__gmon_start__)$")
-DEINFER = re.compile(r"^_ZNK?7deinfer4v\d+_\d+")
-
-
-def test_library_needs_the_stable_abi_only() -> None:
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(torch_ops._LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    symbols = {line.split()[-1] for line in listing.splitlines()}
-    include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
-    # What these declare is torch's stable interface; nothing else of torch may be needed.
-    shims = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
-    stable = set(re.findall(r"\w+", " ".join((include / name).read_text() for name in shims)))
-    of_torch = {s for s in symbols if re.match(r"(aoti_)?torch_", s)}
-    assert len(of_torch) > 20
-    assert not sorted(of_torch - stable)
-    others = symbols - of_torch
-    assert not sorted(s for s in others if not RUNTIME.search(s) and not DEINFER.match(s))
-
-
-def test_import_deinfer_does_not_import_torch() -> None:
-    code = "import deinfer, sys; assert 'torch' not in sys.modules; deinfer.nn; deinfer.torch_ops"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    code = """
-import os, torch
-from deinfer import torch_ops
-v, u, x = torch.randn(512, 1024), torch.randn(1024, 512), torch.randn(4, 1024)
-torch.set_num_threads(2)
-wanted = torch_ops.lowrank_linear(x, v, u)
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(torch_ops.lowrank_linear(x, v, u), wanted) else 1)
-assert os.waitpid(child, 0)[1] == 0
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_readme_example() -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (code,) = [example for example in examples if "deinfer.accelerate" in example]
-    assert len(code.splitlines()) < 15
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["y"].shape == (4, 32)
-    # And these are the model's and the layer's own factors.
-    first, second = names["model"]
-    with torch.no_grad():
-        z = torch.randn(2, 64)
-        expected = z @ first.weight.T @ second.weight.T + second.bias
-        torch.testing.assert_close(names["model"](z), expected)
