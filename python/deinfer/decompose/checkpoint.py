@@ -143,16 +143,48 @@ def write_checkpoint(
     tensors = read_tensors(source)
     for name, pair in factors.items():
         _replace(tensors, name, pair)
-    base_type = config["model_type"]
-    config["model_type"] = f"lowrank_{base_type}"
-    config["architectures"] = [f"LowRank{ARCHITECTURES[base_type].name}ForCausalLM"]
-    config["low_rank"] = {
-        "version": FORMAT_VERSION,
-        "base_model_type": base_type,
-        **low_rank,
-        "ranks": {name: pair.u.shape[1] for name, pair in factors.items()},
-    }
+    ranks = {name: pair.u.shape[1] for name, pair in factors.items()}
+    config = low_rank_config(config, ranks, low_rank)
     write_like(source, Path(destination), config, tensors, overwrite=overwrite)
+
+
+def low_rank_config(
+    config: Mapping[str, Any], ranks: Mapping[str, int], low_rank: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make the config.json of the decomposed copy of a dense checkpoint.
+
+    Args:
+        config: Of the dense checkpoint.
+        ranks: Rank by module name; what is absent stays dense.
+        low_rank: What the `low_rank` object says besides version, base_model_type and ranks.
+
+    Returns:
+        A new config with a `model_type` of its own.
+    """
+    base_type = config["model_type"]
+    return {
+        **config,
+        "model_type": f"lowrank_{base_type}",
+        "architectures": [f"LowRank{ARCHITECTURES[base_type].name}ForCausalLM"],
+        "low_rank": {
+            "version": FORMAT_VERSION,
+            "base_model_type": base_type,
+            **low_rank,
+            "ranks": dict(ranks),
+        },
+    }
+
+
+def copy_side_files(source: Path, destination: Path) -> None:
+    """Copy what belongs to a checkpoint besides config and tensors: tokenizer, chat template.
+
+    Args:
+        source: Checkpoint directory.
+        destination: Directory that exists.
+    """
+    for file in _SIDE_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, destination / file)
 
 
 def write_like(
@@ -178,9 +210,7 @@ def write_like(
     with atomic_directory(destination, overwrite=overwrite) as temporary:
         text = json.dumps(config, indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        for file in _SIDE_FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, temporary / file)
+        copy_side_files(source, temporary)
         _write_tensors(temporary, tensors)
 
 
