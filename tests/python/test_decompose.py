@@ -12,26 +12,21 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import numpy as np  # noqa: E402
 from checkpoints import write_model  # noqa: E402
 from decompose_helpers import decompose, random_sampler, tiny_llama  # noqa: E402
 from deinfer.architectures import ARCHITECTURES  # noqa: E402
-from deinfer.decompose import decompose_model, load_reference  # noqa: E402
+from deinfer.decompose import load_reference  # noqa: E402
 from deinfer.decompose.calibration import (  # noqa: E402
     packaged_lines,
 )
 from deinfer.decompose.checkpoint import Factors, linear_names, read_config  # noqa: E402
-from deinfer.decompose.compensate import compensate, embed, run_block  # noqa: E402
 from deinfer.decompose.directory import atomic_directory  # noqa: E402
-from deinfer.decompose.factorize import factorize  # noqa: E402
-from deinfer.decompose.reference import replace_linears  # noqa: E402
-from deinfer.decompose.statistics import collect_moments  # noqa: E402
 from oracle import relative_error  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
-@pytest.mark.parametrize("method", ["two_sided", "whitening", "svd"])
+@pytest.mark.parametrize("method", ["two_sided", "whitened", "svd"])
 def test_round_trip(dense: Path, tmp_path: Path, method: str) -> None:
     report = decompose(dense, tmp_path / "low", keep=0.7, method=method)
     config = json.loads((tmp_path / "low/config.json").read_text())
@@ -82,52 +77,6 @@ def test_two_sided_predicts_less_loss_than_svd(dense: Path, tmp_path: Path) -> N
         decompose(dense, tmp_path / method, method=method, keep=0.8, calibration_tokens=1500)
         errors[method] = (load_reference(tmp_path / method)(ids).logits - want).norm().item()
     assert errors["two_sided"] < errors["svd"]
-
-
-def test_compensation_lowers_the_error(dense: Path) -> None:
-    """Fitting u to the model's own activations brings its hidden states closer to the dense."""
-    sequences = random_sampler(["x"] * 40)
-    model = load_reference(dense)
-    names = linear_names(read_config(dense))
-    linears = {name: model.get_submodule(name) for name in names}
-    moments = collect_moments(model, linears, sequences, progress=False)
-    factors = {
-        name: Factors(*factorize(layer.weight.detach(), moments[name]).factors(10))
-        for name, layer in linears.items()
-    }
-    kept = {name: pair.u.clone() for name, pair in factors.items()}
-    fitted = compensate(load_reference(dense), factors, sequences, progress=False)
-    errors = []
-    with torch.no_grad():
-        want = model(torch.tensor(sequences)).logits
-        for pairs in (factors, fitted):
-            low = load_reference(dense)
-            replace_linears(low, dict.fromkeys(pairs, 10), torch.float32)
-            for name, pair in pairs.items():
-                low.get_submodule(name).u.weight.copy_(pair.u)
-                low.get_submodule(name).v.weight.copy_(pair.v)
-            errors.append((low(torch.tensor(sequences)).logits - want).norm().item())
-    assert errors[1] < errors[0]
-    assert all(torch.equal(factors[name].u, u) for name, u in kept.items())
-
-
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_compensation_without_factors_is_the_dense_model(family: str, tmp_path: Path) -> None:
-    """The block-wise forward pass is the model's own."""
-    architecture = ARCHITECTURES[family]
-    model = load_reference(write_model(tmp_path / "dense", family=family))
-    sequences = random_sampler(["x"] * 3)
-    with torch.no_grad():
-        hidden, rotary = embed(model, sequences)
-        for block in model.get_submodule(architecture.layers):
-            hidden = run_block(
-                architecture, block, hidden, [24] * 3, rotary, lambda leaves, x: None
-            )
-        decoder = model.get_decoder()
-        norm = decoder.final_layer_norm if family == "opt" else decoder.norm
-        got = model.lm_head(norm(hidden))
-        want = model(torch.tensor(sequences)).logits.flatten(0, 1)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
@@ -254,34 +203,5 @@ def test_factors_must_fit(dense: Path, tmp_path: Path) -> None:
 
     name = linear_names(read_config(dense))[0]
     bad = Factors(torch.ones(48, 2), torch.ones(3, 48))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"q_proj\.v.*\(3, 48\) does not fit \(2, 48\)"):
         write_checkpoint(dense, tmp_path / "low", {name: bad}, {})
-
-
-def test_recovery_brings_the_factors_closer_to_the_dense_model(tmp_path: Path) -> None:
-    import deinfer.decompose.recover as recovery
-
-    source = tiny_llama(tmp_path / "dense")
-    sequences = [[int(t) for t in np.random.default_rng(i).integers(3, 90, 60)] for i in range(24)]
-
-    def sampler(prompts: list[str]) -> list[list[int]]:
-        return (sequences * (1 + len(prompts) // len(sequences)))[: len(prompts)]
-
-    def distance(path: Path) -> float:
-        ids = torch.tensor(sequences[:8])
-        with torch.no_grad():
-            dense = load_reference(source)(ids).logits.log_softmax(-1)
-            low = load_reference(path)(ids).logits.log_softmax(-1)
-        return float((dense.exp() * (dense - low)).sum(-1).mean())
-
-    options: Any = {"keep": 0.5, "rank_multiple": 4, "sampler": sampler, "progress": False}
-    options["calibration_tokens"] = 600
-    decompose_model(source, tmp_path / "plain", **options)
-    decompose_model(source, tmp_path / "recovered", recovery_steps=12, **options)
-    assert distance(tmp_path / "recovered") < 0.98 * distance(tmp_path / "plain")
-    written = json.loads((tmp_path / "recovered" / "config.json").read_text())["low_rank"]
-    assert written["recovery_steps"] == 12
-    with pytest.raises(ValueError, match="recovery steps 0"):
-        recovery.recover(None, None, sequences, steps=0)
-    with pytest.raises(ValueError, match="recovery_steps -1"):
-        decompose_model(source, tmp_path / "bad", recovery_steps=-1, **options)

@@ -7,7 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from deinfer.decompose import METHODS  # noqa: E402
 from deinfer.decompose.factorize import compact_moments, factorize, shrink  # noqa: E402
+from deinfer.decompose.method import INPUT_SHRINKAGE, OUTPUT_SHRINKAGE  # noqa: E402
+from deinfer.decompose.statistics import LayerStatistics  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -91,6 +94,40 @@ def test_shrinkage_equals_shrinking_the_full_moments(n: int, k: int) -> None:
     want = compact_moments(weight, full_a, full_b)
     torch.testing.assert_close(got.own, want.own)
     torch.testing.assert_close(got.seen, want.seen)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("tokens", [400, 7])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_methods_reach_the_optimum_of_their_objective(
+    n: int, k: int, tokens: int, name: str
+) -> None:
+    """The objectives as the methods' modules state them, with their shrinkage."""
+    weight, a, b = problem(n, k, tokens)
+    a_power, b_power = a.trace().item() / k, b.trace().item() / n
+    eye_a, eye_b = torch.eye(k, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    shrunk_a = (1 - INPUT_SHRINKAGE) * a + INPUT_SHRINKAGE * a_power * eye_a
+    shrunk_b = (1 - OUTPUT_SHRINKAGE) * b + OUTPUT_SHRINKAGE * b_power * eye_b
+    full_a, full_b = {
+        "svd": (a_power * eye_a, b_power * eye_b),
+        "whitened": (shrunk_a, b_power * eye_b),
+        "two_sided": (shrunk_a, shrunk_b),
+    }[name]
+    statistics = LayerStatistics(
+        inputs=a if n > k else weight @ a @ weight.T,
+        outputs=weight.T @ b @ weight if n > k else b,
+        input_power=a_power,
+        output_power=b_power,
+    )
+    spectrum = factorize(weight, METHODS[name].moments(weight, statistics))
+    left, right = root(full_b), root(full_a)
+    singular = torch.linalg.svdvals(left @ weight @ right)
+    scale = singular.square().sum().item()
+    for rank in (1, 5, 17, min(n, k)):
+        u, v = spectrum.factors(rank)
+        loss = (left @ (weight - u @ v) @ right).square().sum().item()
+        assert abs(loss - singular[rank:].square().sum().item()) <= 1e-9 * scale
+        assert abs(spectrum.energies[rank:].sum().item() - loss) <= 1e-9 * scale
 
 
 def test_factorize_names_what_is_wrong() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+RANKS = ("allocated", "uniform")
+"""How ranks can be distributed: by what they cost the loss, or the same share for every matrix."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,36 @@ def candidate_ranks(n: int, k: int, multiple: int) -> list[int]:
     return list(range(multiple, last + 1, multiple)) or list(range(1, last + 1))
 
 
+def least_keep(shapes: Iterable[tuple[int, int]], multiple: int) -> float:
+    """Say how little can be kept.
+
+    Args:
+        shapes: [n, k] of the matrices.
+        multiple: Rank granularity.
+
+    Returns:
+        Parameters at the smallest ranks / dense parameters.
+    """
+    least = total = 0
+    for n, k in shapes:
+        least += min([r * (n + k) for r in candidate_ranks(n, k, multiple)], default=n * k)
+        total += n * k
+    return least / total
+
+
+def choose_ranks(
+    candidates: Mapping[str, Candidate], keep: float, multiple: int, ranks: str
+) -> dict[str, int | None]:
+    """Distribute ranks in one of the ways of `RANKS`; see `allocate_ranks` and `uniform_ranks`."""
+    choose = {"allocated": allocate_ranks, "uniform": uniform_ranks}[ranks]
+    return choose(candidates, keep, multiple)
+
+
+def tail_loss(candidate: Candidate, rank: int | None) -> float:
+    """Sum up what a matrix loses at a rank (None: dense, nothing), in the unit of its energies."""
+    return 0.0 if rank is None else float(np.sum(np.asarray(candidate.energies)[rank:]))
+
+
 def allocate_ranks(
     candidates: Mapping[str, Candidate], keep: float, multiple: int
 ) -> dict[str, int | None]:
@@ -70,7 +103,8 @@ def allocate_ranks(
     """
     _require_keep(keep)
     options = {name: _options(c, multiple) for name, c in candidates.items()}
-    budget = int(keep * sum(c.n * c.k for c in candidates.values()))
+    # The last digits of a keep that stands for a whole number of parameters must not cost one.
+    budget = int(keep * sum(c.n * c.k for c in candidates.values()) * (1 + 1e-12))
     smallest = sum(int(cost[0]) for _, cost, _ in options.values())
     if budget < smallest:
         total = sum(c.n * c.k for c in candidates.values())

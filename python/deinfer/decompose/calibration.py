@@ -13,10 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from deinfer.decompose.texts import SEQUENCE_TOKENS
+
 Sampler = Callable[[list[str]], list[list[int]]]
 """Takes user prompts, returns one full token sequence each: chat prompt and sampled answer."""
 
-SEQUENCE_TOKENS = 512
 _ANSWER_TOKENS = 160  # shorter answers leave room for more prompts
 _PROSE_TOKENS = 256
 _TYPICAL_TOKENS = 180  # of a prompt and its answer, to guess how many are needed
@@ -40,7 +41,7 @@ class Calibration:
 
     Attributes:
         sequences: Token ids, at most `SEQUENCE_TOKENS` each.
-        source: What they are, for the checkpoint's config: "self-sampled" or "text".
+        source: What they are, for the checkpoint's config: "self-sampled" or the file's name.
     """
 
     sequences: list[list[int]]
@@ -147,39 +148,6 @@ def sample_calibration(sampler: Sampler, tokens: int, seed: int = 0) -> Calibrat
     if isinstance(sampler, PlainSampler) and wanted >= 2:
         sequences += _sample(sampler.continue_text, "calibration_openers.txt", wanted, seed)
     return Calibration(sequences, "self-sampled")
-
-
-def text_calibration(path: Path, model: Path, tokens: int) -> Calibration:
-    """Cut calibration sequences from a text file.
-
-    Args:
-        path: UTF-8 text.
-        model: Checkpoint directory whose tokenizer is used.
-        tokens: Tokens wanted; sequences are taken evenly over the file.
-
-    Returns:
-        Sequences of `SEQUENCE_TOKENS` tokens (the last may be shorter).
-
-    Raises:
-        ValueError: The file is missing, or has fewer tokens than wanted.
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(path).is_file():
-        raise ValueError(f"calibration_text {str(path)!r} is not a file")
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
-    text = Path(path).read_text(encoding="utf-8")
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < max(tokens, 2):
-        raise ValueError(
-            f"calibration_text {str(path)!r} has {len(ids)} tokens, "
-            f"calibration_tokens asks for {max(tokens, 2)}"
-        )
-    lengths = [min(SEQUENCE_TOKENS, tokens - i) for i in range(0, tokens, SEQUENCE_TOKENS)]
-    lengths = [length for length in lengths if length >= 2]
-    gap = (len(ids) - sum(lengths)) // len(lengths)
-    starts = [sum(lengths[:i]) + gap * i for i in range(len(lengths))]
-    return Calibration([ids[s : s + n] for s, n in zip(starts, lengths, strict=True)], "text")
 
 
 def _sample(sampler: Sampler, file: str, tokens: int, seed: int) -> list[list[int]]:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from deinfer.architectures import ARCHITECTURES
-from deinfer.decompose.directory import atomic_directory
+from deinfer.decompose.directory import atomic_directory, writing
+from deinfer.decompose.source import SourceCheckpoint
+from deinfer.decompose.writer import (
+    Layout,
+    plan_shards,
+    shard_index,
+    write_safetensors,
+)
 
 FORMAT_VERSION = 1
 _SIDE_FILES = (
@@ -30,7 +36,6 @@ _SIDE_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,25 @@ def linear_names(config: Mapping[str, Any]) -> list[str]:
     return architecture.linear_names(int(config["num_hidden_layers"]))
 
 
+def linear_shapes(source: SourceCheckpoint) -> dict[str, tuple[int, int]]:
+    """Say what can be decomposed in a checkpoint.
+
+    Args:
+        source: Dense checkpoint.
+
+    Returns:
+        Outputs and inputs [n, k] of the linears by module name, in the order in which they run.
+
+    Raises:
+        ValueError: The checkpoint is not supported, or lacks one.
+    """
+    shapes = {}
+    for name in linear_names(read_config(source.path)):
+        n, k = source.entry(f"{name}.weight").shape
+        shapes[name] = (n, k)
+    return shapes
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a directory's `model*.safetensors` in their stored dtype.
 
@@ -120,11 +144,7 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write the canonical directory, atomically.
-
-    `X.weight` becomes `X.v.weight` [r, k] and `X.u.weight` [n, r] in the dtype of the weight, and
-    `X.bias` becomes `X.u.bias`. All else is copied: dense tensors, tokenizer, chat template, and
-    config.json's own fields as they stand.
+    """Write the canonical directory, atomically; see `fill_checkpoint`.
 
     Args:
         source: Dense checkpoint.
@@ -138,14 +158,82 @@ def write_checkpoint(
             finite.
         FileExistsError: The destination exists and `overwrite` is false.
     """
-    source = Path(source)
-    config = read_config(source)
-    tensors = read_tensors(source)
-    for name, pair in factors.items():
-        _replace(tensors, name, pair)
     ranks = {name: pair.u.shape[1] for name, pair in factors.items()}
-    config = low_rank_config(config, ranks, low_rank)
-    write_like(source, Path(destination), config, tensors, overwrite=overwrite)
+    with atomic_directory(destination, overwrite=overwrite) as temporary:
+        fill_checkpoint(SourceCheckpoint(Path(source)), temporary, ranks, factors, low_rank)
+
+
+def fill_checkpoint(
+    source: SourceCheckpoint,
+    directory: Path,
+    ranks: Mapping[str, int],
+    factors: Mapping[str, Factors],
+    low_rank: Mapping[str, Any],
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the files of a canonical checkpoint; shards that are there already are left alone.
+
+    `X.weight` becomes `X.v.weight` [r, k] and `X.u.weight` [n, r] in the dtype of the weight, and
+    `X.bias` becomes `X.u.bias`. All else is copied: dense tensors, tokenizer, chat template, and
+    config.json's own fields as they stand. One tensor is in memory at a time.
+
+    Args:
+        source: Dense checkpoint.
+        directory: That exists.
+        ranks: Rank by module name; what is absent stays dense.
+        factors: Factors of the same modules; looked up one by one.
+        low_rank: What the config says besides version, base_model_type and ranks.
+        others: New values of tensors that are not decomposed, by name.
+
+    Raises:
+        ValueError: The source is not supported, or a factor does not fit its layer or is not
+            finite.
+    """
+    config = read_config(source.path)
+    shards = plan_shards(checkpoint_layout(source, ranks))
+    for file, layout in shards:
+        if not (directory / file).is_file():
+            with writing(directory / file) as temporary:
+                write_safetensors(
+                    temporary, layout, _values(source, layout, ranks, factors, others or {})
+                )
+    if len(shards) > 1:
+        with writing(directory / "model.safetensors.index.json") as temporary:
+            temporary.write_text(shard_index(shards), encoding="utf-8")
+    text = json.dumps(low_rank_config(config, ranks, low_rank), indent=2) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    copy_side_files(source.path, directory)
+
+
+def checkpoint_layout(source: SourceCheckpoint, ranks: Mapping[str, int]) -> Layout:
+    """Say what the decomposed copy of a checkpoint will hold.
+
+    Args:
+        source: Dense checkpoint.
+        ranks: Rank by module name; what is absent stays dense.
+
+    Returns:
+        Dtype and shape by tensor name.
+
+    Raises:
+        ValueError: A rank's module is no layer of the source.
+    """
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name in ranks:
+        if f"{name}.weight" not in source.entries:
+            raise ValueError(f"{name!r} is no layer of the source checkpoint")
+    for name, entry in source.entries.items():
+        module, _, kind = name.rpartition(".")
+        rank = ranks.get(module)
+        if rank is None:
+            layout[name] = (entry.dtype, entry.shape)
+        elif kind == "weight":
+            n, k = entry.shape
+            layout[f"{module}.u.weight"] = (entry.dtype, (n, rank))
+            layout[f"{module}.v.weight"] = (entry.dtype, (rank, k))
+        else:
+            layout[f"{module}.u.{kind}"] = (entry.dtype, entry.shape)
+    return dict(sorted(layout.items()))
 
 
 def low_rank_config(
@@ -214,45 +302,38 @@ def write_like(
         _write_tensors(temporary, tensors)
 
 
-def _replace(tensors: dict[str, Tensor], name: str, pair: Factors) -> None:
-    """Exchange one dense weight (and bias) for its factors, in place."""
-    if f"{name}.weight" not in tensors:
-        raise ValueError(f"{name!r} is no layer of the source checkpoint")
-    weight = tensors.pop(f"{name}.weight")
-    rank = pair.u.shape[1]
-    if pair.u.shape != (len(weight), rank) or pair.v.shape != (rank, weight.shape[1]):
-        raise ValueError(
-            f"{name}: factors {tuple(pair.u.shape)}, {tuple(pair.v.shape)} do not fit "
-            f"a weight {tuple(weight.shape)}"
-        )
-    for key, factor in (("v", pair.v), ("u", pair.u)):
-        stored = factor.to(weight.dtype).contiguous()
+def _values(
+    source: SourceCheckpoint,
+    layout: Layout,
+    ranks: Mapping[str, int],
+    factors: Mapping[str, Factors],
+    others: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a layout, one by one."""
+    for name, (dtype, shape) in layout.items():
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        if module in ranks and name.endswith(".weight"):
+            value: Tensor = getattr(factors[module], kind)
+        elif name in others:
+            value = others[name]
+        elif module.removesuffix(".u") in ranks:
+            old = f"{module.removesuffix('.u')}.{kind}"
+            value = source.read([old])[old]
+        else:
+            value = source.read([name])[name]
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name}: a tensor {tuple(value.shape)} does not fit {shape}")
+        stored = value.to(dtype).contiguous()
         if not bool(torch.isfinite(stored).all()):
-            raise ValueError(f"{name}.{key} is not finite in {weight.dtype}")
-        tensors[f"{name}.{key}.weight"] = stored
-    if f"{name}.bias" in tensors:
-        tensors[f"{name}.u.bias"] = tensors.pop(f"{name}.bias")
+            raise ValueError(f"{name} is not finite in {dtype}")
+        yield name, stored
 
 
 def _write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file, or shards with Hugging Face's index when it would be large."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(tensors):
-        if size and size + tensors[name].nbytes > _SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensors[name]
-        size += tensors[name].nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2) + "\n"
-    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    shards = plan_shards({n: (tensors[n].dtype, tuple(tensors[n].shape)) for n in sorted(tensors)})
+    for file, layout in shards:
+        write_safetensors(directory / file, layout, ((name, tensors[name]) for name in layout))
+    if len(shards) > 1:
+        text = shard_index(shards)
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")

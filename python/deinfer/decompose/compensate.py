@@ -10,167 +10,176 @@ The output-gradient weights do not enter: the best `u` for a given `v` does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from deinfer.architectures import ARCHITECTURES, Architecture
 from deinfer.decompose.checkpoint import Factors
-from deinfer.decompose.reference import replace_linears
+from deinfer.decompose.reference import install_factors
+from deinfer.decompose.streaming import StreamedModel
+from deinfer.decompose.sweep import cut_factors
+from deinfer.decompose.workdir import RowReader, RowWriter, WorkDirectory, write_factors
+from deinfer.progress import progress_bar
 
-Visit = Callable[[tuple[str, ...], Tensor], None]
-"""Takes the names of linears that share an input, and that input [tokens, k], before they run."""
+CLEAN_SHARE = 0.75
+RIDGE = 0.03
 
 
 def compensate(
-    model: Any,
-    factors: Mapping[str, Factors],
+    model: StreamedModel,
+    work: WorkDirectory,
+    ranks: dict[str, int | None],
     sequences: Sequence[Sequence[int]],
     *,
-    clean_share: float = 0.75,
-    ridge: float = 0.03,
+    stride: int = 1,
     progress: bool = True,
-) -> dict[str, Factors]:
-    """Fit every `u` again on the decomposed model's own activations.
+) -> None:
+    """Leave the factors of every block, with each `u` fitted again, in the work directory.
 
     Args:
-        model: Dense model of transformers. Its linears are replaced by the factors on the way.
-        factors: Factors by module name.
-        sequences: Calibration token ids.
-        clean_share: Share of the dense model's activations in the target, in [0, 1].
-        ridge: Pull towards the given `u`, relative to the mean power of v x.
+        model: Dense model.
+        work: Where the spectra are, and the inputs of all blocks.
+        ranks: By module name; None means dense.
+        sequences: Those that the inputs are of.
+        stride: Every so many-th sequence is used; a fit of `u` alone needs fewer than moments do.
         progress: Show a progress bar.
-
-    Returns:
-        Factors with new `u` [n, r] and the given `v`.
     """
-    architecture = ARCHITECTURES[model.config.model_type]
-    lengths = [len(s) for s in sequences]
-    fitted = dict(factors)
-    with torch.no_grad():
-        dense, rotary = embed(model, sequences)
-        low = dense
-        layers: Any = model.get_submodule(architecture.layers)
-        blocks = tqdm(layers, desc="compensate", unit="block", disable=not progress)
-        for index, block in enumerate(blocks):
-            prefix = f"{architecture.layers}.{index}."
-            clean: dict[str, Tensor] = {}
-            weights: dict[str, Tensor] = {}
-
-            def record(leaves: tuple[str, ...], x: Tensor, clean: Any = clean) -> None:
-                clean.update(dict.fromkeys(leaves, x))
-
-            dense = run_block(architecture, block, dense, lengths, rotary, record)
-            ranks = {}
-            for leaf in architecture.linears:
-                if prefix + leaf in factors:
-                    weights[leaf] = block.get_submodule(leaf).weight
-                    ranks[leaf] = factors[prefix + leaf].u.shape[1]
-            replace_linears(block, ranks, dense.dtype)
-
-            def refit(
-                leaves: tuple[str, ...],
-                x: Tensor,
-                block: Any = block,
-                prefix: str = prefix,
-                clean: Any = clean,
-                weights: Any = weights,
-            ) -> None:
-                for leaf in leaves:
-                    if leaf in weights:
-                        target = torch.lerp(x, clean[leaf], clean_share)
-                        pair = _refit(weights[leaf], factors[prefix + leaf], x, target, ridge)
-                        fitted[prefix + leaf] = pair
-                        block.get_submodule(leaf).u.weight.copy_(pair.u)
-                        block.get_submodule(leaf).v.weight.copy_(pair.v)
-
-            low = run_block(architecture, block, low, lengths, rotary, refit)
-    return fitted
+    fit = _Fit(model, work, [len(s) for s in sequences], stride)
+    count = len(model.prefixes)
+    bar = progress_bar(progress, iterable=range(count), desc="compensate", unit="block")
+    for index in bar:
+        if not any(work.has("low", later) for later in range(index + 1, count + 1)):
+            fit.block(index, cut_factors(work, index, model.prefixes[index], ranks))
 
 
-def _refit(weight: Tensor, pair: Factors, x: Tensor, target: Tensor, ridge: float) -> Factors:
-    """Minimize sum |u v x - W target|^2 + rho |u - u0|^2 over u; x and target are [tokens, k]."""
-    z = x.float() @ pair.v.float().T
-    gram = (z.T @ z).double()
-    cross = weight.double() @ (target.float().T @ z).double()
-    rho = ridge * gram.diagonal().mean()
-    gram.diagonal().add_(rho.clamp_min(torch.finfo(torch.float64).tiny))
-    u = torch.linalg.solve(gram, (cross + rho * pair.u).T).T
-    return Factors(u, pair.v) if bool(torch.isfinite(u).all()) else pair
+class _Reached(Exception):
+    """The forward pass has come to where it was to stop."""
 
 
-def embed(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Any]:
-    """Compute what the first block gets.
+class _Fit:
+    """Fits block after block."""
 
-    Args:
-        model: Model of transformers, of a supported architecture.
-        sequences: Token ids.
+    def __init__(
+        self, model: StreamedModel, work: WorkDirectory, lengths: Sequence[int], stride: int
+    ) -> None:
+        self._model, self._work = model, work
+        self._lengths, self._stride = lengths, stride
 
-    Returns:
-        The residual stream of the joined sequences [tokens, hidden], and cos and sin
-        [1, longest, head_dim] of rotary positions, or None.
-    """
-    lengths = [len(s) for s in sequences]
-    ids = torch.tensor([token for s in sequences for token in s])
-    hidden: Tensor = model.get_input_embeddings()(ids)
-    positions = torch.arange(max(lengths))[None]
-    if model.config.model_type == "opt":
-        learned = model.model.decoder.embed_positions(None, position_ids=positions)[0]
-        return hidden + torch.cat([learned[:length] for length in lengths]), None
-    return hidden, model.model.rotary_emb(hidden[None], positions)
+    def block(self, index: int, factors: dict[str, Factors]) -> None:
+        """Fit a block, and run it on the decomposed model's activations."""
+        dense = self._model.block(index)
+        # The low-rank block shares with the dense one what stays as it is.
+        shared: dict[int, Any] = {id(p): p for p in dense.parameters()}
+        low = copy.deepcopy(dense, shared)
+        install_factors(low, factors, self._model.dtype)
+        with torch.no_grad():
+            fitted = dict(factors)
+            for leaves in _groups(self._model.linears, factors):
+                pairs = self._group(index, dense, low, leaves, factors)
+                fitted |= pairs
+                for leaf, pair in pairs.items():
+                    layer: Any = low.get_submodule(leaf)
+                    layer.u.weight.copy_(pair.u)
+            self._finish(index, low, fitted)
+
+    def _finish(self, index: int, low: nn.Module, fitted: dict[str, Factors]) -> None:
+        """Write factors and what comes out of the block."""
+        write_factors(self._work, "factors", index, fitted)
+        with self._work.writing("low", index + 1) as file, open(file, "wb") as out:
+            rows = RowWriter(out)
+            for _, x in self._pairs(index):
+                rows.write(self._model.call(index, low, x))
+        self._work.remove("low", index)
+
+    def _group(
+        self,
+        index: int,
+        dense: nn.Module,
+        low: nn.Module,
+        leaves: tuple[str, ...],
+        factors: dict[str, Factors],
+    ) -> dict[str, Factors]:
+        """Fit linears that share an input."""
+        sums = {}
+        for leaf in leaves:
+            layer: Any = dense.get_submodule(leaf)
+            sums[leaf] = _LeastSquares(layer.weight, factors[leaf])
+        for clean, actual in self._pairs(index):
+            wanted = self._input_of(index, dense, leaves[0], clean)
+            x = self._input_of(index, low, leaves[0], actual)
+            target = torch.lerp(x, wanted, CLEAN_SHARE)
+            for leaf in leaves:
+                sums[leaf].add(x, target)
+        return {leaf: s.solve() for leaf, s in sums.items()}
+
+    def _input_of(self, index: int, block: nn.Module, leaf: str, hidden: Tensor) -> Tensor:
+        """Run a block until a linear is reached; return that one's input [tokens, k]."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0].flatten(0, -2))
+            raise _Reached
+
+        handle = block.get_submodule(leaf).register_forward_pre_hook(stop)
+        try:
+            self._model.call(index, block, hidden)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _pairs(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the dense and the decomposed model's residual stream before a block."""
+        with open(self._work.file("inputs", index), "rb") as file, self._low(index) as low:
+            dense = RowReader(file, self._model.hidden_size, self._model.dtype)
+            for number, length in enumerate(self._lengths):
+                if number % self._stride:
+                    dense.skip(length)
+                    continue
+                x = dense.read(length)
+                yield x, x if low is None else low.read(length)
+
+    @contextmanager
+    def _low(self, index: int) -> Iterator[RowReader | None]:
+        if index == 0:  # nothing has been decomposed yet
+            yield None
+            return
+        with open(self._work.file("low", index), "rb") as file:
+            yield RowReader(file, self._model.hidden_size, self._model.dtype)
 
 
-def run_block(
-    architecture: Architecture,
-    block: Any,
-    hidden: Tensor,
-    lengths: Sequence[int],
-    rotary: Any,
-    visit: Visit,
-) -> Tensor:
-    """Run one block over joined sequences, visiting its linears.
+class _LeastSquares:
+    """Minimizes sum |u v x - W target|^2 + rho |u - u0|^2 over u."""
 
-    Args:
-        architecture: Names of the block's modules.
-        block: transformers' decoder layer.
-        hidden: Residual stream [tokens, hidden].
-        lengths: Tokens of each sequence, in their order.
-        rotary: cos and sin [1, >= max(lengths), head_dim], or None.
-        visit: Called before linears run; it may change them.
+    def __init__(self, weight: Tensor, pair: Factors) -> None:
+        self.weight, self.pair = weight, pair
+        rank, k = pair.v.shape
+        self.v = pair.v.float()
+        self.gram = torch.zeros(rank, rank, dtype=torch.float64)
+        self.cross = torch.zeros(k, rank, dtype=torch.float64)
 
-    Returns:
-        The residual stream after the block [tokens, hidden].
-    """
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Add inputs [tokens, k] and the targets before W."""
+        z = x.float() @ self.v.T
+        self.gram += z.T @ z
+        self.cross += target.float().T @ z
 
-    def run(name: str, x: Tensor) -> Any:
-        return block.get_submodule(name)(x) if name else x
+    def solve(self) -> Factors:
+        """Return the pair with the best u."""
+        cross = self.weight.double() @ self.cross
+        rho = RIDGE * self.gram.diagonal().mean()
+        self.gram.diagonal().add_(rho.clamp_min(torch.finfo(torch.float64).tiny))
+        u = torch.linalg.solve(self.gram, (cross + rho * self.pair.u).T).T.float()
+        return Factors(u, self.pair.v) if bool(torch.isfinite(u).all()) else self.pair
 
-    qkv, (output, *inner, down) = architecture.linears[:3], architecture.linears[3:]
-    x = run(architecture.attention_norm, hidden)
-    visit(qkv, x)
-    mixed: list[Tensor] = []
-    handle = block.get_submodule(output).register_forward_pre_hook(
-        lambda _, inputs: mixed.append(inputs[0].flatten(0, -2))
-    )
-    for part in x.split(list(lengths)):
-        # Without a mask the attention is causal, over all positions also where there is a window:
-        # calibration sequences are shorter than that of any published model.
-        where = {}
-        if rotary is not None:
-            where["position_embeddings"] = tuple(angles[:, : len(part)] for angles in rotary)
-        block.self_attn(hidden_states=part[None], attention_mask=None, **where)
-    handle.remove()
-    x = torch.cat(mixed)
-    visit((output,), x)
-    hidden = hidden + run(architecture.attention_output_norm, run(output, x))
-    x = run(architecture.mlp_norm, hidden)
-    visit(tuple(inner), x)
-    activation = block.mlp.act_fn if hasattr(block, "mlp") else block.activation_fn
-    first, *second = (run(name, x) for name in inner)  # gate and up, or up alone
-    x = activation(first) * second[0] if second else activation(first)
-    visit((down,), x)
-    result: Tensor = hidden + run(architecture.mlp_output_norm, run(down, x))
-    return result
+
+def _groups(linears: Sequence[str], factors: dict[str, Factors]) -> list[tuple[str, ...]]:
+    """Group decomposed linears by the input that they share, in the order in which they run."""
+    qkv, output, inner, down = linears[:3], linears[3:4], linears[4:-1], linears[-1:]
+    groups = [tuple(x for x in group if x in factors) for group in (qkv, output, inner, down)]
+    return [group for group in groups if group]

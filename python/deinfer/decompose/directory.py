@@ -49,17 +49,52 @@ def atomic_directory(destination: Path, *, overwrite: bool = False) -> Iterator[
     temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         yield temporary
-        _open_modes(temporary)
-        require_free(destination, overwrite=overwrite)
-        if destination.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-            os.replace(destination, old / "old")
-            os.replace(temporary, destination)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, destination)
+        publish(temporary, destination, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish(directory: Path, destination: Path, *, overwrite: bool = False) -> None:
+    """Rename a complete directory to its final name.
+
+    Args:
+        directory: On the same file system; its modes are set to the umask's.
+        destination: Final directory.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        FileExistsError: The destination exists and `overwrite` is false, or it is not a directory.
+    """
+    _open_modes(directory)
+    require_free(destination, overwrite=overwrite)
+    if destination.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        os.replace(destination, old / "old")
+        os.replace(directory, destination)
+        shutil.rmtree(old)
+    else:
+        os.replace(directory, destination)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """Yield a temporary file; it gets its name at the end, or is removed on an exception.
+
+    Args:
+        file: Final name; an existing file is replaced. Its directory must exist.
+
+    Yields:
+        The temporary file beside it.
+    """
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _CUTOFF = 1e-12  # relative to the largest eigenvalue; below it a direction carries no statistics
+_ROUNDING = 1e-14  # likewise of energies
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Moments:
             n > k: E[(Wᵀg)(Wᵀg)ᵀ].
         own_power: Mean squared entry of the shorter side's vectors (trace / size).
         seen_power: Mean squared entry of the longer side's vectors, before W is applied.
+        seen_plain: Whether the longer side's moment is `seen_power` times the identity.
     """
 
     own: Tensor
     seen: Tensor
     own_power: float
     seen_power: float
+    seen_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,38 @@ class Spectrum:
         return Spectrum(self.energies, self.left[:, :rank].clone(), self.right[:rank].clone())
 
 
+def assemble_moments(
+    weight: Tensor,
+    inputs: Tensor | None,
+    outputs: Tensor | None,
+    input_power: float = 1.0,
+    output_power: float = 1.0,
+) -> Moments:
+    """Bring the moments of the two sides together; a side without one counts as the identity.
+
+    Args:
+        weight: W[n, k].
+        inputs: A = E[x xᵀ] on the shorter side: [k, k] itself if n > k, else W A Wᵀ [n, n]; or None
+            for `input_power` times the identity.
+        outputs: B = E[g gᵀ] likewise: [n, n] itself if n <= k, else Wᵀ B W [k, k]; or None for
+            `output_power` times the identity.
+        input_power: Mean squared entry of x.
+        output_power: Mean squared entry of g.
+
+    Returns:
+        The moments, float64.
+    """
+    n, k = weight.shape
+    w = weight.double()
+    if n > k:  # the same problem transposed
+        w = w.T
+        inputs, outputs = outputs, inputs
+        input_power, output_power = output_power, input_power
+    own = torch.eye(len(w), dtype=torch.float64) * output_power if outputs is None else outputs
+    seen = w @ w.T * input_power if inputs is None else inputs
+    return Moments(own.double(), seen.double(), output_power, input_power, inputs is None)
+
+
 def compact_moments(weight: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Moments:
     """Bring full second moments to the compact form of `Moments`.
 
@@ -95,17 +130,23 @@ def compact_moments(weight: Tensor, inputs: Tensor | None, outputs: Tensor | Non
         ValueError: A shape does not fit the weight.
     """
     n, k = weight.shape
+    for moment, side in ((inputs, k), (outputs, n)):
+        if moment is not None and moment.shape != (side, side):
+            raise ValueError(f"moments {tuple(moment.shape)} do not fit a weight {(n, k)}")
     w = weight.double()
-    a = torch.eye(k, dtype=torch.float64) if inputs is None else inputs.double()
-    b = torch.eye(n, dtype=torch.float64) if outputs is None else outputs.double()
-    if a.shape != (k, k) or b.shape != (n, n):
-        raise ValueError(
-            f"moments {tuple(a.shape)} and {tuple(b.shape)} do not fit a weight {(n, k)}"
-        )
-    a_power, b_power = a.trace().item() / k, b.trace().item() / n
-    if n <= k:
-        return Moments(b, w @ a @ w.T, b_power, a_power)
-    return Moments(a, w.T @ b @ w, a_power, b_power)
+    if n <= k and inputs is not None:
+        inputs_seen: Tensor | None = w @ inputs.double() @ w.T
+    else:
+        inputs_seen = inputs
+    if n > k and outputs is not None:
+        outputs_seen: Tensor | None = w.T @ outputs.double() @ w
+    else:
+        outputs_seen = outputs
+    powers = [
+        1.0 if moment is None else moment.double().trace().item() / side
+        for moment, side in ((inputs, k), (outputs, n))
+    ]
+    return assemble_moments(weight, inputs_seen, outputs_seen, *powers)
 
 
 def shrink(weight: Tensor, moments: Moments, inputs: float, outputs: float) -> Moments:
@@ -129,7 +170,7 @@ def shrink(weight: Tensor, moments: Moments, inputs: float, outputs: float) -> M
     own = (1 - own_share) * moments.own
     own.diagonal().add_(own_share * moments.own_power)
     seen = (1 - seen_share) * moments.seen + seen_share * moments.seen_power * through
-    return Moments(own, seen, moments.own_power, moments.seen_power)
+    return Moments(own, seen, moments.own_power, moments.seen_power, moments.seen_plain)
 
 
 def factorize(weight: Tensor, moments: Moments) -> Spectrum:
@@ -137,7 +178,8 @@ def factorize(weight: Tensor, moments: Moments) -> Spectrum:
 
     With W[s, l] wide and B = R Rᵀ, the left singular vectors of B^½ W A^½ are the eigenvectors Q of
     Rᵀ (W A Wᵀ) R, so W' = R⁻ᵀ Q Qᵀ Rᵀ W. A tall W is the same problem transposed. Singular moments
-    are allowed: R⁻¹ is then the pseudo-inverse, and A is never inverted.
+    are allowed: R⁻¹ is then the pseudo-inverse, and A is never inverted. Where A is a multiple of
+    the identity neither is R: R⁻ᵀ Q = W A Wᵀ R Q S⁻¹ with the energies S.
 
     Args:
         weight: W[n, k], any float dtype.
@@ -162,27 +204,34 @@ def factorize(weight: Tensor, moments: Moments) -> Spectrum:
             raise ValueError(f"{name} has a non-finite value")
     wide = weight.shape[0] <= weight.shape[1]
     w = weight.double() if wide else weight.double().T
-    root, inverse = _root(moments.own.double())
+    root, inverse = _root(moments.own.double(), invert=not moments.seen_plain)
     energies, basis = torch.linalg.eigh(root.T @ moments.seen.double() @ root)
     energies, basis = energies.flip(0).clamp_min(0), basis.flip(1)
-    left = inverse.T @ basis  # [s, s]
     right = basis.T @ (root.T @ w)  # [s, l]
+    if inverse is None:
+        some = energies > energies[0] * _ROUNDING
+        scale = torch.where(some, moments.seen_power / energies.where(some, energies[:1]), 0.0)
+        left = (w @ right.T) * scale
+    else:
+        left = inverse.T @ basis  # [s, s]
     return Spectrum(energies, left, right) if wide else Spectrum(energies, right.T, left.T)
 
 
-def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R and R⁺ with moment = R Rᵀ; a zero moment counts as the identity."""
+def _root(moment: Tensor, *, invert: bool) -> tuple[Tensor, Tensor | None]:
+    """Return R and perhaps R⁺ with moment = R Rᵀ; a zero moment counts as the identity."""
     factor, failed = torch.linalg.cholesky_ex(moment)
     diagonal = factor.diagonal()
+    eye = torch.eye(len(moment), dtype=moment.dtype)
     if not failed and bool(diagonal.min() > diagonal.max() * 1e-4):  # well conditioned, and fast
-        eye = torch.eye(len(moment), dtype=moment.dtype)
-        return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False) if invert else None
+        return factor, inverse
     values, vectors = torch.linalg.eigh(moment)
     top = values[-1].item()
     if top <= 0:
-        eye = torch.eye(len(moment), dtype=moment.dtype)
-        return eye, eye
-    scale = values.clamp_min(0).sqrt()
+        return eye, eye if invert else None
     keep = values > top * _CUTOFF
-    inverse = torch.where(keep, 1 / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
-    return vectors * torch.where(keep, scale, 0.0), inverse[:, None] * vectors.T
+    scale = torch.where(keep, values.clamp_min(0).sqrt(), 0.0)
+    root = vectors * scale
+    if not invert:
+        return root, None
+    return root, torch.where(keep, 1 / scale.where(keep, scale[-1:]), 0.0)[:, None] * vectors.T

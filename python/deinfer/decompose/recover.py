@@ -1,24 +1,27 @@
 """Train the factors on the dense model's outputs, to win back what truncation lost.
 
 Each step takes a few sequences, runs both models over them and follows the gradient of
-KL(dense || decomposed) at every position (distillation, arXiv 1503.02531). Only the factors move;
-what stayed dense is left as it is.
+KL(dense || decomposed) at every position (distillation, arXiv 1503.02531). Factors and norms move;
+what stayed dense is left as it is. The weights that move are float32; products are bf16 where the
+CPU has them.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from deinfer.decompose.checkpoint import Factors
 from deinfer.decompose.reference import LowRankLinear
+from deinfer.progress import progress_bar
 
 STEP_TOKENS = 512
 """Tokens of an optimizer step, about."""
@@ -26,97 +29,150 @@ _LEARNING_RATE = 3e-4
 _WARMUP_STEPS = 4
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """What training has changed.
+
+    Attributes:
+        factors: By module name, float32.
+        norms: Weights and biases of norms by parameter name, float32.
+        steps: Optimizer steps.
+        tokens: Tokens that the steps have seen, all in all.
+        first_loss: KL in nats per token, mean over the first tenth of the steps.
+        last_loss: The same over the last tenth.
+    """
+
+    factors: dict[str, Factors]
+    norms: dict[str, Tensor]
+    steps: int
+    tokens: int
+    first_loss: float
+    last_loss: float
+
+
 def recover(
     dense: Any,
     decomposed: Any,
     sequences: Sequence[Sequence[int]],
     *,
-    steps: int,
+    steps: int = 0,
+    seconds: float = 0.0,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Factors]:
+    clock: Callable[[], float] = time.monotonic,
+) -> Recovered:
     """Distil a dense model into its decomposed copy.
 
     Args:
         dense: Model of transformers, the teacher.
         decomposed: The same model with `LowRankLinear` layers in float32; changed in place.
-        sequences: Token ids to train on, at most 512 each.
-        steps: Optimizer steps of about 512 tokens each, >= 1.
+        sequences: Token ids to train on, at most 512 each, used over and over.
+        steps: Optimizer steps of about 512 tokens each; or
+        seconds: Time to train for, whose end the learning rate reaches at zero.
         seed: Order of the sequences.
         progress: Show a progress bar with the loss in nats per token.
+        clock: Tells the time in seconds.
 
     Returns:
-        The trained factors by module name, float32.
+        What has changed. With `steps` it is deterministic.
 
     Raises:
-        ValueError: `steps` is not positive, or the loss is not finite.
+        ValueError: Not exactly one of `steps` and `seconds` is positive.
+        RuntimeError: The loss is not finite.
     """
-    if steps < 1:
-        raise ValueError(f"recovery steps {steps} is not positive")
+    if (steps > 0) == (seconds > 0) or steps < 0 or seconds < 0:
+        raise ValueError(f"recovery needs steps ({steps}) or seconds ({seconds}), and not both")
     layers = {n: m for n, m in decomposed.named_modules() if isinstance(m, LowRankLinear)}
     decomposed.requires_grad_(False)
-    trained = [p.requires_grad_() for layer in layers.values() for p in layer.parameters()]
+    norms = {n: p.requires_grad_() for n, p in decomposed.named_parameters() if _of_norm(n)}
+    trained = [layer.get_parameter(name) for layer in layers.values() for name in _FACTORS]
+    for parameter in trained:
+        parameter.requires_grad_()
+    trained += norms.values()
     # Factors are balanced to a common scale, so that one learning rate fits all of them.
     optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    bars = tqdm(batches(sequences, steps, seed), desc="recover", unit="step", disable=not progress)
-    for step, (ids, valid) in enumerate(bars):
-        remaining = 1 - step / steps
-        rate = min((step + 1) / _WARMUP_STEPS, 0.5 * (1 - math.cos(math.pi * remaining)))
+    start = clock()
+    losses: list[float] = []
+    tokens = 0
+    bar = progress_bar(progress, desc="recover", unit="step" if steps else "s", total=steps or None)
+    for step, (ids, valid) in enumerate(batches(sequences, seed)):
+        elapsed = clock() - start
+        done = step / steps if steps else elapsed / seconds
+        # A step that would end later than half of its time after the end is not begun.
+        if done >= 1 or (seconds and step and elapsed + 0.5 * elapsed / step > seconds):
+            break
+        rate = min((step + 1) / _WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * rate
-        with torch.autocast("cpu", torch.bfloat16, enabled=bool(native())):
-            with torch.no_grad():
-                target = dense(ids).logits[valid].float().log_softmax(-1)
-            logits = decomposed(ids).logits[valid]
-        loss = F.kl_div(
-            logits.float().log_softmax(-1), target, reduction="batchmean", log_target=True
-        )
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(f"recovery diverged in step {step}: loss {loss.item()}")
+        loss = _distance(dense, decomposed, ids, valid)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"recovery diverged in step {step}: loss {losses[-1]}")
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        bars.set_postfix_str(f"KL {loss.item():.3f}", refresh=False)
-    return {
-        name: Factors(layer.u.weight.detach(), layer.v.weight.detach())
-        for name, layer in layers.items()
-    }
+        tokens += int(valid.sum())
+        bar.set_postfix_str(f"KL {losses[-1]:.3f}", refresh=False)
+        bar.update(1)
+    bar.close()
+    tenth = max(1, len(losses) // 10)
+    return Recovered(
+        factors={n: Factors(m.u.weight.detach(), m.v.weight.detach()) for n, m in layers.items()},
+        norms={name: p.detach() for name, p in norms.items()},
+        steps=len(losses),
+        tokens=tokens,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+    )
 
 
-def batches(
-    sequences: Sequence[Sequence[int]], steps: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
+_FACTORS = ("u.weight", "v.weight")
+
+
+def _of_norm(name: str) -> bool:
+    """Whether a parameter belongs to a norm, as all families name them."""
+    return "norm" in name.rsplit(".", 2)[-2]
+
+
+def _distance(dense: Any, decomposed: Any, ids: Tensor, valid: Tensor) -> Tensor:
+    """KL(dense || decomposed) in nats, mean over the valid tokens of ids [batch, longest]."""
+    native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(native())):
+        with torch.no_grad():
+            target = dense(ids, use_cache=False).logits[valid].float().log_softmax(-1)
+        logits = decomposed(ids, use_cache=False).logits[valid]
+    return F.kl_div(logits.float().log_softmax(-1), target, reduction="batchmean", log_target=True)
+
+
+def batches(sequences: Sequence[Sequence[int]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Group sequences into steps of about 512 tokens, in random order, over and over.
 
     Args:
         sequences: Token ids.
-        steps: Groups wanted.
         seed: Of the order.
 
-    Returns:
+    Yields:
         (ids, valid) per step: int64 and bool [batch, longest]; right of a sequence stands padding,
         which causal attention keeps out of what comes before.
     """
     numbers = random.Random(seed)
-    groups: list[list[Sequence[int]]] = []
     group: list[Sequence[int]] = []
-    while len(groups) < steps:
+    while True:
         order = list(sequences)
         numbers.shuffle(order)
         for sequence in order:
             if group and sum(map(len, group)) + len(sequence) > STEP_TOKENS:
-                groups.append(group)
+                yield _padded(group)
                 group = []
             group.append(sequence)
-    padded = []
-    for group in groups[:steps]:
-        longest = max(map(len, group))
-        ids = torch.zeros(len(group), longest, dtype=torch.int64)
-        valid = torch.zeros(len(group), longest, dtype=torch.bool)
-        for i, sequence in enumerate(group):
-            ids[i, : len(sequence)] = torch.tensor(sequence)
-            valid[i, : len(sequence)] = True
-        padded.append((ids, valid))
-    return padded
+
+
+def _padded(group: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, group))
+    ids = torch.zeros(len(group), longest, dtype=torch.int64)
+    valid = torch.zeros(len(group), longest, dtype=torch.bool)
+    for i, sequence in enumerate(group):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        valid[i, : len(sequence)] = True
+    return ids, valid

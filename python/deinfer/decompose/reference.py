@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from deinfer.decompose.checkpoint import Factors
 
 
 class LowRankLinear(nn.Module):
@@ -54,6 +57,26 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], dtype: torch.dtype)
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+
+
+def install_factors(module: nn.Module, factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Put factors where a module has linears, in place; biases stay as they are.
+
+    Args:
+        module: Model or block with the dense linears.
+        factors: By name within the module.
+        dtype: Dtype of the factors there.
+    """
+    biases = {name: getattr(module.get_submodule(name), "bias", None) for name in factors}
+    replace_linears(module, {name: pair.u.shape[1] for name, pair in factors.items()}, dtype)
+    with torch.no_grad():
+        for name, pair in factors.items():
+            layer: Any = module.get_submodule(name)
+            layer.u.weight.copy_(pair.u)
+            layer.v.weight.copy_(pair.v)
+            if biases[name] is not None:
+                layer.u.bias.copy_(biases[name])
+    module.requires_grad_(False)
 
 
 def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:

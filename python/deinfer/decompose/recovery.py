@@ -1,0 +1,129 @@
+"""Recovery as a stage of a run: text to train on, both models, and the result on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deinfer.decompose.calibration import (
+    Calibration,
+    RuntimeSampler,
+    Sampler,
+    sample_calibration,
+)
+from deinfer.decompose.options import Options
+from deinfer.decompose.recover import STEP_TOKENS, recover
+from deinfer.decompose.reference import install_factors
+from deinfer.decompose.source import SourceCheckpoint
+from deinfer.decompose.streaming import compute_dtype
+from deinfer.decompose.workdir import SpooledFactors, WorkDirectory, write_factors
+
+_SAMPLING_SHARE = 0.2  # of the minutes; the rest is training
+_SAMPLING_ROUND = 8192  # tokens
+
+
+class Recovery:
+    """The training of one run.
+
+    Args:
+        source: Dense checkpoint.
+        work: Where the factors are and will be.
+        prefixes: Module name of each block, with a dot at the end.
+        names: Modules that are decomposed.
+        options: Of the run.
+        sampler: Source of self-sampled sequences; None for the native runtime.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        work: WorkDirectory,
+        prefixes: Sequence[str],
+        names: Sequence[str],
+        options: Options,
+        sampler: Sampler | None,
+        progress: bool,
+    ) -> None:
+        """Bind to a run."""
+        self._source, self._work, self._prefixes, self._names = source, work, prefixes, names
+        self._options, self._sampler, self._progress = options, sampler, progress
+
+    def run(self, calibration: Calibration) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Train, unless that is done, and leave `recovered` factors in the work directory.
+
+        Args:
+            calibration: What the factors were fitted to.
+
+        Returns:
+            Steps, tokens and losses for the report; new values of norms by parameter name.
+
+        Raises:
+            RuntimeError: The training diverges.
+        """
+        found: dict[str, float] | None = self._work.read_json("recovery")
+        if found is None:
+            found = self._train(calibration)
+            self._work.write_json("recovery", found)
+        return found, self._work.read_tensors("norms", 0)
+
+    def _train(self, calibration: Calibration) -> dict[str, float]:
+        seconds = 60 * self._options.recover_minutes
+        start = time.monotonic()
+        sequences = self._sequences(calibration, seconds)
+        teacher = self._load(compute_dtype(self._source, self._names))
+        student = self._load(torch.float32)
+        factors = SpooledFactors(self._work, "factors", self._prefixes, self._names)
+        install_factors(student, factors, torch.float32)
+        made = recover(
+            teacher,
+            student,
+            sequences,
+            steps=self._options.recover_steps,
+            seconds=max(seconds - (time.monotonic() - start), 1.0) if seconds else 0.0,
+            seed=self._options.seed,
+            progress=self._progress,
+        )
+        for index, prefix in enumerate(self._prefixes):
+            block = {
+                name.removeprefix(prefix): pair
+                for name, pair in made.factors.items()
+                if name.startswith(prefix)
+            }
+            write_factors(self._work, "recovered", index, block)
+        self._work.write_tensors("norms", 0, made.norms)
+        return {
+            "steps": made.steps,
+            "tokens": made.tokens,
+            "seconds": time.monotonic() - start,
+            "first_loss": made.first_loss,
+            "last_loss": made.last_loss,
+        }
+
+    def _sequences(self, calibration: Calibration, seconds: float) -> list[list[int]]:
+        """Text to train on: the file's, or what the model samples beyond the calibration's."""
+        options = self._options
+        if options.calibration is not None:
+            return calibration.sequences
+        seed = options.seed + 1
+        sampler = self._sampler or RuntimeSampler(
+            self._source.path, seed=options.seed + 10**6, progress=self._progress
+        )
+        if options.recover_steps:
+            tokens = options.recover_steps * STEP_TOKENS
+            return sample_calibration(sampler, tokens, seed).sequences
+        start, sequences = time.monotonic(), list(calibration.sequences)
+        while True:
+            sequences += sample_calibration(sampler, _SAMPLING_ROUND, seed).sequences
+            seed += 1
+            if time.monotonic() - start > _SAMPLING_SHARE * seconds:
+                return sequences
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(str(self._source.path), dtype=dtype).eval()

@@ -1,0 +1,109 @@
+"""Recovery: distillation of the dense model into its decomposed copy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import numpy as np  # noqa: E402
+from decompose_helpers import tiny_llama  # noqa: E402
+from deinfer.decompose import decompose_model, load_reference  # noqa: E402
+from deinfer.decompose.recover import STEP_TOKENS, batches, recover  # noqa: E402
+from deinfer.decompose.reference import install_factors  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+SEQUENCES = [[int(t) for t in np.random.default_rng(i).integers(3, 90, 60)] for i in range(24)]
+
+
+def sampler(prompts: list[str]) -> list[list[int]]:
+    return (SEQUENCES * (1 + len(prompts) // len(SEQUENCES)))[: len(prompts)]
+
+
+def test_batches_cover_the_sequences_in_order_of_the_seed() -> None:
+    sequences = [[i] * (40 + i) for i in range(1, 30)]
+    groups = list(itertools.islice(batches(sequences, seed=3), 12))
+    for ids, valid in groups:
+        assert int(valid.sum()) <= STEP_TOKENS
+        for row, mask in zip(ids.tolist(), valid.tolist(), strict=True):
+            tokens = [t for t, m in zip(row, mask, strict=True) if m]
+            assert tokens == sequences[tokens[0] - 1]
+    again = list(itertools.islice(batches(sequences, seed=3), 12))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(groups, again, strict=True))
+
+
+def test_recovery_brings_the_factors_closer_to_the_dense_model(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "dense")
+
+    def distance(path: Path) -> float:
+        ids = torch.tensor(SEQUENCES[:8])
+        with torch.no_grad():
+            dense = load_reference(source)(ids).logits.log_softmax(-1)
+            low = load_reference(path)(ids).logits.log_softmax(-1)
+        return float((dense.exp() * (dense - low)).sum(-1).mean())
+
+    options: Any = {"keep": 0.5, "rank_multiple": 4, "sampler": sampler, "progress": False}
+    options["calibration_tokens"] = 600
+    decompose_model(source, tmp_path / "plain", **options)
+    report = decompose_model(source, tmp_path / "recovered", recover_steps=24, **options)
+    assert distance(tmp_path / "recovered") < 0.98 * distance(tmp_path / "plain")
+    written = json.loads((tmp_path / "recovered" / "config.json").read_text())["low_rank"]
+    assert written["recovery_steps"] == 24
+    assert report.recovery["steps"] == 24
+    assert report.recovery["last_loss"] < report.recovery["first_loss"]
+    decompose_model(source, tmp_path / "again", recover_steps=24, **options)
+    files = [tmp_path / d / "model.safetensors" for d in ("recovered", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_biases_stay_and_norms_move(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "dense", attention_bias=True)
+    options: Any = {"keep": 0.5, "rank_multiple": 4, "sampler": sampler, "progress": False}
+    report = decompose_model(
+        source, tmp_path / "low", recover_steps=6, calibration_tokens=600, **options
+    )
+    got, was = load_reference(tmp_path / "low"), load_reference(source)
+    name = next(n for n, rank in report.ranks.items() if rank and "attn" in n)
+    assert torch.equal(got.get_submodule(name).u.bias, was.get_submodule(name).bias)
+    assert not torch.equal(got.model.norm.weight, was.model.norm.weight)
+    assert torch.equal(got.model.embed_tokens.weight, was.model.embed_tokens.weight)
+
+
+def test_minutes_end_when_they_are_over(tmp_path: Path) -> None:
+    """The clock is the test's: every look at it takes a second."""
+    from deinfer.decompose.checkpoint import Factors
+
+    source = tiny_llama(tmp_path / "dense")
+    name = "model.layers.0.mlp.up_proj"
+    student = load_reference(source)
+    install_factors(student, {name: Factors(torch.randn(80, 4), torch.randn(4, 48))}, torch.float32)
+    made = recover(
+        load_reference(source),
+        student,
+        SEQUENCES,
+        seconds=10.0,
+        progress=False,
+        clock=iter(range(100)).__next__,
+    )
+    assert 8 <= made.steps <= 10
+    assert set(made.factors) == {name} and "model.norm.weight" in made.norms
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    for changes in ({}, {"steps": 3, "seconds": 1.0}, {"steps": -1}):
+        with pytest.raises(ValueError, match="recovery needs steps"):
+            recover(None, None, SEQUENCES, **changes)
+    source = tiny_llama(tmp_path / "dense")
+    for changes, message in (
+        ({"recover_steps": -1}, "-1 steps"),
+        ({"recover_minutes": -2.0}, "-2.0 minutes"),
+        ({"recover_minutes": 1.0, "recover_steps": 1}, "cannot both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decompose_model(source, tmp_path / "bad", **changes)
