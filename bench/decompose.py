@@ -42,13 +42,15 @@ from random_llama import write_random_llama
 from transformers import AutoTokenizer
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-# (method, ranks, compensate); the last is what `deinfer decompose` does.
+# (method, ranks, compensate): what `deinfer decompose` does, and SVD-LLM's objective.
+OURS = ("two_sided", "allocated", True)
+BASELINE = ("whitened", "uniform", False)
 GRID = (
-    ("svd", "uniform", False),
-    ("whitened", "uniform", False),
-    ("two_sided", "uniform", False),
+    OURS,
+    BASELINE,
     ("two_sided", "allocated", False),
-    ("two_sided", "allocated", True),
+    ("two_sided", "uniform", False),
+    ("svd", "uniform", False),
 )
 WINDOW = 1024
 _LIMIT = 6 << 30
@@ -159,7 +161,7 @@ def grid(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Check]:
 
 def grid_checks(results: dict[str, Any]) -> list[Check]:
     table = results.get("grid", {})
-    ours, baseline = (table.get(label(*kind), {}) for kind in (GRID[-1], GRID[1]))
+    ours, baseline = (table.get(label(*kind), {}) for kind in (OURS, BASELINE))
     checks = [
         Check(
             f"keep {keep}, training-free: perplexity ratio", row["heldout"], limit, at_least=False
@@ -183,7 +185,7 @@ def grid_checks(results: dict[str, Any]) -> list[Check]:
 
 def kinds(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Check]:
     sequences(arguments)
-    run = runs(arguments, "two_sided", "allocated", True)
+    run = runs(arguments, *OURS)
     calibration, _ = run.calibrate()
     model = run.stream()
     run.sweep(model, calibration)

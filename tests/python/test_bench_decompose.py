@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     import decompose
 
-    monkeypatch.setattr(decompose, "GRID", (decompose.GRID[1], decompose.GRID[-1]))
+    monkeypatch.setattr(decompose, "GRID", (decompose.OURS, decompose.BASELINE))
     return decompose
 
 

@@ -66,7 +66,7 @@ def test_biases_stay_and_norms_move(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "dense", attention_bias=True)
     options: Any = {"keep": 0.5, "rank_multiple": 4, "sampler": sampler, "progress": False}
     report = decompose_model(
-        source, tmp_path / "low", recover_steps=6, calibration_tokens=600, **options
+        source, tmp_path / "low", recover_steps=30, calibration_tokens=600, **options
     )
     got, was = load_reference(tmp_path / "low"), load_reference(source)
     name = next(n for n, rank in report.ranks.items() if rank and "attn" in n)

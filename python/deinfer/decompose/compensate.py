@@ -35,7 +35,6 @@ def compensate(
     ranks: dict[str, int | None],
     sequences: Sequence[Sequence[int]],
     *,
-    stride: int = 1,
     progress: bool = True,
 ) -> None:
     """Leave the factors of every block, with each `u` fitted again, in the work directory.
@@ -45,10 +44,9 @@ def compensate(
         work: Where the spectra are, and the inputs of all blocks.
         ranks: By module name; None means dense.
         sequences: Those that the inputs are of.
-        stride: Every so many-th sequence is used; a fit of `u` alone needs fewer than moments do.
         progress: Show a progress bar.
     """
-    fit = _Fit(model, work, [len(s) for s in sequences], stride)
+    fit = _Fit(model, work, [len(s) for s in sequences])
     count = len(model.prefixes)
     bar = progress_bar(progress, iterable=range(count), desc="compensate", unit="block")
     for index in bar:
@@ -63,11 +61,9 @@ class _Reached(Exception):
 class _Fit:
     """Fits block after block."""
 
-    def __init__(
-        self, model: StreamedModel, work: WorkDirectory, lengths: Sequence[int], stride: int
-    ) -> None:
+    def __init__(self, model: StreamedModel, work: WorkDirectory, lengths: Sequence[int]) -> None:
         self._model, self._work = model, work
-        self._lengths, self._stride = lengths, stride
+        self._lengths = lengths
 
     def block(self, index: int, factors: dict[str, Factors]) -> None:
         """Fit a block, and run it on the decomposed model's activations."""
@@ -137,10 +133,7 @@ class _Fit:
         """Yield the dense and the decomposed model's residual stream before a block."""
         with open(self._work.file("inputs", index), "rb") as file, self._low(index) as low:
             dense = RowReader(file, self._model.hidden_size, self._model.dtype)
-            for number, length in enumerate(self._lengths):
-                if number % self._stride:
-                    dense.skip(length)
-                    continue
+            for length in self._lengths:
                 x = dense.read(length)
                 yield x, x if low is None else low.read(length)
 

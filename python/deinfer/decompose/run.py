@@ -37,7 +37,6 @@ from deinfer.decompose.texts import read_sequences
 from deinfer.decompose.workdir import SpooledFactors, WorkDirectory, read_factors, write_factors
 from deinfer.progress import progress_bar
 
-_COMPENSATION_TOKENS = 6144  # a fit of u alone needs fewer than the moments do
 _HELD_OUT = 6  # every so many-th sequence, where perplexity is a target
 
 
@@ -265,15 +264,7 @@ class Run:
         """Write the factors of every block at the ranks chosen."""
         work, options = self.work, self._options
         if options.compensate:
-            stride = max(1, round(calibration.tokens / _COMPENSATION_TOKENS))
-            compensate(
-                model,
-                work,
-                ranks,
-                calibration.sequences,
-                stride=stride,
-                progress=self._progress,
-            )
+            compensate(model, work, ranks, calibration.sequences, progress=self._progress)
             return
         for index, prefix in enumerate(model.prefixes):
             if not work.has("factors", index):

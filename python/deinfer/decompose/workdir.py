@@ -19,7 +19,6 @@ for it is done.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,10 +157,6 @@ class RowReader:
     def __init__(self, file: BinaryIO, width: int, dtype: torch.dtype) -> None:
         """Read from where the file stands."""
         self._file, self._width, self._dtype = file, width, dtype
-
-    def skip(self, count: int) -> None:
-        """Pass over rows."""
-        self._file.seek(count * self._width * self._dtype.itemsize, os.SEEK_CUR)
 
     def read(self, count: int) -> Tensor:
         """Return the next rows [count, width].
