@@ -196,7 +196,16 @@ def copy_side_files(source: Path, destination: Path, *, low_rank: bool = True) -
         if (source / file).is_file():
             shutil.copyfile(source / file, destination / file)
     if low_rank:
-        shutil.copyfile(_MODELING_FILE, destination / _MODELING_FILE.name)
+        copy_modeling_file(destination)
+
+
+def copy_modeling_file(destination: Path) -> None:
+    """Put the modelling file that auto_map names into a decomposed directory.
+
+    Args:
+        destination: Directory that exists.
+    """
+    shutil.copyfile(_MODELING_FILE, destination / _MODELING_FILE.name)
 
 
 def write_like(
