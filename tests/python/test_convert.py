@@ -81,6 +81,34 @@ def test_import_keeps_the_logits(layout: str, family: str, tmp_path: Path) -> No
     require_same(tmp_path / "out", source)
 
 
+@pytest.mark.usefixtures("modules_cache")
+def test_transformers_loads_what_was_converted(tmp_path: Path) -> None:
+    import transformers
+
+    source = foreign.svdllm(tmp_path, "opt")
+    convert_checkpoint(source.path, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, dtype=torch.float32
+    )
+    assert type(model).__name__ == "LowRankOPTForCausalLM"
+    assert relative_error(logits(model.eval()), logits(source.model)) < 1e-5
+
+
+def test_training_state_beside_the_weights_is_ignored(tmp_path: Path) -> None:
+    source = foreign.asvd(tmp_path, "llama")
+    torch.save({"optimizer": torch.optim.SGD}, source.path / "optimizer.pt")
+    assert detect_format(source.path) == "asvd"
+
+
+def test_old_names_of_opt(tmp_path: Path) -> None:
+    source = foreign.asvd(tmp_path, "opt")
+    file = source.path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, file)
+    convert_checkpoint(source.path, tmp_path / "out")
+    require_same(tmp_path / "out", source)
+
+
 def test_every_format_is_tested() -> None:
     assert {layout for layout, _ in CASES} | {"canonical", "dense", "gguf"} == {
         entry.name for entry in FORMATS

@@ -19,17 +19,8 @@ from deinfer.decompose import load_reference  # noqa: E402
 from deinfer.decompose.checkpoint import copy_side_files, low_rank_config  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "modules_cache")
 PROMPT = [5, 17, 101, 3, 64]
-
-
-@pytest.fixture(autouse=True)
-def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies the modelling file into a cache and imports it from there."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
 
 
 def canonical(path: Path, family: str = "llama", **fields: Any) -> Path:

@@ -187,6 +187,7 @@ class CheckpointBuilder:
         Raises:
             ValueError: The model has no such linear, or shapes do not fit.
         """
+        name = self._full_name(f"{name}.weight").removesuffix(".weight")
         shape = self.shapes.get(f"{name}.weight")
         if shape is None or len(shape) != 2:
             raise ValueError(f"{name!r} is no linear of a {self.config['model_type']} model")
@@ -216,8 +217,7 @@ class CheckpointBuilder:
         """
         if name.endswith(_BUFFERS):
             return
-        if name not in self.shapes and f"model.{name}" in self.shapes:
-            name = f"model.{name}"  # old OPT checkpoints
+        name = self._full_name(name)
         expected = self.shapes.get(name)
         if expected is None:
             raise ValueError(f"tensor {name!r} belongs to no {self.config['model_type']} model")
@@ -278,6 +278,11 @@ class CheckpointBuilder:
             save_side_files=self._save_side_files,
             notes=[*self.notes, *notes],
         )
+
+    def _full_name(self, name: str) -> str:
+        """The name of a parameter; old OPT checkpoints leave `model.` out."""
+        full = f"model.{name}"
+        return full if name not in self.shapes and full in self.shapes else name
 
     def _add_pair(self, name: str, pair: _Pair, reading: _Reading) -> None:
         v, u = reading.apply(pair.first, pair.second)

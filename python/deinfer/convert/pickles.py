@@ -134,6 +134,13 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+class _Dict(dict[Any, Any]):
+    """A dict that ignores attributes, such as the _metadata of a state_dict."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Do nothing."""
+
+
 class _NumpyType:
     """A numpy dtype by name, e.g. "i8"; its state holds the byte order."""
 
@@ -161,8 +168,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda *sizes: tuple(*sizes),
     "torch.device": lambda *names: ":".join(map(str, names)),
     "torch.serialization._get_layout": str,
-    "collections.OrderedDict": lambda *items: dict(*items),
-    "collections.defaultdict": lambda *_: {},
+    "collections.OrderedDict": lambda *items: _Dict(*items),
+    "collections.defaultdict": lambda *_: _Dict(),
     **{f"builtins.{kind.__name__}": kind for kind in _CONTAINERS},
     "_codecs.encode": _encode,
     "numpy.dtype": _NumpyType,

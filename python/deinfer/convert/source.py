@@ -43,10 +43,13 @@ class Source:
 
     @cached_property
     def module_file(self) -> Path | None:
-        """The one file that may hold a pickled module: itself, or the one *.pt of a directory."""
+        """What may hold a pickled module: the file, or the one *.pt of a directory without weights.
+
+        Other directories have such files, too, of an optimizer's state and the like.
+        """
         if self.path.is_file():
             return self.path if self.path.suffix in (".pt", ".pth", ".bin", ".pkl") else None
-        files = sorted(self.path.glob("*.pt"))
+        files = [] if self.tensors else sorted(self.path.glob("*.pt"))
         return files[0] if len(files) == 1 else None
 
     @cached_property

@@ -93,12 +93,12 @@ def open_directory(path: Path) -> dict[str, LazyTensor]:
         ValueError: A file is missing or cannot be read, or a name occurs twice.
     """
     for pattern, index, opener in (
-        ("*.safetensors", "model.safetensors.index.json", _open_safetensors),
+        ("model*.safetensors", "model.safetensors.index.json", _open_safetensors),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json", _open_torch),
     ):
         files = _indexed(path, index)
         if not files:
-            files = [file for file in sorted(path.glob(pattern)) if "adapter" not in file.name]
+            files = sorted(path.glob(pattern))
         if files:
             tensors: dict[str, LazyTensor] = {}
             for file in files:

@@ -37,7 +37,7 @@ class Export:
 def write_directory(
     destination: Path, export: Export, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> None:
-    """Write a Hugging Face directory; one shard of 1 GiB is in memory, and once more as it is saved.
+    """Write a Hugging Face directory; a shard of 1 GiB is in memory, twice while it is saved.
 
     Args:
         destination: Directory to create.
