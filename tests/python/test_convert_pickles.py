@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path) -> None:
                 changed.writestr(file, content.replace(old, new) if file == name else content)
         with pytest.raises(ValueError, match="cannot be read"):
             load_objects(tmp_path / "evil.pt")
+
+
+def test_tar_archives_are_not_unpacked(tmp_path: Path) -> None:
+    """One whose first name is what torch's files begin with."""
+    save_legacy(1, tmp_path / "old.pt")
+    start = (tmp_path / "old.pt").read_bytes()[:15].decode("utf-8", "surrogateescape")
+    with tarfile.open(tmp_path / "evil.pt", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in (start, "storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match="tar archive"):
+        load_objects(tmp_path / "evil.pt")
 
 
 def test_torchscript_is_a_program(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 _EPILOG = """\
 Reads what SVD-LLM, ASVD, Dobi-SVD, Basis Sharing, Palu, AA-SVD, KFAC-SVD/LEMS and DeInfer write,
 PEFT adapters that are all of a weight, GGUF, and ordinary directories; writes deinfer's own format
-unless --to names another. Pickles are read without executing anything that they ask for. Factors
-are copied as they are, so the outputs stay the same.
+unless --to names another. Pickles are read without executing anything that they ask for. Without
+--dtype, factors are copied as they are.
 
 examples:
   deinfer convert --list                             what can be read and written

@@ -11,6 +11,7 @@ and the research code that wrote the checkpoint, or an error. No name is ever im
 from __future__ import annotations
 
 import pickle
+import tarfile
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -242,6 +243,8 @@ def load_objects(path: Path) -> Any:
         elif start != _TORCH_MAGIC:
             with path.open("rb") as file:
                 return _Unpickler(file).load()
+        elif tarfile.is_tarfile(path):  # torch would look for its first format and unpack it
+            raise ValueError("it is a tar archive")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a record's source is not that of its class
             return torch.load(
