@@ -22,6 +22,7 @@ LengthDistribution::LengthDistribution(std::span<const float> lengths,
     sum += probabilities[i];
   }
   if (sum <= 0.0) return;
+  if (std::abs(sum - 1.0) < 1e-5) sum = 1.0;  // a distribution already: to the last bit as it is
   std::array<std::size_t, kMaxBins> order{};
   auto end = order.begin() + static_cast<std::ptrdiff_t>(lengths.size());
   std::iota(order.begin(), end, std::size_t{0});

@@ -136,7 +136,6 @@ bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
 
 const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
   if (in_flight_) fail(ErrorCode::kInternal, "schedule() before the update() of the last step");
-  if (log_ != nullptr) log_->add(EventLog::Step{now_us});
   retired_.clear();
   blocks_ran_out_ = any_paused_ || !batch_.preempted.empty();
   batch_.items.clear();
@@ -175,6 +174,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
     fail(ErrorCode::kInternal, "the scheduling policy holds back all ", sequences_.size(),
          " sequences");
   }
+  if (log_ != nullptr) log_->add(EventLog::Step{now_us, EventLog::plan_of(batch_)});
   return batch_;
 }
 
