@@ -95,7 +95,8 @@ def fit_network(
             p -= g
     if recipe.units:
         weight, bias = parameters[2:]  # [networks, bins, units], [networks, 1, bins]
-        side_by_side = np.concatenate(list(weight), axis=1) / np.float32(recipe.networks)
+        side_by_side: Floats = np.concatenate(list(weight), axis=1)
+        side_by_side /= recipe.networks
         parameters[2:] = [side_by_side, bias.mean(axis=(0, 1))]
     values = [p.astype(np.float64) for p in parameters]
     return list(zip(values[::2], values[1::2], strict=True))
