@@ -87,6 +87,7 @@ class EngineConfig:
         static_batch_size: int = 16,
         bucket_batch_sizes: Sequence[int] = [256, 128, 64, 32],
         recompute: str = "continue",
+        event_log: str = "",
         enable_prefix_caching: bool = True,
         hidden_state_layers: Sequence[int] = (),
         length_predictor: str = "",
@@ -119,6 +120,7 @@ class EngineConfig:
     static_batch_size: int
     bucket_batch_sizes: list[int]
     recompute: str
+    event_log: str
     enable_prefix_caching: bool
     hidden_state_layers: list[int]
     length_predictor: str

@@ -198,6 +198,43 @@ def test_ranks_and_plans_are_options(tiny_model: Path) -> None:
     assert "naivete" in fail(2, *base, *ranks[:-1], "naivete")
 
 
+def test_the_fields_of_the_engine_are_options() -> None:
+    from deinfer import _C
+    from deinfer.cli import options
+    from deinfer.sampling_params import field_names
+
+    # The model is the argument MODEL; KV blocks are sized by --kv-cache-bytes; the others are for
+    # tests, or belong to what a request asks for.
+    own = {"model", "num_kv_blocks", "block_size", "hidden_state_layers", "seed"}
+    own |= {"emulated_link", "exchange_chunks", "enable_prefix_caching"}
+    flags = [name for name, _, _ in options._ENGINE]
+    assert sorted(flags) == sorted(set(field_names(_C.EngineConfig)) - own)
+
+
+def test_the_scheduler_has_options(tiny_model: Path, tmp_path: Path) -> None:
+    base = ("generate", tiny_model, *ENGINE, "--max-tokens", 8, "--prompt", "The sky")
+    plain = succeed(*base)
+    log = tmp_path / "events.jsonl"
+    given = ("--kv-watermark", 0.1, "--max-pause", 0, "--preempt-limit", 1, "--bucket-width", 20)
+    static = ("--scheduling-policy", "static_bucket", "--static-group", 8, "--recompute", "restart")
+    sizes = ("--static-batch-size", 2, "--bucket-batch-sizes", "4,3")
+    assert succeed(*base, *given, *static, *sizes, "--event-log", log) == plain
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    setup, events = lines[0], lines[1:]
+    assert setup["format"] == "deinfer.event_log" and setup["policy"] == "static_bucket"
+    assert setup["scheduler"]["watermark"] == 0.1 and setup["scheduler"]["max_pause"] == 0
+    assert setup["scheduler"]["preempt_limit"] == 1
+    policy = setup["policy_config"]
+    assert policy["bucket_batch_sizes"] == [4, 3] and policy["batch_size"] == 2
+    assert policy["group"] == 8 and policy["bucket_width"] == 20 and policy["restart_failures"]
+    # One prompt: a step that computes it, and one for each of the other tokens.
+    assert [next(iter(event)) for event in events].count("update") == 8
+    assert events[0]["add"]["max_new_tokens"] == 8
+    assert "kv_watermark" in fail(2, *base, "--kv-watermark", 1.5)
+    assert "event_log" in fail(2, *base, "--event-log", tmp_path / "no" / "log")
+    assert "integers" in fail(2, *base, "--bucket-batch-sizes", "4,x")
+
+
 def test_generate_chat_and_samples(tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("The sky\n\nOne\n")
