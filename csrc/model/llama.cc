@@ -10,8 +10,9 @@ ModelConfig parse_llama(const nlohmann::json& config) { return read_rotary_model
 ModelConfig parse_mistral(const nlohmann::json& config) {
   ModelConfig model = read_rotary_model(config, {.max_position_embeddings = 4096 * 32});
   // null: no window. Without the field it has the size that version 0.1 was trained with.
-  bool has_none = config.contains("sliding_window") && config.at("sliding_window").is_null();
-  model.sliding_window = has_none ? 0 : json_int(config, "sliding_window", 1, 4096);
+  if (!json_is_null(config, "sliding_window")) {
+    model.attention[0].window = json_int(config, "sliding_window", 1, 4096);
+  }
   return model;
 }
 

@@ -40,8 +40,20 @@ class Architecture:
         return [f"{self.layers}.{i}.{leaf}" for i in range(num_layers) for leaf in self.linears]
 
 
+_GELU = ("gelu_pytorch_tanh",)
+_SANDWICH = {
+    "activation": "hidden_activation",
+    "activations": _GELU,
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+
 # What csrc/model/registry.cc runs, each also as lowrank_*.
 ARCHITECTURES = {
+    "gemma": Architecture("Gemma", activations=(*_GELU, "gelu")),
+    "gemma2": Architecture("Gemma2", **_SANDWICH),
+    "gemma3_text": Architecture("Gemma3", **_SANDWICH),
     "llama": Architecture("Llama"),
     "mistral": Architecture("Mistral"),
     "olmo2": Architecture(

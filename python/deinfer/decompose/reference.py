@@ -56,6 +56,18 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], dtype: torch.dtype)
         setattr(model.get_submodule(parent), leaf, new)
 
 
+def attention_implementation(config: Any) -> str:
+    """Choose an attention of transformers that computes all of a model.
+
+    Args:
+        config: transformers' config of the model.
+
+    Returns:
+        `sdpa`, or `eager` for models that cap attention scores, which sdpa leaves out silently.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
 def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Build transformers' model for a canonical directory, with factor pairs in place of linears.
 
@@ -81,9 +93,10 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     model_type = low_rank.get("base_model_type", config["model_type"])
     for key in ("model_type", "architectures", "transformers_version"):
         config.pop(key, None)
+    hf_config = AutoConfig.for_model(model_type, **config)
     # The default dtype keeps from_config from building the model in fp32 first.
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **config), dtype=dtype
+        hf_config, dtype=dtype, attn_implementation=attention_implementation(hf_config)
     )
     replace_linears(model, low_rank["ranks"], dtype)
     tensors = {}
