@@ -33,7 +33,8 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
     file = path if path.is_file() else path / "config.json"
     config = _read_object(file)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
     problems: list[str] = []
     model: ModelDescription | None = None
     try:

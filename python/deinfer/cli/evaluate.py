@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,7 @@ def _compare(options: argparse.Namespace, text: str) -> None:
     if rounds < 0:
         raise UsageError(f"--speed-rounds {rounds} is negative")
     require_model(options.compare)
-    llms = [load_model(options), load_model(options, options.compare)]
+    llms = (load_model(options), load_model(options, options.compare))
     from deinfer.comparison import compare
 
     with usage_errors():
@@ -146,7 +147,7 @@ def _compare(options: argparse.Namespace, text: str) -> None:
         print(f"{name:20}{a:>14{digits}}{b:>14{digits}}{b / a:>16.3f}")
 
 
-def _speeds(llms: list[LLM], rounds: int) -> list[Speed]:
+def _speeds(llms: Sequence[LLM], rounds: int) -> list[Speed]:
     from deinfer.evaluate import measure_speed
 
     longest = min(llm.model_info.max_model_len for llm in llms) - 1

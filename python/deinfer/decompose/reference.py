@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deinfer.architectures import attention_implementation
+
 
 class LowRankLinear(nn.Module):
     """y = u (v x) + bias, in the dtype of its factors.
@@ -54,18 +56,6 @@ def replace_linears(model: nn.Module, ranks: dict[str, int], dtype: torch.dtype)
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-
-
-def attention_implementation(config: Any) -> str:
-    """Choose an attention of transformers that computes all of a model.
-
-    Args:
-        config: transformers' config of the model.
-
-    Returns:
-        `sdpa`, or `eager` for models that cap attention scores, which sdpa leaves out silently.
-    """
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
