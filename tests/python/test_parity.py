@@ -151,6 +151,8 @@ FAMILY_CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     ),
 }
 CASES |= FAMILY_CASES
+TWO_RANKS = ["dense", "all-rank-7"]
+TWO_RANKS += [case for case in FAMILY_CASES if case.endswith(("-dense", "-low-rank"))]
 # longrope picks its factors by length; 200 tokens take the long ones in both programs. 400 tokens
 # fill several KV splits, of which a window hides whole ones.
 LENGTHS = {"rope-longrope": 200, "mistral-window": 400, "gemma2-mixed": 400, "gemma3-mixed": 400}
@@ -180,6 +182,21 @@ def test_logits_and_greedy_tokens_match_transformers(case: str, tmp_path: Path) 
     answer = llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids
     assert len(answer) == 24
     assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)
+
+
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks_match_transformers(case: str, tmp_path: Path) -> None:
+    ranks, fields = CASES[case]
+    path = write_model(tmp_path / "model", ranks, **fields)
+    tokens = random_tokens(90, fields.get("vocab_size", 131))
+    expected = reference_logits(path, tokens, torch.float64)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    for plan in ("dense", "hidden_sharded"):  # tensor_parallel_test.cc has all of them
+        two = {"tensor_parallel_size": 2, "tensor_parallel_plan": plan, "num_threads": 1}
+        llm = load(path, dtype="float32", max_num_batched_tokens=37, **two)
+        assert relative_error(llm.prompt_logits(tokens), expected) < 2e-5
+        answer = llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids
+        assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)
 
 
 @pytest.mark.parametrize("case", ROUNDED)
