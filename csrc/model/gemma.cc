@@ -54,28 +54,6 @@ ModelConfig read_sandwich(const json& config, RotaryDefaults defaults, float log
   return model;
 }
 
-int read_window(const json& config) {
-  return json_is_null(config, "sliding_window") ? 0 : json_int(config, "sliding_window", 1, 4096);
-}
-
-/// The rope_parameters of one layer type, or null where they are not told apart.
-const json& rope_of(const json& config, const char* layer_type) {
-  static const json null;
-  const char* key = "rope_parameters";
-  if (!config.contains(key) || config.at(key).is_null()) return null;
-  const json& all = config.at(key);
-  check_argument(all.is_object(), "config.json: rope_parameters: expected an object, found ",
-                 all.dump());
-  for (const auto& [name, value] : all.items()) {
-    check_argument((name == "full_attention" || name == "sliding_attention") &&
-                       (value.is_object() || value.is_null()),
-                   "config.json: rope_parameters: expected objects full_attention and "
-                   "sliding_attention, found ",
-                   name, ": ", value.dump());
-  }
-  return all.contains(layer_type) ? all.at(layer_type) : null;
-}
-
 }  // namespace
 
 ModelConfig parse_gemma(const json& config) {
@@ -111,19 +89,10 @@ ModelConfig parse_gemma3_text(const json& config) {
   }
   model.qk_norm = QkNormKind::kPerHead;
   const int pattern = json_int(config, "sliding_window_pattern", 1, 6);
-  AttentionKind full, windowed;
-  const json& scaled = rope_of(config, "full_attention");
-  full.rope = read_rope_object(
-      scaled.is_null() && config.contains("rope_scaling") ? config.at("rope_scaling") : scaled,
-      json_number(config, "rope_theta", 1e6), model.max_position_embeddings);
-  windowed.window = read_window(config);
-  windowed.rope = read_rope_object(rope_of(config, "sliding_attention"),
-                                   json_number(config, "rope_local_base_freq", 1e4),
-                                   model.max_position_embeddings);
-  set_attention(
-      model,
-      read_windowed_layers(config, model.num_layers, [&](int i) { return (i + 1) % pattern != 0; }),
-      windowed, full);
+  const double theta = json_number(config, "rope_theta", 1e6);
+  read_turning_kinds(
+      config, theta, json_number(config, "rope_local_base_freq", 1e4),
+      [&](int i) { return (i + 1) % pattern != 0; }, model);
   return model;
 }
 

@@ -218,6 +218,31 @@ void set_attention(ModelConfig& model, const std::vector<bool>& is_windowed, Att
   for (bool has_window : is_windowed) model.layer_attention.push_back(has_window ? 0 : 1);
 }
 
+int read_window(const json& config) {
+  return json_is_null(config, "sliding_window") ? 0 : json_int(config, "sliding_window", 1, 4096);
+}
+
+void read_turning_kinds(const json& config, double theta, double windowed_theta,
+                        const std::function<bool(int layer)>& has_window, ModelConfig& model) {
+  const json& all = object_or_null(config, "rope_parameters");
+  for (const auto& [name, value] : all.items()) {
+    check_argument((name == "full_attention" || name == "sliding_attention") &&
+                       (value.is_object() || value.is_null()),
+                   "config.json: rope_parameters: expected objects full_attention and "
+                   "sliding_attention, found ",
+                   name, ": ", value.dump());
+  }
+  const bool by_type = has(all, "full_attention");
+  AttentionKind full, windowed;
+  full.rope =
+      read_rope_object(by_type ? all.at("full_attention") : object_or_null(config, "rope_scaling"),
+                       theta, model.max_position_embeddings);
+  windowed.window = read_window(config);
+  windowed.rope = read_rope_object(object_or_null(all, "sliding_attention"), windowed_theta,
+                                   model.max_position_embeddings);
+  set_attention(model, read_windowed_layers(config, model.num_layers, has_window), windowed, full);
+}
+
 void check_heads(const ModelConfig& model) {
   check_argument(model.num_heads % model.num_kv_heads == 0,
                  "config.json: num_attention_heads=", model.num_heads,

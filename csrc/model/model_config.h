@@ -144,9 +144,18 @@ RopeConfig read_rope_object(const nlohmann::json& object, double theta,
 std::vector<bool> read_windowed_layers(const nlohmann::json& config, int num_layers,
                                        const std::function<bool(int layer)>& fallback);
 
+/// sliding_window, 4096 if it is left out; 0: null, for none.
+int read_window(const nlohmann::json& config);
+
 /// Gives layers one of two kinds of attention. A window that no sequence outgrows is none.
 void set_attention(ModelConfig& model, const std::vector<bool>& is_windowed, AttentionKind windowed,
                    AttentionKind full);
+
+/// The attention of models whose layers with and without a window turn q and k differently:
+/// rope_parameters of each layer type, or rope_scaling of the layers without a window; the thetas
+/// where these have none.
+void read_turning_kinds(const nlohmann::json& config, double theta, double windowed_theta,
+                        const std::function<bool(int layer)>& has_window, ModelConfig& model);
 
 /// Throws kInvalidArgument unless the numbers of heads fit each other and the kernels.
 void check_heads(const ModelConfig& model);

@@ -13,11 +13,10 @@ constexpr int kMaxPositionEmbeddings = 32768;
 /// (since transformers 4.53) says.
 void read_windows(const nlohmann::json& config, ModelConfig& model) {
   if (!json_bool(config, "use_sliding_window", false)) return;
-  if (json_is_null(config, "sliding_window")) return;
   const int first = json_int(config, "max_window_layers", 0, 28);
   AttentionKind full = model.attention[0];
   AttentionKind windowed = full;
-  windowed.window = json_int(config, "sliding_window", 1, 4096);
+  windowed.window = read_window(config);
   set_attention(model,
                 read_windowed_layers(config, model.num_layers, [&](int i) { return i >= first; }),
                 windowed, full);

@@ -28,7 +28,9 @@ ModelConfig parse_gemma3(const nlohmann::json& config);
 /// Llama 1/2/3.x and models of the same structure.
 ModelConfig parse_llama(const nlohmann::json& config);
 ModelConfig parse_mistral(const nlohmann::json& config);
+ModelConfig parse_ministral(const nlohmann::json& config);
 ModelConfig parse_olmo2(const nlohmann::json& config);
+ModelConfig parse_olmo3(const nlohmann::json& config);
 ModelConfig parse_opt(const nlohmann::json& config);
 ModelConfig parse_qwen2(const nlohmann::json& config);
 ModelConfig parse_qwen3(const nlohmann::json& config);

@@ -50,6 +50,13 @@ _GEMMA2 = Architecture(
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
 )
+_OLMO2 = Architecture(
+    "Olmo2",
+    attention_norm="",
+    attention_output_norm="post_attention_layernorm",
+    mlp_norm="",
+    mlp_output_norm="post_feedforward_layernorm",
+)
 
 # What csrc/model/registry.cc runs, each also as lowrank_*.
 ARCHITECTURES = {
@@ -58,14 +65,10 @@ ARCHITECTURES = {
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, name="Gemma3"),
     "llama": Architecture("Llama"),
+    "ministral": Architecture("Ministral"),
     "mistral": Architecture("Mistral"),
-    "olmo2": Architecture(
-        "Olmo2",
-        attention_norm="",
-        attention_output_norm="post_attention_layernorm",
-        mlp_norm="",
-        mlp_output_norm="post_feedforward_layernorm",
-    ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, name="Olmo3"),
     "opt": Architecture(
         "OPT",
         linears=(*_QKV, "self_attn.out_proj", "fc1", "fc2"),

@@ -115,6 +115,21 @@ FAMILY_CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "mistral-dense": (None, {"family": "mistral"}),
     "mistral-low-rank": (dict.fromkeys(ALL, 7), {"family": "mistral", "head_dim": 20}),
     "mistral-window": (MIXED, {"family": "mistral", "sliding_window": 50}),
+    "ministral-dense": (None, {"family": "ministral"}),
+    "ministral-low-rank": (dict.fromkeys(ALL, 7), {"family": "ministral", "layer_types": None}),
+    "olmo3-dense": (None, {"family": "olmo3"}),
+    "olmo3-low-rank": (
+        dict.fromkeys(ALL, 7),
+        {
+            "family": "olmo3",
+            "num_hidden_layers": 4,
+            "layer_types": None,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "olmo2-dense": (None, {"family": "olmo2"}),
     "olmo2-low-rank": (dict.fromkeys(ALL, 7), {"family": "olmo2", "num_key_value_heads": 4}),
     "olmo2-mixed": (MIXED, {"family": "olmo2", "num_key_value_heads": 1}),

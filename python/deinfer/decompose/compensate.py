@@ -122,7 +122,7 @@ def embed(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Any]:
         learned = model.model.decoder.embed_positions(None, position_ids=positions)[0]
         return hidden + torch.cat([learned[:length] for length in lengths]), None
     rotary = model.model.rotary_emb
-    if model.config.model_type == "gemma3_text":  # whose kinds of layers turn differently
+    if hasattr(rotary, "layer_types"):  # which turn differently
         kinds = model.config.layer_types
         by_kind = {kind: rotary(hidden[None], positions, kind) for kind in set(kinds)}
         return hidden, [by_kind[kind] for kind in kinds]
