@@ -85,8 +85,8 @@ struct ModelConfig {
   float norm_gain_offset = 0.0f;  // an RMSNorm's gain is its weight plus this
   PositionKind positions = PositionKind::kRotary;
   int position_offset = 0;  // rows of the table before that of position 0, of learned ones
-  std::vector<AttentionKind> attention = std::vector<AttentionKind>(1);  // the kinds that layers
-                                                                         // have
+  /// The kinds that layers have.
+  std::vector<AttentionKind> attention = std::vector<AttentionKind>(1);
   std::vector<int> layer_attention;  // of each layer, the place of its kind; empty: all the first
   float attention_scale = 0.0f;      // of q . k; 0: 1 / sqrt(head_dim)
   float attention_soft_cap = 0.0f;   // scores s are cap * tanh(s / cap); 0: they are not
