@@ -68,12 +68,7 @@ std::vector<Isa> detect_isas() {
 Isa select_isa() {
   const char* wanted = std::getenv("DEINFER_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    // Not even asked for: the permission to use tiles enlarges a host program's signal frames.
-    Isa best = Isa::kScalar;
-    for (Isa isa : kAllIsas) {
-      if (isa != Isa::kAmxBf16 && cpu_supports(isa)) best = isa;
-    }
-    return best;
+    return detect_isas().back();
   }
   for (Isa isa : kAllIsas) {
     if (isa_name(isa) != wanted) continue;

@@ -92,7 +92,8 @@ struct Division {
   int parts;
   int members;
 
-  Division(int m, int team) : tokens(m), parts(std::clamp(m / kPartTokens, 1, team)) {
+  Division(int m, int part_tokens, int team)
+      : tokens(m), parts(std::clamp(m / part_tokens, 1, team)) {
     while (team % parts != 0) --parts;
     members = team / parts;
   }
@@ -109,7 +110,7 @@ void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, in
     panels += job.num_panels();
   }
   if (m == 0 || panels == 0) return;
-  const Division division(m, ctx.member.size());
+  const Division division(m, ctx.kernels.part_tokens, ctx.member.size());
   auto first_of = [&](int member) {  // items: the panels of the first part, of the second, ...
     int within = member % division.members;
     return member / division.members * panels +

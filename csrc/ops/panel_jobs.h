@@ -2,9 +2,8 @@
 //
 // With few tokens the threads divide the panels, so that each weight is read once. With many each
 // takes tokens of its own: what one op writes of them, the next finds in the same core's cache, as
-// do the norms. The weights are then read by every part of the tokens: a part of kPartTokens
-// computes at the rate of AVX-512 BF16 about eight times as long as its core reads them from
-// memory, and reads while it computes.
+// do the norms. The weights are then read by every part of the tokens, so a part has at least
+// KernelTable::part_tokens.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +14,6 @@
 #include "ops/context.h"
 
 namespace deinfer {
-
-inline constexpr int kPartTokens = 64;  // at least, of a part
 
 /// Takes a finished tile of the rows [row, row + m) of the batch and the packed rows
 /// [first, first + cols) of the output factor. `second` is the tile of a job's second matrix.

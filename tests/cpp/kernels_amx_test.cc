@@ -379,13 +379,14 @@ TEST(AmxIsa, SharesTheOtherKernelsWithAvx512Bf16) {
   const cpu::KernelTable& avx = cpu::kernels_for(Isa::kAvx512Bf16);
   EXPECT_EQ(amx.isa, Isa::kAmxBf16);
   EXPECT_NE(amx.panel_gemm_bf16, avx.panel_gemm_bf16);
+  EXPECT_NE(amx.panel_gemm_int8, avx.panel_gemm_int8);
   EXPECT_EQ(amx.panel_gemm_f32, avx.panel_gemm_f32);
   EXPECT_EQ(amx.store_bf16, avx.store_bf16);
   EXPECT_EQ(amx.attention_split_bf16, avx.attention_split_bf16);
   EXPECT_EQ(amx.exp_sum, avx.exp_sum);
 }
 
-TEST(AmxIsa, IsChosenByNameOnlyAndRefusedWhereTheCpuLacksIt) {
+TEST(AmxIsa, IsTheDefaultWhereItRunsAndRefusedWhereTheCpuLacksIt) {
   const char* wanted = std::getenv("DEINFER_CPU_ISA");
   const std::string before = wanted == nullptr ? "" : wanted;
   setenv("DEINFER_CPU_ISA", "amx_bf16", 1);
@@ -402,7 +403,8 @@ TEST(AmxIsa, IsChosenByNameOnlyAndRefusedWhereTheCpuLacksIt) {
     }
   }
   unsetenv("DEINFER_CPU_ISA");
-  EXPECT_NE(select_isa(), Isa::kAmxBf16);
+  EXPECT_EQ(select_isa(), detect_isas().back());
+  EXPECT_EQ(select_isa() == Isa::kAmxBf16, supported(Isa::kAmxBf16));
   setenv("DEINFER_CPU_ISA", before.c_str(), 1);
 }
 

@@ -272,6 +272,17 @@ void multiply_expanded(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8
   }
 }
 
+/// c[i, j] *= scale[j].
+inline void scale_columns(const float* scale, int m, float* c) {
+  const Vec scales[] = {load(scale), load(scale + kLanes)};
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      float* out = c + i * kPanelRows + j * kLanes;
+      store(out, mul(load(out), scales[j]));
+    }
+  }
+}
+
 template <bool kAdd = false>
 void panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                      const float* scale, int k_pad, const void* next, float* c) {
@@ -280,14 +291,7 @@ void panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t
   } else {
     multiply_expanded<kAdd>(x, ldx, m, panel, k_pad, next, c);
   }
-  if (scale == nullptr) return;
-  const Vec scales[] = {load(scale), load(scale + kLanes)};
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < 2; ++j) {
-      float* out = c + i * kPanelRows + j * kLanes;
-      store(out, mul(load(out), scales[j]));
-    }
-  }
+  if (scale != nullptr) scale_columns(scale, m, c);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The product by AMX tiles; the other kernels of this instruction set are those of AVX-512-BF16,
-// in whose translation unit its table stands.
+// The product by AMX tiles; the other kernels of this instruction set, and its table, stand in the
+// translation unit of AVX-512-BF16.
 #include <immintrin.h>
 
 #include "kernels/cpu/amx_gemm_impl.h"

@@ -86,6 +86,9 @@ struct Centering {
 
 struct KernelTable {
   Isa isa;
+  /// Tokens from which on a thread had better take tokens of its own, with all weights, than share
+  /// them: their product takes several times as long as reading the weights from memory.
+  int part_tokens;
 
   // --- matrix products -------------------------------------------------------------------------
   /// c[m, kPanelRows] = x[m, k_pad] . panel^T for one panel of `rows` (8, 16, 24 or 32) rows. x

@@ -16,6 +16,7 @@ namespace {
 constexpr KernelTable make_table(Isa isa) {
   return {
       .isa = isa,
+      .part_tokens = 64,
       .panel_gemm_f32 = panel_gemm<DotF32>,
       .panel_gemm_bf16 = panel_gemm<DotBf16>,
       .panel_gemm_int8 = panel_gemm_int8<>,
