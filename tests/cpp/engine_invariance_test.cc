@@ -182,7 +182,8 @@ TEST_P(EngineInvariance, AnswersDoNotDependOnTheBatch) {
 }
 
 TEST(FamilyInvariance, AnswersDoNotDependOnTheBatch) {
-  for (std::string family : {"mistral", "olmo2", "opt", "qwen2", "qwen3"}) {
+  for (std::string family :
+       {"gemma2", "gemma3_text", "mistral", "olmo2", "opt", "qwen2", "qwen3"}) {
     SCOPED_TRACE(family);
     test::TinyConfig tiny;
     tiny.family = family;

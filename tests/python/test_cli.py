@@ -15,10 +15,8 @@ from typing import Any
 
 import deinfer
 import pytest
-from checkpoints import write_model as write_checkpoint
 from conftest import write_model, write_tokenizer
 from deinfer import demo
-from deinfer.architectures import ARCHITECTURES
 from deinfer.cli import chat, main
 
 ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
@@ -108,73 +106,6 @@ def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str
             main(arguments)
         text = capsys.readouterr().out
         assert "examples:\n" in text and f"deinfer {name} " in text
-
-
-def test_info(tiny_model: Path, lowrank_model: Path) -> None:
-    dense = json.loads(succeed("info", tiny_model, "--json"))
-    assert dense["supported"] and dense["architecture"] == "llama" and dense["low_rank"] is None
-    assert dense["parameters"] == dense["dense_parameters"]
-    assert dense["bytes"] == 4 * dense["parameters"]
-    assert (dense["decomposed_matrices"], dense["dense_matrices"]) == (0, 14)
-    assert dense["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
-    low = json.loads(succeed("info", lowrank_model, "--json"))
-    assert low["supported"] and low["architecture"] == "lowrank_llama"
-    assert low["dense_parameters"] == dense["parameters"] > low["parameters"]
-    assert low["ranks"]["model.layers.0.mlp.down_proj"] == 13
-    assert low["ranks"]["model.layers.1.mlp.down_proj"] is None
-    assert low["low_rank"]["method"] == "two_sided"
-    text = succeed("info", lowrank_model)
-    assert "supported     yes" in text and "1 of 2" in text
-
-
-def test_info_agrees_with_the_runtime(lowrank_model: Path) -> None:
-    low = json.loads(succeed("info", lowrank_model, "--json"))
-    model = deinfer.LLM(lowrank_model, num_threads=1, num_kv_blocks=10, block_size=16).model_info
-    assert (model.parameters, model.lowrank_matrices, model.dense_matrices) == (
-        low["parameters"],
-        low["decomposed_matrices"],
-        low["dense_matrices"],
-    )
-    assert model.kv_cache_bytes == 160 * low["kv_bytes_per_token"]
-
-
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_info_knows_every_family(family: str, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", {"q_proj": 7}, family=family)
-    report = json.loads(succeed("info", path, "--json"))
-    assert report["supported"] and report["architecture"] == f"lowrank_{family}"
-    model = deinfer.LLM(path, num_threads=1, num_kv_blocks=4).model_info
-    assert (model.parameters, model.lowrank_matrices, model.dense_matrices) == (
-        report["parameters"],
-        report["decomposed_matrices"],
-        report["dense_matrices"],
-    )
-
-
-def test_info_says_what_is_wrong(
-    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
-    write_model(tmp_path, 50, ranks={"model.layers.0.mlp.up_proj": 5})
-    config = json.loads((tmp_path / "config.json").read_text())
-
-    def problems(**changes: Any) -> str:
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-        report = json.loads(command("info", tmp_path, "--json")[1])
-        assert report["supported"] is (not report["problems"])
-        return "; ".join(report["problems"])
-
-    assert problems() == ""
-    assert "'mamba'" in problems(model_type="mamba")
-    assert "gelu" in problems(hidden_act="gelu")
-    assert "7 of 21 linear layers are missing" in problems(num_hidden_layers=3)
-    ranks = {"version": 1, "ranks": {"model.layers.0.mlp.up_proj": 6}}
-    assert "is 6, its tensors have 5" in problems(low_rank=ranks)
-    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert "malformed" in command("info", tmp_path)[2]
-    (tmp_path / "model.safetensors").unlink()
-    assert "missing" in command("info", tmp_path)[2]
-    (tmp_path / "config.json").write_text("{")
-    assert "not JSON" in command("info", tmp_path)[2]
 
 
 def test_generate(tiny_model: Path) -> None:

@@ -225,24 +225,26 @@ def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name, _, _ in _ENGINE if hasattr(options, name)}
 
 
-def load_model(options: argparse.Namespace) -> LLM:
-    """Load MODEL with the options of `add_engine_options`.
+def load_model(options: argparse.Namespace, path: Path | None = None) -> LLM:
+    """Load a model with the options of `add_engine_options`.
 
     Args:
         options: Parsed command line.
+        path: Directory of the model; None: MODEL.
 
     Returns:
         The model.
 
     Raises:
-        UsageError: MODEL is not a directory, or an option is out of range.
+        UsageError: The model is not a directory, or an option is out of range.
     """
     from deinfer.llm import LLM
 
-    require_model(options.model)
+    path = options.model if path is None else path
+    require_model(path)
     given = engine_arguments(options)
     try:
-        return LLM(options.model, **given)
+        return LLM(path, **given)
     except (TypeError, ValueError) as error:
         # The engine says which field it means; a checkpoint's fault is none of the command line.
         if any(str(error).startswith(name) for name in given):

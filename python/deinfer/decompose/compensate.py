@@ -63,7 +63,8 @@ def compensate(
             def record(leaves: tuple[str, ...], x: Tensor, clean: Any = clean) -> None:
                 clean.update(dict.fromkeys(leaves, x))
 
-            dense = run_block(architecture, block, dense, lengths, rotary, record)
+            angles = rotary[index] if rotary else None
+            dense = run_block(architecture, block, dense, lengths, angles, record)
             ranks = {}
             for leaf in architecture.linears:
                 if prefix + leaf in factors:
@@ -87,7 +88,7 @@ def compensate(
                         block.get_submodule(leaf).u.weight.copy_(pair.u)
                         block.get_submodule(leaf).v.weight.copy_(pair.v)
 
-            low = run_block(architecture, block, low, lengths, rotary, refit)
+            low = run_block(architecture, block, low, lengths, angles, refit)
     return fitted
 
 
@@ -110,8 +111,8 @@ def embed(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Any]:
         sequences: Token ids.
 
     Returns:
-        The residual stream of the joined sequences [tokens, hidden], and cos and sin
-        [1, longest, head_dim] of rotary positions, or None.
+        The residual stream of the joined sequences [tokens, hidden], and of every block cos and
+        sin [1, longest, head_dim] of rotary positions, or None.
     """
     lengths = [len(s) for s in sequences]
     ids = torch.tensor([token for s in sequences for token in s])
@@ -120,7 +121,12 @@ def embed(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Any]:
     if model.config.model_type == "opt":
         learned = model.model.decoder.embed_positions(None, position_ids=positions)[0]
         return hidden + torch.cat([learned[:length] for length in lengths]), None
-    return hidden, model.model.rotary_emb(hidden[None], positions)
+    rotary = model.model.rotary_emb
+    if hasattr(rotary, "layer_types"):  # which turn differently
+        kinds = model.config.layer_types
+        by_kind = {kind: rotary(hidden[None], positions, kind) for kind in set(kinds)}
+        return hidden, [by_kind[kind] for kind in kinds]
+    return hidden, [rotary(hidden[None], positions)] * model.config.num_hidden_layers
 
 
 def run_block(
@@ -156,12 +162,16 @@ def run_block(
         lambda _, inputs: mixed.append(inputs[0].flatten(0, -2))
     )
     for part in x.split(list(lengths)):
-        # Without a mask the attention is causal, over all positions also where there is a window:
+        # Without a mask sdpa is causal, over all positions also where there is a window:
         # calibration sequences are shorter than that of any published model.
+        mask = None
+        if block.self_attn.config._attn_implementation == "eager":
+            hidden_from = torch.finfo(part.dtype).min
+            mask = torch.full((len(part), len(part)), hidden_from, dtype=part.dtype).triu(1)
         where = {}
         if rotary is not None:
             where["position_embeddings"] = tuple(angles[:, : len(part)] for angles in rotary)
-        block.self_attn(hidden_states=part[None], attention_mask=None, **where)
+        block.self_attn(hidden_states=part[None], attention_mask=mask, **where)
     handle.remove()
     x = torch.cat(mixed)
     visit((output,), x)

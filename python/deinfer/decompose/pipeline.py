@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from deinfer.architectures import attention_implementation
 from deinfer.decompose.allocate import (
     Candidate,
     allocate_ranks,
@@ -218,23 +219,28 @@ def decompose_model(
     )
 
 
-def _load(source: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def _from_pretrained(source: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    attention = attention_implementation(AutoConfig.from_pretrained(str(source)))
+    return AutoModelForCausalLM.from_pretrained(
+        str(source), dtype=dtype, attn_implementation=attention
+    )
+
+
+def _load(source: Path) -> Any:
     # bf16 halves the time where the CPU multiplies it natively, and is far slower elsewhere.
     native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     dtype = torch.bfloat16 if native() else torch.float32
     stored = read_config(source).get("dtype", read_config(source).get("torch_dtype"))
     if stored != "bfloat16":  # a float32 or float16 weight would be rounded
         dtype = torch.float32
-    return AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype).eval()
+    return _from_pretrained(source, dtype).eval()
 
 
 def _with_factors(source: Path, factors: dict[str, Factors]) -> Any:
     """The model in float32 with factors in place of its linears."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.float32)
+    model = _from_pretrained(source, torch.float32)
     replace_linears(model, {n: f.u.shape[1] for n, f in factors.items()}, torch.float32)
     with torch.no_grad():
         for name, pair in factors.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deinfer.architectures import attention_implementation
 from deinfer.modeling_lowrank import LowRankLinear, replace_linears
 
 __all__ = ["LowRankLinear", "load_reference", "replace_linears"]
@@ -38,9 +39,10 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     model_type = low_rank.get("base_model_type", config["model_type"])
     for key in ("model_type", "architectures", "transformers_version"):
         config.pop(key, None)
+    hf_config = AutoConfig.for_model(model_type, **config)
     # The default dtype keeps from_config from building the model in fp32 first.
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **config), dtype=dtype
+        hf_config, dtype=dtype, attn_implementation=attention_implementation(hf_config)
     )
     replace_linears(model, low_rank["ranks"], dtype)
     tensors = {}
