@@ -52,7 +52,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "all_reduce": (c_int, [c_void_p, c_size_t, c_int, POINTER(c_double)]),
     "schedule": (
         c_char_p,
-        [c_char_p, c_int, POINTER(c_double), POINTER(c_int), POINTER(c_int), c_int]
+        [c_char_p, c_int, POINTER(c_double), POINTER(c_int), POINTER(c_int)]
+        + 3 * [c_int]
         + 2 * [POINTER(c_float)]
         + 3 * [POINTER(c_double)],
     ),

@@ -113,7 +113,7 @@ def checks_of(evaluation: Evaluation, cost: dict[str, Any]) -> list[Check]:
     checks.append(Check("remaining at 64: MAE / survival", ratio, 0.75, False))
     checks.append(Check("q90 coverage", evaluation.calibration["coverage_q90"], 0.85))
     checks.append(Check("q90 coverage", evaluation.calibration["coverage_q90"], 0.95, False))
-    checks.append(Check("training on 400, s", evaluation.train_seconds["seconds"], 60, False))
+    checks.append(Check("training on 400, s", evaluation.train_seconds["seconds"], 10, False))
     checks.append(Check("head / prefill", cost["head_share_of_prefill"], 0.005, False))
     return checks
 

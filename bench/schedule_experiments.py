@@ -27,9 +27,13 @@ from traces import (
     accuracy,
     arrivals,
     certain,
+    longest_of_bucket,
     noisy,
     noisy_buckets,
     prompt_tokens,
+    refined_accuracy,
+    refined_buckets,
+    refining,
     same_for_all,
 )
 
@@ -62,7 +66,17 @@ class Draw:
             return same_for_all(self.past, len(self.now))
         if predictor == "noisy":
             return noisy(self.past, self.now, 100 + self.seed)
-        return certain(self.now.served)
+        if predictor == "refined":
+            return refining(self.past, self.now, 100 + self.seed)
+        if predictor == "noisy, longest known":
+            told = noisy_buckets(self.now.longest, 101 + self.seed)[:, None]
+            return longest_of_bucket(told, self.now.served)
+        if predictor == "refined, longest known":
+            told = refined_buckets(self.now.longest, 101 + self.seed)
+            return longest_of_bucket(told, self.now.served)
+        if predictor == "oracle":
+            return certain(self.now.served)
+        raise ValueError(f"no predictor {predictor!r}")
 
     def offline(self, predictor: str = "none") -> Trace:
         """All of them at once."""
@@ -92,10 +106,14 @@ class Load:
             result.append(Draw(seed, self.past, self.now.take(order), prompt_tokens(n, seed)))
         return result
 
-    def predictor_accuracy(self) -> dict[str, float]:
-        """Of the noisy predictor's mean, against what is served."""
+    def predictor_accuracy(self) -> dict[str, Any]:
+        """Of the noisy predictor against what is served; refined, of the remaining length."""
         belief = noisy(self.past, self.now, seed=100)
-        return accuracy(belief.mean, self.now.served)
+        refined = refining(self.past, self.now, seed=100)
+        return {
+            **accuracy(belief.mean, self.now.served),
+            "refined": refined_accuracy(refined, self.past, self.now),
+        }
 
 
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,9 +218,14 @@ def drain(load: Load) -> Rows:
     draws = load.draws(1024)
     row = _table(load, lambda p: [d.offline(p) for d in draws], slots=256)
     rows = {"fcfs": row("fcfs")}
-    for predictor in ("history", "noisy", "oracle"):
+    for predictor in ("history", "noisy", "refined", "oracle"):
         rows[f"longest_tail, {predictor}"] = row("longest_tail", predictor)
-    rows["longest_tail, noisy, tail 1.5"] = row("longest_tail", "noisy", tail_factor=1.5)
+        if predictor != "history":
+            name = f"longest_tail, {predictor}, order only"
+            rows[name] = row("longest_tail", predictor, take_turns=False)
+    # Bounds of what can be had from these predictors.
+    for predictor in ("noisy, longest known", "refined, longest known"):
+        rows[f"longest_tail, {predictor}"] = row("longest_tail", predictor)
     rows["sjf, noisy"] = row("sjf", "noisy")
     return rows
 
@@ -265,7 +288,7 @@ def target_checks(tables: dict[str, Rows]) -> list[Check]:
     fewer = tables["kv_bound"][free]["preemptions"] / max(
         tables["kv_bound"][own]["preemptions"], 1.0
     )
-    tail = ratio("drain", "throughput", "longest_tail, noisy", "fcfs")
+    tail = ratio("drain", "throughput", "longest_tail, refined", "fcfs")
     hrrn, sjf = "hrrn, noisy", "sjf, noisy"
     return [
         Check("fcfs / static 16", ratio("over_static", "throughput", "fcfs", "static 16"), 2.9),
@@ -273,7 +296,7 @@ def target_checks(tables: dict[str, Rows]) -> list[Check]:
             "KV-bound, no predictor: throughput", ratio("kv_bound", "throughput", own, free), 1.03
         ),
         Check("KV-bound, no predictor: times fewer preemptions", fewer, 10),
-        Check("drain, longest_tail, noisy / fcfs", tail, 1.10),
+        Check("drain, longest_tail, refined / fcfs", tail, 1.10),
         Check("overload, hrrn, noisy: mean latency", ratio("overload", "mean", "fcfs", hrrn), 1.2),
         Check(
             "overload, hrrn, noisy: max wait",

@@ -144,8 +144,14 @@ def simulate(trace: Trace, options: dict[str, Any]) -> dict[str, Any]:
     output = np.ascontiguousarray(trace.output, dtype=np.intc)
     nothing = np.empty((n, 0), np.float32)
     belief = trace.belief or Belief(nothing, nothing)
-    lengths = np.ascontiguousarray(belief.lengths, dtype=np.float32)
-    chances = np.ascontiguousarray(belief.probabilities, dtype=np.float32)
+    lengths, chances = belief.lengths[:, None], belief.probabilities[:, None]
+    stages, every = 0, 1
+    if belief.refined is not None:
+        lengths = np.concatenate([lengths, belief.refined.lengths], axis=1)
+        chances = np.concatenate([chances, belief.refined.probabilities], axis=1)
+        stages, every = lengths.shape[1] - 1, belief.refined.every
+    lengths = np.ascontiguousarray(lengths, dtype=np.float32)
+    chances = np.ascontiguousarray(chances, dtype=np.float32)
     start, first, end = np.empty(n), np.empty(n), np.empty(n)
 
     def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
@@ -158,7 +164,9 @@ def simulate(trace: Trace, options: dict[str, Any]) -> dict[str, Any]:
         pointer(arrival, c_double),
         pointer(prompt, c_int),
         pointer(output, c_int),
-        lengths.shape[1],
+        lengths.shape[2],
+        stages,
+        every,
         pointer(lengths, c_float),
         pointer(chances, c_float),
         *(pointer(times, c_double) for times in (start, first, end)),

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -89,6 +90,7 @@ struct SimulationConfig {
     settings.read("promote_per_token_s", scheduler.promotion.per_token_s);
     settings.read("bucket_width", options.bucket_width);
     settings.read("tail_factor", options.tail_factor);
+    settings.read("take_turns", options.take_turns);
     settings.read("max_tokens", max_tokens);
     settings.read("padded", padded);
     scheduler.enable_prefix_caching = false;
@@ -173,6 +175,8 @@ class Simulation {
   bool busy() const { return scheduler_.has_unfinished(); }
   SchedulerStats stats() const { return scheduler_.stats(); }
 
+  void expect(SequenceId id, const LengthDistribution& length) { scheduler_.expect(id, length); }
+
   void add(SequenceId id, const Job& job, double arrival_s) {
     Sequence sequence;
     sequence.id = id;
@@ -186,7 +190,7 @@ class Simulation {
   }
 
   /// Runs a step. output_tokens(id) is where that sequence's answer ends; started(id) and
-  /// sampled(id, whether it is the last token) are told what happened, the first
+  /// sampled(id, tokens so far, whether it is the last one) are told what happened, the first
   /// before and the second after the time of the step has passed.
   template <typename OutputTokens, typename Started, typename Sampled>
   void step(OutputTokens&& output_tokens, Started&& started, Sampled&& sampled) {
@@ -200,13 +204,14 @@ class Simulation {
     busy_s_ += ms * 1e-3;
     occupied_s_ += ms * 1e-3 * static_cast<double>(batch.items.size());
     ++steps_;
+    most_resting_ = std::max(most_resting_, scheduler_.stats().num_resting);
     answers_.clear();
     for (const ScheduledSequence& item : batch.items) {
       if (!item.samples) continue;
       const int count = item.sequence->num_generated() + 1;
       const bool last = count >= output_tokens(item.sequence->id);
       answers_.push_back({item.sequence->id, 0, last});
-      sampled(item.sequence->id, last);
+      sampled(item.sequence->id, count, last);
       if (last) padded_.ended += 1.0;
     }
     updating_.time([&] {
@@ -220,6 +225,7 @@ class Simulation {
     const SchedulerStats totals = scheduler_.stats();
     return {{"steps", steps_},
             {"seconds", now_s_},
+            {"most_resting", most_resting_},
             {"mean_batch", busy_s_ > 0.0 ? occupied_s_ / busy_s_ : 0.0},
             {"returned_rows", returned_rows_},
             {"preemptions", totals.num_preemptions},
@@ -278,6 +284,7 @@ class Simulation {
   double busy_s_ = 0.0;
   double occupied_s_ = 0.0;  // sequence seconds
   std::int64_t steps_ = 0;
+  int most_resting_ = 0;
   PaddedBatch padded_;
   double returned_rows_ = 0.0;
   std::vector<SampledToken> answers_;
@@ -312,35 +319,47 @@ using namespace deinfer;
 using bench::guarded;
 
 /// Plays a trace of n requests, ascending by arrival_s. expected_lengths and probabilities
-/// [n, bins] are beliefs about the output tokens; bins may be 0, and a row of NaN is unknown. Fills
-/// start_s, first_s and end_s [n]: first admission, first token, last token. Returns JSON.
+/// [n, 1 + stages, bins] are beliefs about the output tokens, at first and after every `every`
+/// generated tokens; bins may be 0, and a row of NaN is unknown. Fills start_s, first_s and end_s
+/// [n]: first admission, first token, last token. Returns JSON.
 BENCH_API const char* bench_schedule(const char* settings, int n, const double* arrival_s,
                                      const int* prompt_tokens, const int* output_tokens, int bins,
-                                     const float* expected_lengths, const float* probabilities,
-                                     double* start_s, double* first_s, double* end_s) {
+                                     int stages, int every, const float* expected_lengths,
+                                     const float* probabilities, double* start_s, double* first_s,
+                                     double* end_s) {
   return guarded<const char*>(nullptr, [&] {
     const bench::SimulationConfig config(bench::Json::parse(settings));
     bench::Simulation simulation(config);
     for (double* times : {start_s, first_s, end_s}) std::fill_n(times, n, -1.0);
+    const auto belief = [&](std::ptrdiff_t id, int stage) -> LengthDistribution {
+      if (bins == 0) return {};
+      const std::ptrdiff_t row = (id * (1 + stages) + stage) * bins;
+      const auto count = static_cast<std::size_t>(bins);
+      return {{expected_lengths + row, count}, {probabilities + row, count}};
+    };
+    std::vector<std::pair<SequenceId, int>> refined;  // in a step, and to which stage
     int next = 0;
     while (next < n || simulation.busy()) {
       if (!simulation.busy()) simulation.wait_until(arrival_s[next]);
       for (; next < n && arrival_s[next] <= simulation.now_s(); ++next) {
-        const std::ptrdiff_t row = std::ptrdiff_t{next} * bins;
-        const auto count = static_cast<std::size_t>(bins);
-        LengthDistribution expected;
-        if (bins > 0) expected = {{expected_lengths + row, count}, {probabilities + row, count}};
         simulation.add(static_cast<SequenceId>(next),
-                       {prompt_tokens[next], output_tokens[next], expected}, arrival_s[next]);
+                       {prompt_tokens[next], output_tokens[next], belief(next, 0)},
+                       arrival_s[next]);
       }
+      refined.clear();
       simulation.step([&](SequenceId id) { return output_tokens[id]; },
                       [&](SequenceId id) {
                         if (start_s[id] < 0.0) start_s[id] = simulation.now_s();
                       },
-                      [&](SequenceId id, bool last) {
+                      [&](SequenceId id, int tokens, bool last) {
                         if (first_s[id] < 0.0) first_s[id] = simulation.now_s();
                         if (last) end_s[id] = simulation.now_s();
+                        if (last || stages == 0 || tokens % every != 0) return;
+                        if (tokens / every <= stages) refined.emplace_back(id, tokens / every);
                       });
+      for (const auto& [id, stage] : refined) {
+        simulation.expect(id, belief(static_cast<std::ptrdiff_t>(id), stage));
+      }
     }
     bench::result_text() = simulation.report().dump();
     return bench::result_text().c_str();
@@ -374,7 +393,8 @@ BENCH_API const char* bench_schedule_soak(const char* settings, int n, int waiti
                        simulation.now_s());
       }
       simulation.step(
-          output_tokens, [](SequenceId) {}, [&](SequenceId, bool last) { ended += last ? 1 : 0; });
+          output_tokens, [](SequenceId) {},
+          [&](SequenceId, int, bool last) { ended += last ? 1 : 0; });
       if (early_bytes == 0.0 && ended >= n / 10) early_bytes = bench::resident_bytes();
     }
     bench::Json report = simulation.report();

@@ -15,9 +15,9 @@ std::string_view isa_name(Isa isa);
 /// this asks the kernel to let the process use tiles; when it refuses, kAmxBf16 is not among them.
 std::vector<Isa> detect_isas();
 
-/// The best supported one, or the one named by the environment variable DEINFER_CPU_ISA ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16").
-/// Throws kInvalidArgument when that name is unknown and kUnsupported when this CPU lacks it or the
-/// kernel refuses it.
+/// The best supported one, or the one named by the environment variable DEINFER_CPU_ISA ("scalar",
+/// "avx2", "avx512", "avx512_bf16", "amx_bf16"). Throws kInvalidArgument when that name is unknown
+/// and kUnsupported when this CPU lacks it or the kernel refuses it.
 Isa select_isa();
 
 }  // namespace deinfer

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #include "base/check.h"
@@ -13,6 +14,7 @@
 #include "engine/hidden_states.h"
 #include "engine/plan_choice.h"
 #include "engine/request.h"
+#include "scheduler/event_log_file.h"
 #include "scheduler/scheduler.h"
 
 namespace deinfer {
@@ -54,6 +56,8 @@ struct Engine::Impl {
   ModelConfig model;
   int max_model_len = 0;
   std::unique_ptr<RankGroup> ranks;
+  EventLog events;  // of the step, where they are written
+  std::optional<EventLogWriter> event_writer;
   std::unique_ptr<Scheduler> scheduler;
   std::unique_ptr<HiddenStates> hidden_states;
   std::vector<Sampler> samplers;  // one per thread
@@ -103,7 +107,8 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   ranks->allocate_kv_cache(blocks);
   counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading
 
-  SchedulerConfig scheduler_config;
+  SchedulerSetup setup;
+  SchedulerConfig& scheduler_config = setup.config;
   scheduler_config.max_num_seqs = config.max_num_seqs;
   scheduler_config.max_num_batched_tokens = config.max_num_batched_tokens;
   scheduler_config.block_size = config.block_size;
@@ -118,7 +123,8 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   Promotion& promotion = scheduler_config.promotion;
   promotion.after_s = config.promote_after.value_or(promotion.after_s);
   promotion.per_token_s = config.promote_per_token.value_or(promotion.per_token_s);
-  PolicyConfig policy_config;
+  setup.policy = config.scheduling_policy;
+  PolicyConfig& policy_config = setup.policy_config;
   policy_config.bucket_width = config.bucket_width;
   StaticBatchConfig& batches = policy_config.static_batches;
   batches.group = config.static_group;
@@ -126,8 +132,11 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   batches.bucket_tokens = config.bucket_width;
   batches.bucket_batch_sizes = config.bucket_batch_sizes;
   batches.restart_failures = config.recompute == "restart";
-  scheduler = std::make_unique<Scheduler>(scheduler_config,
-                                          make_policy(config.scheduling_policy, policy_config));
+  scheduler = setup.make();
+  if (!config.event_log.empty()) {
+    event_writer.emplace(config.event_log, setup);
+    scheduler->record(&events);
+  }
   for (int i = 0; i < threads; ++i)
     samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks,
@@ -309,6 +318,7 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
   }
   scheduler->update(sampled);
   hidden_states->tell(*scheduler);
+  if (event_writer.has_value()) event_writer->drain(events);
   std::lock_guard lock(mutex);
   for (auto [id, index] : ended) {
     auto found = alive.find(id);

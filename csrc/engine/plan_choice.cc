@@ -24,7 +24,7 @@ bool predicts_chunks(const EngineConfig& config) {
 /// The report of this machine, measured, and of the link that is emulated, or also measured.
 PlanReport predict(const EngineConfig& config, const ModelConfig& model, int threads) {
   const int size = config.tensor_parallel_size;
-  DType dtype = resolve_dtype(config.dtype, io::WeightSource::open(config.model), model);
+  DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
   PlannerOptions options;
   options.size = size;
   options.link = measure_local_link(size);

@@ -134,7 +134,7 @@ void OpExecutor::lowrank_gated_mlp(const TensorView& x, const PackedLinears& gat
   impl_->for_tiles(
       x, gate_up, group, threads,
       [&](ExecutionContext& ctx, int rows, const GroupInput& input, const Activations& z, int row) {
-        deinfer::lowrank_gated_mlp(ctx, rows, input, group[0], group[1], z,
+        deinfer::lowrank_gated_mlp(ctx, rows, input, group[0], group[1], GateKind::kSilu, z,
                                    activations_of(out).rows_from(row));
       });
 }

@@ -128,6 +128,22 @@ void WeightSource::insert(const SafetensorsFile& file, const TensorInfo& info) {
   total_bytes_ += info.bytes;
 }
 
+void WeightSource::rename(std::string_view prefix, const std::optional<std::string>& replacement) {
+  for (auto it = tensors_.lower_bound(prefix);
+       it != tensors_.end() && it->first.starts_with(prefix);) {
+    const Location location = it->second;
+    const std::string old_name = it->first;
+    it = tensors_.erase(it);
+    if (!replacement) {
+      total_bytes_ -= location.info->bytes;
+      continue;
+    }
+    const std::string name = *replacement + old_name.substr(prefix.size());
+    const bool is_new = tensors_.emplace(name, location).second;
+    check_argument(is_new, directory_.string(), ": has both ", old_name, " and ", name);
+  }
+}
+
 std::vector<std::string> WeightSource::names() const {
   std::vector<std::string> result;
   result.reserve(tensors_.size());

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -24,6 +25,10 @@ class WeightSource {
   /// Maps and validates every file. Throws Error(kInvalidArgument) naming the file when one is
   /// missing or malformed, or when the index promises a tensor that its shard lacks.
   static WeightSource open(const std::filesystem::path& directory);
+
+  /// Tensors called `prefix`... are called `replacement`... from now on, or are not here at all
+  /// where there is none. Throws Error(kInvalidArgument) when another has the new name.
+  void rename(std::string_view prefix, const std::optional<std::string>& replacement);
 
   bool contains(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
   /// Ascending.

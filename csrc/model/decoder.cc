@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <map>
 
+#include "base/bf16.h"
 #include "ops/output_head.h"
 #include "ops/qk_norm.h"
 
@@ -33,14 +34,37 @@ bool gathers(StepKind kind, std::initializer_list<const LowRankLinear*> linears)
   });
 }
 
-AttentionShape attention_shape(const ModelConfig& config, const RankShare& share) {
+AttentionShape attention_shape(const ModelConfig& config, const RankShare& share,
+                               const AttentionKind& kind) {
   AttentionShape shape;
   shape.heads = share.heads.heads.size();
   shape.kv_heads = share.heads.kv_heads.size();
   shape.head_dim = config.head_dim;
-  shape.window = config.sliding_window;
-  shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  shape.window = kind.window;
+  shape.scale = config.attention_scale;
+  if (shape.scale == 0.0f) shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  shape.soft_cap = config.attention_soft_cap;
   return shape;
+}
+
+const AttentionKind& last_attention(const ModelConfig& config) {
+  return config.attention[static_cast<std::size_t>(config.attention_of(config.num_layers - 1))];
+}
+
+/// As the product with it is in the activation type.
+float embedding_scale(const ModelConfig& config, DType activations) {
+  if (activations == DType::kFloat32) return config.embedding_scale;
+  return to_float(to_bf16(config.embedding_scale));
+}
+
+/// The rotations that kinds of attention have, each once; none with learned positions.
+std::vector<RopeConfig> distinct_ropes(const ModelConfig& config) {
+  std::vector<RopeConfig> ropes;
+  if (config.positions != PositionKind::kRotary) return ropes;
+  for (const AttentionKind& kind : config.attention) {
+    if (std::find(ropes.begin(), ropes.end(), kind.rope) == ropes.end()) ropes.push_back(kind.rope);
+  }
+  return ropes;
 }
 
 bool has_output_norms(const ModelConfig& config) {
@@ -59,12 +83,9 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
     : config_(config),
       share_(share),
       weights_(std::move(weights)),
-      rope_(config.rope, config.head_dim, limits.max_model_len),
-      attention_(attention_shape(config, share), num_threads),
-      wanted_attention_(attention_shape(config, share), num_threads),
+      wanted_attention_(attention_shape(config, share, last_attention(config)), num_threads),
+      max_tokens_(limits.max_tokens),
       angle_cols_((config.head_dim / 2 + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes),
-      cos_(float_bytes(limits.max_tokens, angle_cols_)),
-      sin_(float_bytes(limits.max_tokens, angle_cols_)),
       query_(float_bytes(limits.max_tokens, share.heads.heads.size() * config.head_dim)),
       key_(float_bytes(config.qk_norm == QkNormKind::kNone ? 0 : limits.max_tokens,
                        share.heads.kv_heads.size() * config.head_dim)),
@@ -79,6 +100,17 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
       state_layers_(limits.state_layers),
       state_memory_(float_bytes(static_cast<int>(state_layers_.size()) * limits.max_state_rows,
                                 config.hidden_size)) {
+  const std::vector<RopeConfig> ropes = distinct_ropes(config);
+  for (const RopeConfig& rope : ropes) {
+    ropes_.emplace_back(rope, config.head_dim, limits.max_model_len);
+  }
+  cos_ = Buffer(ropes.size() * float_bytes(max_tokens_, angle_cols_));
+  sin_ = Buffer(ropes.size() * float_bytes(max_tokens_, angle_cols_));
+  for (const AttentionKind& kind : config.attention) {
+    auto rope = std::find(ropes.begin(), ropes.end(), kind.rope);
+    attention_.push_back({{attention_shape(config, share, kind), num_threads},
+                          static_cast<std::size_t>(rope - ropes.begin())});
+  }
   for (RowMaximum& maximum : maxima_) {
     maximum.value.resize(kLogitRows);
     maximum.index.resize(kLogitRows);
@@ -129,11 +161,12 @@ std::size_t Decoder::partial_sums_bytes() const {
 }
 
 std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
-  return attention_scratch_bytes(kernels, attention_shape(config_, share_));
+  // The same for every kind of attention: they differ in what tokens see.
+  return attention_scratch_bytes(kernels, attention_shape(config_, share_, config_.attention[0]));
 }
 
 void Decoder::plan(const Batch& batch) {
-  attention_.plan(batch);
+  for (Attention& attention : attention_) attention.schedule.plan(batch);
   wanted_.select(batch);
   // Over ranks, what a step exchanges is counted for all of its tokens (plan/exchanges.h).
   narrows_ = share_.size == 1 && wanted_.batch.num_tokens() < batch.num_tokens();
@@ -167,25 +200,30 @@ void Decoder::keep_states(ExecutionContext& ctx, const Batch& batch, int layer) 
 }
 
 void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache) {
-  if (config_.positions == PositionKind::kRotary) {
+  for (std::size_t rope = 0; rope < ropes_.size(); ++rope) {
+    const std::size_t offset = rope * static_cast<std::size_t>(max_tokens_ * angle_cols_);
     auto [begin, end] = ctx.member.share(batch.num_tokens());
     for (int i = begin; i < end; ++i) {
-      rope_.angles(batch.positions[static_cast<std::size_t>(i)], cos_.as<float>() + i * angle_cols_,
-                   sin_.as<float>() + i * angle_cols_);
+      ropes_[rope].angles(batch.positions[static_cast<std::size_t>(i)],
+                          cos_.as<float>() + offset + i * angle_cols_,
+                          sin_.as<float>() + offset + i * angle_cols_);
     }
   }
-  residual_.embed(ctx, batch.token_ids, weights_.token_embedding(), share_.vocabulary());
+  residual_.embed(ctx, batch.token_ids, weights_.token_embedding(), share_.vocabulary(),
+                  embedding_scale(config_, weights_.activations));
   if (config_.positions == PositionKind::kLearned) {
     residual_.add_positions(ctx, batch.positions, config_.position_offset, weights_.positions);
   }
   keep_states(ctx, batch, 0);
   for (int i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
-    project_qkv(ctx, batch, layer, cache.layer(i));
+    Attention& attention = attention_[static_cast<std::size_t>(config_.attention_of(i))];
+    project_qkv(ctx, batch, layer, angles(attention), cache.layer(i));
     const bool narrow = narrows_ && i + 1 == config_.num_layers;
     if (narrow) keep_wanted(ctx);
     const Batch& rows = narrow ? wanted_.batch : batch;
-    attention_block(ctx, narrow ? wanted_attention_ : attention_, rows, layer, cache.layer(i));
+    attention_block(ctx, narrow ? wanted_attention_ : attention.schedule, rows, layer,
+                    cache.layer(i));
     mlp_block(ctx, rows.num_tokens(), layer);
     keep_states(ctx, rows, i + 1);
   }
@@ -215,8 +253,14 @@ void Decoder::add_to_residual(ExecutionContext& ctx, int m, const Activations& x
   residual_.add_branch(ctx, m, norm);
 }
 
+RotaryAngles Decoder::angles(const Attention& attention) const {
+  if (ropes_.empty()) return {};
+  const std::size_t offset = attention.rope * static_cast<std::size_t>(max_tokens_ * angle_cols_);
+  return {cos_.as<float>() + offset, sin_.as<float>() + offset, angle_cols_};
+}
+
 void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
-                          const KvLayer& kv) {
+                          const RotaryAngles& angles, const KvLayer& kv) {
   int m = batch.num_tokens();
   bool gather = gathers(ctx.step_kind, {&layer.query, &layer.key, &layer.value});
   GroupInput x = residual_.normed(ctx, m, layer.attention_norm, gather);
@@ -225,7 +269,7 @@ void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const Decod
   qkv.ldq = query_cols();
   qkv.kv = kv;
   qkv.slots = batch.slots;
-  if (rotates_tiles(config_)) qkv.angles = angles();
+  if (rotates_tiles(config_)) qkv.angles = angles;
   if (config_.qk_norm != QkNormKind::kNone) {
     qkv.k = key_.as<float>();
     qkv.ldk = std::ptrdiff_t{share_.heads.kv_heads.size()} * config_.head_dim;
@@ -234,7 +278,7 @@ void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const Decod
   if (config_.qk_norm != QkNormKind::kNone) {
     QkNorm norm{config_.qk_norm, layer.query_norm,  layer.key_norm,
                 share_.heads,    config_.num_heads, config_.num_kv_heads};
-    normalize_qk(ctx, m, norm, angles(), qkv);
+    normalize_qk(ctx, m, norm, angles, qkv);
   }
 }
 
@@ -248,8 +292,10 @@ void Decoder::attention_block(ExecutionContext& ctx, AttentionSchedule& schedule
 void Decoder::mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer) {
   bool gather = gathers(ctx.step_kind, {&layer.gate, &layer.up});
   GroupInput x = residual_.normed(ctx, m, layer.mlp_norm, gather);
-  if (config_.mlp == MlpKind::kGatedSilu) {
-    lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, z_.view(), inner_.view());
+  if (is_gated(config_.mlp)) {
+    const bool silu = config_.mlp == MlpKind::kGatedSilu;
+    lowrank_gated_mlp(ctx, m, x, layer.gate, layer.up, silu ? GateKind::kSilu : GateKind::kGeluTanh,
+                      z_.view(), inner_.view());
   } else {
     lowrank_relu(ctx, m, x, layer.up, z_.view(), inner_.view());
   }
@@ -260,7 +306,8 @@ void Decoder::logits(ExecutionContext& ctx, const Batch& batch, int first, int c
   const Batch& rows = rows_after(batch);
   Activations x = residual_.wanted(ctx, count, rows.logit_rows.data() + first, rows.num_tokens(),
                                    weights_.final_norm);
-  output_logits(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies, out);
+  output_logits(ctx, count, GroupInput(x), weights_.head, config_.logit_soft_cap, z_.view(),
+                share_.vocabularies, out);
 }
 
 void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, int count,
@@ -268,8 +315,8 @@ void Decoder::most_likely(ExecutionContext& ctx, const Batch& batch, int first, 
   const Batch& rows = rows_after(batch);
   Activations x = residual_.wanted(ctx, count, rows.argmax_rows.data() + first, rows.num_tokens(),
                                    weights_.final_norm);
-  output_most_likely(ctx, count, GroupInput(x), weights_.head, z_.view(), share_.vocabularies,
-                     maxima_, best_value_.data(), tokens);
+  output_most_likely(ctx, count, GroupInput(x), weights_.head, config_.logit_soft_cap, z_.view(),
+                     share_.vocabularies, maxima_, best_value_.data(), tokens);
 }
 
 }  // namespace deinfer

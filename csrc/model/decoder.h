@@ -71,9 +71,15 @@ class Decoder {
   const DecoderWeights& weights() const { return weights_; }
 
  private:
+  /// A kind of attention that layers have.
+  struct Attention {
+    AttentionSchedule schedule;
+    std::size_t rope = 0;  // its place in ropes_
+  };
+
   /// q, and K and V in the cache.
   void project_qkv(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
-                   const KvLayer& kv);
+                   const RotaryAngles& angles, const KvLayer& kv);
   /// Moves the wanted rows of q and of the residual stream to the front.
   void keep_wanted(ExecutionContext& ctx);
   void attention_block(ExecutionContext& ctx, AttentionSchedule& schedule, const Batch& batch,
@@ -84,7 +90,8 @@ class Decoder {
                        const LowRankLinear& linear, const Norm& norm);
   /// Keeps the hidden states of `layer`, if they are wanted.
   void keep_states(ExecutionContext& ctx, const Batch& batch, int layer);
-  RotaryAngles angles() const { return {cos_.as<float>(), sin_.as<float>(), angle_cols_}; }
+  /// Of the batch, as a layer's kind of attention turns them.
+  RotaryAngles angles(const Attention& attention) const;
   std::ptrdiff_t query_cols() const {
     return std::ptrdiff_t{share_.heads.heads.size()} * config_.head_dim;
   }
@@ -94,15 +101,16 @@ class Decoder {
   ModelConfig config_;
   RankShare share_;
   DecoderWeights weights_;
-  Rope rope_;
-  AttentionSchedule attention_;
+  std::vector<Rope> ropes_;           // those that differ
+  std::vector<Attention> attention_;  // of ModelConfig::attention
   WantedRows wanted_;
-  AttentionSchedule wanted_attention_;
-  bool narrows_ = false;  // the last layer, to the wanted rows
-  int angle_cols_;        // head_dim / 2, padded to 16
-  Buffer cos_, sin_;      // [max_tokens, angle_cols]
-  Buffer query_;          // [max_tokens, heads, head_dim] fp32
-  Buffer key_;            // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
+  AttentionSchedule wanted_attention_;  // of the last layer's kind
+  bool narrows_ = false;                // the last layer, to the wanted rows
+  int max_tokens_;
+  int angle_cols_;    // head_dim / 2, padded to 16
+  Buffer cos_, sin_;  // [ropes, max_tokens, angle_cols]
+  Buffer query_;      // [max_tokens, heads, head_dim] fp32
+  Buffer key_;        // [max_tokens, kv_heads, head_dim] fp32; empty without norm of q and k
   ResidualStream residual_;
   ActivationBuffer attended_, inner_, z_;
   std::vector<RowMaximum> maxima_;  // per thread, of kLogitRows rows

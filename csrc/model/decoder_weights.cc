@@ -14,6 +14,9 @@ Norm load_norm(const ModelConfig& config, const std::string& prefix, const std::
   norm.kind = config.norm;
   norm.eps = config.norm_eps;
   norm.gain = loader.vector(prefix + name + ".weight", n);
+  if (norm.kind == NormKind::kRms) {
+    for (float& gain : norm.gain) gain += config.norm_gain_offset;
+  }
   if (norm.kind == NormKind::kLayer) norm.bias = loader.vector(prefix + name + ".bias", n);
   return norm;
 }
@@ -62,7 +65,7 @@ DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
       loader.linear(prefix + names.output, LinearRole::kAttentionOutput, hidden, query_size);
   layer.attention_output_norm = norm(names.attention_output_norm);
   layer.mlp_norm = norm(names.mlp_norm);
-  if (config.mlp == MlpKind::kGatedSilu) {
+  if (is_gated(config.mlp)) {
     layer.gate = loader.linear(prefix + names.gate, LinearRole::kGate, inner, hidden);
   }
   layer.up = loader.linear(prefix + names.up, LinearRole::kUp, inner, hidden);

@@ -1,4 +1,4 @@
-// Llama, and Mistral, which adds a window of attention.
+// Llama; Mistral, which adds a window of attention; Ministral, whose layers may differ in it.
 #include <nlohmann/json.hpp>
 
 #include "model/registry.h"
@@ -9,9 +9,17 @@ ModelConfig parse_llama(const nlohmann::json& config) { return read_rotary_model
 
 ModelConfig parse_mistral(const nlohmann::json& config) {
   ModelConfig model = read_rotary_model(config, {.max_position_embeddings = 4096 * 32});
-  // null: no window. Without the field it has the size that version 0.1 was trained with.
-  bool has_none = config.contains("sliding_window") && config.at("sliding_window").is_null();
-  model.sliding_window = has_none ? 0 : json_int(config, "sliding_window", 1, 4096);
+  model.attention[0].window = read_window(config);
+  return model;
+}
+
+ModelConfig parse_ministral(const nlohmann::json& config) {
+  ModelConfig model = parse_mistral(config);
+  AttentionKind windowed = model.attention[0];
+  AttentionKind full = windowed;
+  full.window = 0;
+  set_attention(model, read_windowed_layers(config, model.num_layers, [](int) { return true; }),
+                windowed, full);
   return model;
 }
 

@@ -24,6 +24,12 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 
 }  // namespace
 
+io::WeightSource open_weights(const std::filesystem::path& directory, const ModelConfig& config) {
+  io::WeightSource source = io::WeightSource::open(directory);
+  for (const PrefixRule& rule : config.prefix_rules) source.rename(rule.prefix, rule.replacement);
+  return source;
+}
+
 DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,
                     const ModelConfig& config) {
   if (dtype == "int8") return DType::kInt8;
@@ -35,7 +41,7 @@ DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,
 
 WeightLoader::WeightLoader(const std::filesystem::path& directory, const ModelConfig& config,
                            const RankShare& share, ThreadTeam& team, Progress progress)
-    : source_(io::WeightSource::open(directory)),
+    : source_(open_weights(directory, config)),
       config_(config),
       share_(share),
       team_(team),

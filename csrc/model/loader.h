@@ -16,6 +16,9 @@
 
 namespace deinfer {
 
+/// The tensors of a checkpoint under the names of a text model (ModelConfig::prefix_rules).
+io::WeightSource open_weights(const std::filesystem::path& directory, const ModelConfig& config);
+
 /// The type that `dtype` of EngineConfig stands for; "auto": bf16 when the embedding is bf16, else
 /// fp32. Throws kInvalidArgument when the checkpoint has no embedding.
 DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,

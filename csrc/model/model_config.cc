@@ -23,6 +23,13 @@ bool has(const json& object, const char* key) {
        object.contains(key) ? object.at(key).dump() : std::string("nothing"));
 }
 
+const json& object_or_null(const json& object, const char* key) {
+  static const json null;
+  if (!has(object, key)) return null;
+  if (!object.at(key).is_object()) bad_field(object, key, "an object");
+  return object.at(key);
+}
+
 void append_token_ids(const json& config, const char* key, std::vector<TokenId>& ids) {
   if (!has(config, key)) return;
   json values = config.at(key).is_array() ? config.at(key) : json::array({config.at(key)});
@@ -86,13 +93,20 @@ std::string json_string(const json& object, const char* key, const char* fallbac
   return object.at(key).get<std::string>();
 }
 
-RopeConfig read_rope_config(const json& config, int max_position_embeddings) {
+bool json_is_null(const json& object, const char* key) {
+  return object.contains(key) && object.at(key).is_null();
+}
+
+RopeConfig read_rope_object(const json& object, double theta, int max_position_embeddings) {
   RopeConfig rope;
-  rope.theta = json_number(config, "rope_theta", rope.theta);
-  const char* key = has(config, "rope_parameters") ? "rope_parameters" : "rope_scaling";
-  if (has(config, key)) {
-    const json& object = config.at(key);
-    if (!object.is_object()) bad_field(config, key, "an object");
+  rope.theta = theta;
+  if (!object.is_null()) {
+    for (const char* layer_type : {"full_attention", "sliding_attention"}) {
+      if (object.contains(layer_type)) {
+        fail(ErrorCode::kUnsupported, "config.json: rope_parameters of each layer type (",
+             layer_type, ") are not supported for this model_type");
+      }
+    }
     rope.type = json_string(object, "rope_type", json_string(object, "type", "default").c_str());
     rope.theta = json_number(object, "rope_theta", rope.theta);
     rope.original_max_position =
@@ -130,29 +144,103 @@ RopeConfig read_rope_config(const json& config, int max_position_embeddings) {
 }
 
 ModelConfig read_rotary_model(const json& config, const RotaryDefaults& defaults) {
+  auto int_or = [&](const char* key, int fallback) {
+    return fallback > 0 ? json_int(config, key, 1, fallback) : json_int(config, key, 1);
+  };
   ModelConfig model;
   model.hidden_size = json_int(config, "hidden_size", 1);
   model.intermediate_size = json_int(config, "intermediate_size", 1);
   model.num_layers = json_int(config, "num_hidden_layers", 1);
-  model.num_heads = json_int(config, "num_attention_heads", 1);
-  model.num_kv_heads = json_int(config, "num_key_value_heads", 1, model.num_heads);
+  model.num_heads = int_or("num_attention_heads", defaults.num_heads);
+  model.num_kv_heads = int_or("num_key_value_heads",
+                              defaults.num_kv_heads > 0 ? defaults.num_kv_heads : model.num_heads);
   int head_dim = defaults.head_dim > 0 ? defaults.head_dim : model.hidden_size / model.num_heads;
   model.head_dim = json_int(config, "head_dim", 1, head_dim);
-  model.vocab_size = json_int(config, "vocab_size", 1);
+  model.vocab_size = int_or("vocab_size", defaults.vocab_size);
   model.max_position_embeddings =
       json_int(config, "max_position_embeddings", 1, defaults.max_position_embeddings);
   model.norm_eps = static_cast<float>(json_number(config, "rms_norm_eps", defaults.norm_eps));
-  model.tie_word_embeddings = json_bool(config, "tie_word_embeddings", false);
-  model.rope = read_rope_config(config, model.max_position_embeddings);
+  model.tie_word_embeddings =
+      json_bool(config, "tie_word_embeddings", defaults.tie_word_embeddings);
+  if (defaults.has_rope_fields) {
+    const char* key = has(config, "rope_parameters") ? "rope_parameters" : "rope_scaling";
+    model.attention[0].rope = read_rope_object(
+        object_or_null(config, key), json_number(config, "rope_theta", RopeConfig{}.theta),
+        model.max_position_embeddings);
+  }
   check_argument(model.head_dim % 2 == 0 && model.head_dim > 0,
                  "config.json: head_dim=", model.head_dim, " must be even");
   check_heads(model);
-  std::string activation = json_string(config, "hidden_act", "silu");
-  if (activation != "silu" && activation != "swish") {
-    fail(ErrorCode::kUnsupported, "config.json: hidden_act \"", activation,
-         "\" is not supported for ", json_string(config, "model_type", ""), "; supported is silu");
+  model.mlp = defaults.mlp;
+  const bool silu = model.mlp == MlpKind::kGatedSilu;
+  const char* supported = silu ? "silu" : "gelu_pytorch_tanh";
+  std::string activation = json_string(config, defaults.activation_field, supported);
+  if (activation != supported && !(silu && activation == "swish")) {
+    fail(ErrorCode::kUnsupported, "config.json: ", defaults.activation_field, " \"", activation,
+         "\" is not supported for ", json_string(config, "model_type", ""), "; supported is ",
+         supported);
   }
   return model;
+}
+
+std::vector<bool> read_windowed_layers(const json& config, int num_layers,
+                                       const std::function<bool(int layer)>& fallback) {
+  std::vector<bool> windowed;
+  if (!has(config, "layer_types")) {
+    for (int i = 0; i < num_layers; ++i) windowed.push_back(fallback(i));
+    return windowed;
+  }
+  const json& types = config.at("layer_types");
+  if (!types.is_array() || types.size() != static_cast<std::size_t>(num_layers)) {
+    bad_field(config, "layer_types", str_cat("a list of ", num_layers, " types"));
+  }
+  for (const json& type : types) {
+    if (type != "sliding_attention" && type != "full_attention") {
+      fail(ErrorCode::kUnsupported, "config.json: layer_types: ", type.dump(),
+           " is not supported; supported are full_attention, sliding_attention");
+    }
+    windowed.push_back(type == "sliding_attention");
+  }
+  return windowed;
+}
+
+void set_attention(ModelConfig& model, const std::vector<bool>& is_windowed, AttentionKind windowed,
+                   AttentionKind full) {
+  if (windowed.window >= model.max_position_embeddings) windowed.window = 0;
+  const auto number = std::count(is_windowed.begin(), is_windowed.end(), true);
+  const bool all = number == static_cast<std::ptrdiff_t>(is_windowed.size());
+  model.layer_attention.clear();
+  if (all || number == 0 || windowed == full) {
+    model.attention = {all ? std::move(windowed) : std::move(full)};
+    return;
+  }
+  model.attention = {std::move(windowed), std::move(full)};
+  for (bool has_window : is_windowed) model.layer_attention.push_back(has_window ? 0 : 1);
+}
+
+int read_window(const json& config) {
+  return json_is_null(config, "sliding_window") ? 0 : json_int(config, "sliding_window", 1, 4096);
+}
+
+void read_turning_kinds(const json& config, double theta, double windowed_theta,
+                        const std::function<bool(int layer)>& has_window, ModelConfig& model) {
+  const json& all = object_or_null(config, "rope_parameters");
+  for (const auto& [name, value] : all.items()) {
+    check_argument((name == "full_attention" || name == "sliding_attention") &&
+                       (value.is_object() || value.is_null()),
+                   "config.json: rope_parameters: expected objects full_attention and "
+                   "sliding_attention, found ",
+                   name, ": ", value.dump());
+  }
+  const bool by_type = has(all, "full_attention");
+  AttentionKind full, windowed;
+  full.rope =
+      read_rope_object(by_type ? all.at("full_attention") : object_or_null(config, "rope_scaling"),
+                       theta, model.max_position_embeddings);
+  windowed.window = read_window(config);
+  windowed.rope = read_rope_object(object_or_null(all, "sliding_attention"), windowed_theta,
+                                   model.max_position_embeddings);
+  set_attention(model, read_windowed_layers(config, model.num_layers, has_window), windowed, full);
 }
 
 void check_heads(const ModelConfig& model) {

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,13 +17,29 @@
 namespace deinfer {
 
 enum class MlpKind : std::uint8_t {
-  kGatedSilu,  // down(silu(gate(x)) * up(x))
-  kRelu,       // down(max(up(x), 0))
+  kGatedSilu,      // down(silu(gate(x)) * up(x))
+  kGatedGeluTanh,  // down(gelu(gate(x)) * up(x)), gelu in its tanh form
+  kRelu,           // down(max(up(x), 0))
 };
+
+constexpr bool is_gated(MlpKind kind) { return kind != MlpKind::kRelu; }
 
 enum class PositionKind : std::uint8_t {
   kRotary,
   kLearned,  // a vector per position, added to the token's embedding
+};
+
+/// What the attention of a layer sees, and how its q and k are turned.
+struct AttentionKind {
+  int window = 0;   // positions a token sees, itself included; 0: all
+  RopeConfig rope;  // of rotary positions
+  bool operator==(const AttentionKind&) const = default;
+};
+
+/// What becomes of a tensor whose name starts with `prefix`.
+struct PrefixRule {
+  std::string prefix;
+  std::optional<std::string> replacement;  // none: it is not part of the text model
 };
 
 /// Names of modules and norms in the checkpoint; the defaults are Llama's. An empty name: the model
@@ -64,14 +82,25 @@ struct ModelConfig {
   float norm_eps = 1e-6f;
   QkNormKind qk_norm = QkNormKind::kNone;  // with rotary positions only
   MlpKind mlp = MlpKind::kGatedSilu;
+  float norm_gain_offset = 0.0f;  // an RMSNorm's gain is its weight plus this
   PositionKind positions = PositionKind::kRotary;
-  RopeConfig rope;          // of rotary positions
   int position_offset = 0;  // rows of the table before that of position 0, of learned ones
-  int sliding_window = 0;   // positions a token sees, itself included; 0: all
+  /// The kinds that layers have.
+  std::vector<AttentionKind> attention = std::vector<AttentionKind>(1);
+  std::vector<int> layer_attention;  // of each layer, the place of its kind; empty: all the first
+  float attention_scale = 0.0f;      // of q . k; 0: 1 / sqrt(head_dim)
+  float attention_soft_cap = 0.0f;   // scores s are cap * tanh(s / cap); 0: they are not
+  float logit_soft_cap = 0.0f;       // likewise
+  float embedding_scale = 1.0f;      // rounded to the activation type
   bool tie_word_embeddings = false;
   ModuleNames names;
+  std::vector<PrefixRule> prefix_rules;      // of a checkpoint that holds more than the text model
   std::vector<TokenId> eos_token_ids;        // of config.json and generation_config.json
   std::map<std::string, int> lowrank_ranks;  // module name -> rank, from the low_rank object
+
+  int attention_of(int layer) const {
+    return layer_attention.empty() ? 0 : layer_attention[static_cast<std::size_t>(layer)];
+  }
 };
 
 /// Reads config.json (and generation_config.json beside it) and lets the registered architecture
@@ -84,19 +113,49 @@ ModelConfig read_model_config(const std::filesystem::path& path);
 int json_int(const nlohmann::json& object, const char* key, int minimum);
 int json_int(const nlohmann::json& object, const char* key, int minimum, int fallback);
 double json_number(const nlohmann::json& object, const char* key, double fallback);
+/// Whether the field is there and null, which stands for "none" where it has a default.
+bool json_is_null(const nlohmann::json& object, const char* key);
 bool json_bool(const nlohmann::json& object, const char* key, bool fallback);
 std::string json_string(const nlohmann::json& object, const char* key, const char* fallback);
 
-/// What config.json may leave out.
+/// What config.json may leave out, and how the architecture names and fills its activation.
 struct RotaryDefaults {
   int max_position_embeddings = 2048;
   double norm_eps = 1e-6;
-  int head_dim = 0;  // 0: hidden_size / num_attention_heads
+  int num_heads = 0;     // 0: not to be left out
+  int num_kv_heads = 0;  // 0: as many as heads
+  int head_dim = 0;      // 0: hidden_size / num_attention_heads
+  int vocab_size = 0;    // 0: not to be left out
+  bool tie_word_embeddings = false;
+  const char* activation_field = "hidden_act";
+  MlpKind mlp = MlpKind::kGatedSilu;
+  bool has_rope_fields = true;  // rope_theta and rope_parameters mean what they do for Llama
 };
 
 /// The fields that Llama and its relatives share: RMSNorm, rotary positions, grouped-query
-/// attention, SiLU-gated MLP, Llama's names.
+/// attention, gated MLP, Llama's names.
 ModelConfig read_rotary_model(const nlohmann::json& config, const RotaryDefaults& defaults = {});
+
+/// A rope_parameters or rope_scaling object; `theta` where it has none. Null is an empty object.
+RopeConfig read_rope_object(const nlohmann::json& object, double theta,
+                            int max_position_embeddings);
+
+/// Whether each layer has a window: as layer_types says, or `fallback` where there is none.
+std::vector<bool> read_windowed_layers(const nlohmann::json& config, int num_layers,
+                                       const std::function<bool(int layer)>& fallback);
+
+/// sliding_window, 4096 if it is left out; 0: null, for none.
+int read_window(const nlohmann::json& config);
+
+/// Gives layers one of two kinds of attention. A window that no sequence outgrows is none.
+void set_attention(ModelConfig& model, const std::vector<bool>& is_windowed, AttentionKind windowed,
+                   AttentionKind full);
+
+/// The attention of models whose layers with and without a window turn q and k differently:
+/// rope_parameters of each layer type, or rope_scaling of the layers without a window; the thetas
+/// where these have none.
+void read_turning_kinds(const nlohmann::json& config, double theta, double windowed_theta,
+                        const std::function<bool(int layer)>& has_window, ModelConfig& model);
 
 /// Throws kInvalidArgument unless the numbers of heads fit each other and the kernels.
 void check_heads(const ModelConfig& model);

@@ -17,31 +17,59 @@ int rank_that_keeps(double keep, int n, int k) {
   return std::max(1, static_cast<int>(std::floor(keep * parameters / (n + k))));
 }
 
-/// Finds ranks by module name and counts the names that were asked for.
-class Ranks {
- public:
-  Ranks(const ModelConfig& config, double keep) : config_(config), keep_(keep) {}
+int rank_of(const ModelConfig& config, const std::string& name) {
+  const auto found = config.lowrank_ranks.find(name);
+  return found == config.lowrank_ranks.end() ? 0 : found->second;
+}
 
-  LinearShape linear(const std::string& name, int n, int k, bool in_layer = true) {
-    auto found = config_.lowrank_ranks.find(name);
-    const bool stated = found != config_.lowrank_ranks.end();
-    num_found_ += stated ? 1 : 0;
-    if (keep_ > 0 && in_layer) return {n, k, rank_that_keeps(keep_, n, k)};
-    return {n, k, stated ? found->second : 0};
+LinearShape& place_of(LayerShape& layer, LinearRole role) {
+  switch (role) {
+    case LinearRole::kQuery: return layer.query;
+    case LinearRole::kKey: return layer.key;
+    case LinearRole::kValue: return layer.value;
+    case LinearRole::kAttentionOutput: return layer.attention_output;
+    case LinearRole::kGate: return layer.gate;
+    case LinearRole::kUp: return layer.up;
+    default: return layer.down;
   }
-  std::size_t num_found() const { return num_found_; }
-
- private:
-  const ModelConfig& config_;
-  double keep_;
-  std::size_t num_found_ = 0;
-};
+}
 
 }  // namespace
 
 ModelShape model_shape(const ModelConfig& config) {
   return {config.hidden_size,  config.intermediate_size, config.num_heads,
           config.num_kv_heads, config.head_dim,          config.vocab_size};
+}
+
+std::vector<NamedLinear> layer_linears(const ModelConfig& config, int layer) {
+  const int hidden = config.hidden_size;
+  const int inner = config.intermediate_size;
+  const int query = config.num_heads * config.head_dim;
+  const int kv = config.num_kv_heads * config.head_dim;
+  const ModuleNames& names = config.names;
+  std::vector<NamedLinear> linears;
+  auto add = [&](LinearRole role, const std::string& leaf, int n, int k) {
+    const std::string name = str_cat(names.layers, ".", layer, ".", leaf);
+    linears.push_back({role, name, {n, k, rank_of(config, name)}});
+  };
+  add(LinearRole::kQuery, names.query, query, hidden);
+  add(LinearRole::kKey, names.key, kv, hidden);
+  add(LinearRole::kValue, names.value, kv, hidden);
+  add(LinearRole::kAttentionOutput, names.output, hidden, query);
+  if (is_gated(config.mlp)) add(LinearRole::kGate, names.gate, inner, hidden);
+  add(LinearRole::kUp, names.up, inner, hidden);
+  add(LinearRole::kDown, names.down, hidden, inner);
+  return linears;
+}
+
+void check_ranks(const ModelConfig& config) {
+  std::size_t found = config.lowrank_ranks.count(config.names.head);
+  for (int i = 0; i < config.num_layers; ++i) {
+    for (const NamedLinear& linear : layer_linears(config, i))
+      found += linear.shape.rank > 0 ? 1 : 0;
+  }
+  check_argument(found == config.lowrank_ranks.size(), "config.json: low_rank.ranks has ",
+                 config.lowrank_ranks.size(), " modules, of which the model has ", found);
 }
 
 PlannedModel planned_model(const ModelConfig& config, double keep, std::string_view dtype) {
@@ -65,29 +93,16 @@ PlannedModel planned_model(const ModelConfig& config, double keep, std::string_v
     model.positions = config.position_offset + config.max_position_embeddings;
   }
 
-  Ranks ranks(config, keep);
-  const int hidden = config.hidden_size;
-  const int query = config.num_heads * config.head_dim;
-  const int kv = config.num_kv_heads * config.head_dim;
-  const ModuleNames& names = config.names;
   for (int i = 0; i < config.num_layers; ++i) {
-    const std::string prefix = str_cat(names.layers, ".", i, ".");
-    LayerShape layer;
-    layer.query = ranks.linear(prefix + names.query, query, hidden);
-    layer.key = ranks.linear(prefix + names.key, kv, hidden);
-    layer.value = ranks.linear(prefix + names.value, kv, hidden);
-    layer.attention_output = ranks.linear(prefix + names.output, hidden, query);
-    if (config.mlp == MlpKind::kGatedSilu) {
-      layer.gate = ranks.linear(prefix + names.gate, config.intermediate_size, hidden);
+    LayerShape& layer = model.layers.emplace_back();
+    for (const NamedLinear& linear : layer_linears(config, i)) {
+      LinearShape& shape = place_of(layer, linear.role);
+      shape = linear.shape;
+      if (keep > 0) shape.rank = rank_that_keeps(keep, shape.n, shape.k);
     }
-    layer.up = ranks.linear(prefix + names.up, config.intermediate_size, hidden);
-    layer.down = ranks.linear(prefix + names.down, hidden, config.intermediate_size);
-    model.layers.push_back(layer);
   }
-  model.head = ranks.linear(names.head, config.vocab_size, hidden, false);
-  check_argument(ranks.num_found() == config.lowrank_ranks.size(),
-                 "config.json: low_rank.ranks has ", config.lowrank_ranks.size(),
-                 " modules, of which the model has ", ranks.num_found());
+  model.head = {config.vocab_size, config.hidden_size, rank_of(config, config.names.head)};
+  check_ranks(config);
   return model;
 }
 

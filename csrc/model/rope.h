@@ -22,6 +22,7 @@ struct RopeConfig {
   double mscale_all_dim = 0.0;                    // yarn
   bool truncate = true;                           // yarn
   std::vector<double> short_factor, long_factor;  // longrope, [head_dim / 2]
+  bool operator==(const RopeConfig&) const = default;
 };
 
 /// Angles of every position: pair j of a head turns by position * frequency[j].

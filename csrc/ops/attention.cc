@@ -111,6 +111,7 @@ void AttentionSchedule::run_task(ExecutionContext& ctx, const Task& task, const 
   query.first_position = sequence.first_position + unit.token;
   query.window = shape_.window;
   query.scale = shape_.scale;
+  query.soft_cap = shape_.soft_cap;
   cpu::KvView view = kv.view(unit.kv_head, sequence.block_table);
   auto* memory = ctx.scratch.attention.as<float>();
   float* kernel_scratch = memory + 2 * state_floats_;

@@ -15,6 +15,7 @@ struct AttentionShape {
   int head_dim = 0;
   int window = 0;  // positions a token sees, itself included; 0 means all
   float scale = 1.0f;
+  float soft_cap = 0.0f;  // of scores (QueryView); 0: none
 
   int group() const { return heads / kv_heads; }
   bool operator==(const AttentionShape&) const = default;

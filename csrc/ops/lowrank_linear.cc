@@ -13,15 +13,25 @@ const float* bias_at(const LowRankLinear& linear, int first) {
   return linear.has_bias() ? linear.bias.as<float>() + first : nullptr;
 }
 
+/// Caps `cols` columns of m rows that are ld elements apart, if there is a cap.
+void cap_rows(const cpu::KernelTable& kernels, float* rows, std::ptrdiff_t ld, int m, int cols,
+              float soft_cap) {
+  if (soft_cap == 0.0f) return;
+  for (int i = 0; i < m; ++i) kernels.soft_cap(rows + i * ld, cols, soft_cap);
+}
+
 class StoreOutput final : public Epilogue {
  public:
-  StoreOutput(const LowRankLinear& linear, float* out, std::ptrdiff_t ldo, bool add)
-      : linear_(linear), out_(out), ldo_(ldo), add_(add) {}
+  StoreOutput(const LowRankLinear& linear, float* out, std::ptrdiff_t ldo, bool add,
+              float soft_cap = 0.0f)
+      : linear_(linear), out_(out), ldo_(ldo), add_(add), soft_cap_(soft_cap) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int cols) const override {
     int valid = std::min(cols, linear_.output_factor().n - first);
     auto store = add_ ? kernels.add_f32 : kernels.store_f32;
-    store(tile, m, valid, bias_at(linear_, first), out_ + row * ldo_ + first, ldo_);
+    float* out = out_ + row * ldo_ + first;
+    store(tile, m, valid, bias_at(linear_, first), out, ldo_);
+    cap_rows(kernels, out, ldo_, m, valid, soft_cap_);
   }
 
  private:
@@ -29,6 +39,7 @@ class StoreOutput final : public Epilogue {
   float* out_;
   std::ptrdiff_t ldo_;
   bool add_;
+  float soft_cap_;
 };
 
 /// In the activation type.
@@ -55,40 +66,51 @@ class StoreActivations final : public Epilogue {
 
 class TakeMaximum final : public Epilogue {
  public:
-  TakeMaximum(const LowRankLinear& linear, RowMaximum& maximum)
-      : linear_(linear), maximum_(maximum) {}
+  TakeMaximum(const LowRankLinear& linear, RowMaximum& maximum, float soft_cap)
+      : linear_(linear), maximum_(maximum), soft_cap_(soft_cap) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int cols) const override {
     int valid = std::min(cols, linear_.output_factor().n - first);
-    kernels.argmax_tile(tile, m, valid, bias_at(linear_, first), first, maximum_.value.data() + row,
+    const float* bias = bias_at(linear_, first);
+    if (soft_cap_ != 0.0f) {
+      kernels.store_f32(tile, m, valid, bias, tile, cpu::kPanelRows);
+      cap_rows(kernels, tile, cpu::kPanelRows, m, valid, soft_cap_);
+      bias = nullptr;
+    }
+    kernels.argmax_tile(tile, m, valid, bias, first, maximum_.value.data() + row,
                         maximum_.index.data() + row);
   }
 
  private:
   const LowRankLinear& linear_;
   RowMaximum& maximum_;
+  float soft_cap_;
 };
 
 class StoreGated final : public Epilogue {
  public:
-  StoreGated(const LowRankLinear& gate, const LowRankLinear& up, Activations out)
-      : gate_(gate), up_(up), out_(out) {}
+  StoreGated(const LowRankLinear& gate, const LowRankLinear& up, GateKind kind, Activations out)
+      : gate_(gate), up_(up), kind_(kind), out_(out) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float* second, int row, int m,
              int first, int cols) const override {
     int valid = std::min(cols, gate_.output_factor().n - first);
     Activations out = out_.rows_from(row).columns_from(first);
+    const float* gate_bias = bias_at(gate_, first);
+    const float* up_bias = bias_at(up_, first);
+    const bool silu = kind_ == GateKind::kSilu;
     if (out_.dtype == DType::kFloat32) {
-      kernels.silu_mul_f32(tile, second, m, valid, bias_at(gate_, first), bias_at(up_, first),
-                           out.f32(), out_.ld);
+      auto store = silu ? kernels.silu_mul_f32 : kernels.gelu_tanh_mul_f32;
+      store(tile, second, m, valid, gate_bias, up_bias, out.f32(), out_.ld);
     } else {
-      kernels.silu_mul_bf16(tile, second, m, valid, bias_at(gate_, first), bias_at(up_, first),
-                            out.b16(), out_.ld);
+      auto store = silu ? kernels.silu_mul_bf16 : kernels.gelu_tanh_mul_bf16;
+      store(tile, second, m, valid, gate_bias, up_bias, out.b16(), out_.ld);
     }
   }
 
  private:
   const LowRankLinear& gate_;
   const LowRankLinear& up_;
+  GateKind kind_;
   Activations out_;
 };
 
@@ -221,8 +243,8 @@ class StoreCached final : public Epilogue {
 
 void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
                    const LowRankLinear& linear, const Activations& z, float* out,
-                   std::ptrdiff_t ldo, bool add) {
-  StoreOutput epilogue(linear, out, ldo, add);
+                   std::ptrdiff_t ldo, bool add, float soft_cap) {
+  StoreOutput epilogue(linear, out, ldo, add, soft_cap);
   Branch branch{&linear, &epilogue, nullptr};
   run_group(ctx, m, input, z, std::span(&branch, 1));
 }
@@ -231,8 +253,8 @@ void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
 
 void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, float* out,
-                    std::ptrdiff_t ldo) {
-  linear_to_f32(ctx, m, input, linear, z, out, ldo, false);
+                    std::ptrdiff_t ldo, float soft_cap) {
+  linear_to_f32(ctx, m, input, linear, z, out, ldo, false, soft_cap);
 }
 
 void lowrank_linears(ExecutionContext& ctx, int m, const GroupInput& input,
@@ -250,16 +272,16 @@ void lowrank_linears(ExecutionContext& ctx, int m, const GroupInput& input,
 void lowrank_linear_add(ExecutionContext& ctx, int m, const GroupInput& input,
                         const LowRankLinear& linear, const Activations& z, float* residual,
                         std::ptrdiff_t ldr) {
-  linear_to_f32(ctx, m, input, linear, z, residual, ldr, true);
+  linear_to_f32(ctx, m, input, linear, z, residual, ldr, true, 0.0f);
 }
 
 void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
-                    float* value, int* index) {
+                    float* value, int* index, float soft_cap) {
   RowMaximum& mine = maxima[static_cast<std::size_t>(ctx.member.id())];
   std::fill_n(mine.value.begin(), m, -std::numeric_limits<float>::infinity());
   std::fill_n(mine.index.begin(), m, 0);
-  TakeMaximum epilogue(linear, mine);
+  TakeMaximum epilogue(linear, mine, soft_cap);
   Branch branch{&linear, &epilogue, nullptr};
   run_group(ctx, m, input, z, std::span(&branch, 1));
   auto [begin, end] = ctx.member.share(m);
@@ -278,9 +300,9 @@ void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
 }
 
 void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
-                       const LowRankLinear& gate, const LowRankLinear& up, const Activations& z,
-                       const Activations& out) {
-  StoreGated epilogue(gate, up, out);
+                       const LowRankLinear& gate, const LowRankLinear& up, GateKind kind,
+                       const Activations& z, const Activations& out) {
+  StoreGated epilogue(gate, up, kind, out);
   Branch branch{&gate, &epilogue, &up};
   run_group(ctx, m, input, z, std::span(&branch, 1));
 }

@@ -5,6 +5,7 @@
 // input of U, and stays in cache: x is taken in tiles of at most kTileTokens tokens.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -15,10 +16,11 @@
 
 namespace deinfer {
 
-/// out[m, n] = linear(x[m, k]), fp32, row stride ldo elements.
+/// out[m, n] = linear(x[m, k]), fp32, row stride ldo elements; y = soft_cap * tanh(y / soft_cap) of
+/// each element where soft_cap is not 0.
 void lowrank_linear(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, float* out,
-                    std::ptrdiff_t ldo);
+                    std::ptrdiff_t ldo, float soft_cap = 0.0f);
 
 /// outs[i][m, n_i] = linears[i](x[m, k]) in the activation type, for up to three linears whose
 /// outputs are not exchanged.
@@ -39,15 +41,18 @@ struct RowMaximum {
 
 /// value[i] = the largest element of linear(x_i), i in [0, m), and index[i] = its place, the lowest
 /// of equal ones (as KernelTable::argmax), without storing the outputs. maxima[threads] holds m
-/// rows each; m is at most kTileTokens.
+/// rows each; m is at most kTileTokens. soft_cap as in lowrank_linear: it can make elements equal.
 void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
                     const LowRankLinear& linear, const Activations& z, std::span<RowMaximum> maxima,
-                    float* value, int* index);
+                    float* value, int* index, float soft_cap = 0.0f);
 
-/// out[m, n] = silu(gate(x)) * up(x) in the activation type.
+/// What a gate passes through before it multiplies.
+enum class GateKind : std::uint8_t { kSilu, kGeluTanh };
+
+/// out[m, n] = f(gate(x)) * up(x) in the activation type, f as `kind` says.
 void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
-                       const LowRankLinear& gate, const LowRankLinear& up, const Activations& z,
-                       const Activations& out);
+                       const LowRankLinear& gate, const LowRankLinear& up, GateKind kind,
+                       const Activations& z, const Activations& out);
 
 /// out[m, n] = max(linear(x), 0) in the activation type.
 void lowrank_relu(ExecutionContext& ctx, int m, const GroupInput& input,

@@ -17,11 +17,14 @@ static_assert(kCandidateFloats == 2);
 }  // namespace
 
 void output_logits(ExecutionContext& ctx, int m, const GroupInput& x, const LowRankLinear& head,
-                   const Activations& z, std::span<const Range> vocabularies, float* out) {
+                   float soft_cap, const Activations& z, std::span<const Range> vocabularies,
+                   float* out) {
   int vocabulary = vocabularies.back().end;
-  if (ctx.exchange.size() == 1) return lowrank_linear(ctx, m, x, head, z, out, vocabulary);
+  if (ctx.exchange.size() == 1) {
+    return lowrank_linear(ctx, m, x, head, z, out, vocabulary, soft_cap);
+  }
   int own = vocabularies[static_cast<std::size_t>(ctx.exchange.rank())].size();
-  lowrank_linear(ctx, m, x, head, z, ctx.floats_to_send(), own);
+  lowrank_linear(ctx, m, x, head, z, ctx.floats_to_send(), own, soft_cap);
   Ticket ticket = ctx.exchange_floats(Collective::kGather, m, own);
   if (ctx.exchange.rank() == 0) {
     auto [begin, end] = ctx.member.share(m);
@@ -37,10 +40,10 @@ void output_logits(ExecutionContext& ctx, int m, const GroupInput& x, const LowR
 }
 
 void output_most_likely(ExecutionContext& ctx, int m, const GroupInput& x,
-                        const LowRankLinear& head, const Activations& z,
+                        const LowRankLinear& head, float soft_cap, const Activations& z,
                         std::span<const Range> vocabularies, std::span<RowMaximum> maxima,
                         float* value, TokenId* tokens) {
-  lowrank_argmax(ctx, m, x, head, z, maxima, value, tokens);
+  lowrank_argmax(ctx, m, x, head, z, maxima, value, tokens, soft_cap);
   if (ctx.exchange.size() == 1) return;
   Range own = vocabularies[static_cast<std::size_t>(ctx.exchange.rank())];
   auto* part = reinterpret_cast<Candidate*>(ctx.floats_to_send());

@@ -42,12 +42,16 @@ Range ResidualStream::own_columns(const ExecutionContext& ctx) const {
 }
 
 void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> tokens,
-                           const cpu::PackedMatrix& table, Range vocabulary) {
+                           const cpu::PackedMatrix& table, Range vocabulary, float scale) {
   auto m = static_cast<int>(tokens.size());
+  auto read_row = [&](TokenId token, float* row) {
+    table.read_row(token - vocabulary.begin, row);
+    if (scale != 1.0f) ctx.kernels.scale_row(row, hidden_, scale);
+  };
   if (ctx.exchange.size() == 1) {
     auto [begin, end] = ctx.member.share(m);
     for (int i = begin; i < end; ++i) {
-      table.read_row(tokens[static_cast<std::size_t>(i)], rows() + i * ld());
+      read_row(tokens[static_cast<std::size_t>(i)], rows() + i * ld());
     }
     ctx.member.barrier();
     return;
@@ -59,7 +63,7 @@ void ResidualStream::embed(ExecutionContext& ctx, std::span<const TokenId> token
       TokenId token = tokens[static_cast<std::size_t>(row + i)];
       float* out = part + std::ptrdiff_t{i} * hidden_;
       if (token >= vocabulary.begin && token < vocabulary.end) {
-        table.read_row(token - vocabulary.begin, out);
+        read_row(token, out);
       } else {
         std::fill_n(out, hidden_, 0.0f);
       }

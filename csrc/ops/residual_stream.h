@@ -32,10 +32,10 @@ class ResidualStream {
   float* rows() { return rows_.as<float>(); }
   std::ptrdiff_t ld() const { return columns_; }
 
-  /// x[i] = the row tokens[i] of the embedding, of which this rank's `table` has the rows
+  /// x[i] = scale * the row tokens[i] of the embedding, of which this rank's `table` has the rows
   /// `vocabulary`.
   void embed(ExecutionContext& ctx, std::span<const TokenId> tokens, const cpu::PackedMatrix& table,
-             Range vocabulary);
+             Range vocabulary, float scale);
 
   /// x[i] += the row positions[i] + offset of `table`, which has this rank's columns under hidden
   /// shards, else all.

@@ -10,6 +10,7 @@
 
 #include "deinfer/engine.h"
 #include "deinfer/fields.h"
+#include "deinfer/model_description.h"
 #include "deinfer/planner.h"
 
 namespace py = pybind11;
@@ -249,6 +250,49 @@ void bind_planner(py::module_& m) {
         py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_description(py::module_& m) {
+  py::class_<LinearDescription>(m, "LinearDescription")
+      .def_readonly("name", &LinearDescription::name)
+      .def_readonly("out_features", &LinearDescription::out_features)
+      .def_readonly("in_features", &LinearDescription::in_features)
+      .def_readonly("rank", &LinearDescription::rank);
+  py::class_<AttentionDescription>(m, "AttentionDescription")
+      .def_readonly("num_layers", &AttentionDescription::num_layers)
+      .def_readonly("window", &AttentionDescription::window)
+      .def_readonly("rope_type", &AttentionDescription::rope_type)
+      .def_readonly("rope_theta", &AttentionDescription::rope_theta)
+      .def_readonly("rope_factor", &AttentionDescription::rope_factor);
+  py::class_<TensorPrefix>(m, "TensorPrefix")
+      .def_readonly("prefix", &TensorPrefix::prefix)
+      .def_readonly("replacement", &TensorPrefix::replacement);
+  py::class_<ModelDescription>(m, "ModelDescription")
+      .def_readonly("model_type", &ModelDescription::model_type)
+      .def_readonly("num_layers", &ModelDescription::num_layers)
+      .def_readonly("hidden_size", &ModelDescription::hidden_size)
+      .def_readonly("intermediate_size", &ModelDescription::intermediate_size)
+      .def_readonly("num_heads", &ModelDescription::num_heads)
+      .def_readonly("num_kv_heads", &ModelDescription::num_kv_heads)
+      .def_readonly("head_dim", &ModelDescription::head_dim)
+      .def_readonly("vocab_size", &ModelDescription::vocab_size)
+      .def_readonly("max_model_len", &ModelDescription::max_model_len)
+      .def_readonly("tied_embeddings", &ModelDescription::tied_embeddings)
+      .def_readonly("activation", &ModelDescription::activation)
+      .def_readonly("norm", &ModelDescription::norm)
+      .def_readonly("norms_inputs", &ModelDescription::norms_inputs)
+      .def_readonly("norms_outputs", &ModelDescription::norms_outputs)
+      .def_readonly("qk_norm", &ModelDescription::qk_norm)
+      .def_readonly("attention_soft_cap", &ModelDescription::attention_soft_cap)
+      .def_readonly("logit_soft_cap", &ModelDescription::logit_soft_cap)
+      .def_readonly("attention", &ModelDescription::attention)
+      .def_readonly("linears", &ModelDescription::linears)
+      .def_readonly("embedding", &ModelDescription::embedding)
+      .def_readonly("tensor_prefixes", &ModelDescription::tensor_prefixes)
+      .def_readonly("parameters", &ModelDescription::parameters)
+      .def_readonly("kv_elements_per_token", &ModelDescription::kv_elements_per_token);
+  m.def("describe_config", &describe_config, py::arg("path"));
+  m.def("supported_architectures", &supported_architectures);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -259,5 +303,6 @@ PYBIND11_MODULE(_C, m) {
   bind_outputs(m);
   bind_engine(m);
   bind_planner(m);
+  bind_description(m);
   m.def("supported_isas", &supported_isas);
 }

@@ -61,6 +61,7 @@ void AdmissionController::note_belief(Sequence& sequence) const {
 void AdmissionController::begin(std::span<Sequence* const> running) {
   running_ = running;
   forecast_done_ = false;
+  whole_blocks_ = -1;
   history_.refresh(running);
 }
 
@@ -68,6 +69,7 @@ bool AdmissionController::has_room(const Sequence& candidate,
                                    const BlockManager::PrefixMatch& match) {
   if (running_.empty()) return true;  // alone, every sequence that was accepted fits
   if (!pinned_fit(candidate)) return false;
+  if (static_cast<int>(running_.size()) >= config_.num_seats()) return whole_answers_fit(candidate);
   switch (config_.admission) {
     case Admission::kPrompt: return true;
     case Admission::kMaxTokens: return reservations_fit(candidate);
@@ -78,6 +80,7 @@ bool AdmissionController::has_room(const Sequence& candidate,
 
 void AdmissionController::admitted(std::span<Sequence* const> running) {
   running_ = running;
+  if (whole_blocks_ >= 0) whole_blocks_ += whole_blocks(*running.back());
   if (!forecast_done_) return;
   if (candidate_.owner != running.back()->id) {
     forecast_done_ = false;  // admitted without a look ahead
@@ -85,6 +88,22 @@ void AdmissionController::admitted(std::span<Sequence* const> running) {
   }
   forecast_.insert(candidate_);
   pending_ += running.back()->num_pending();
+}
+
+std::int64_t AdmissionController::whole_blocks(const Sequence& sequence) const {
+  const int left = remaining(sequence);
+  if (left == 0) return most_blocks(sequence);
+  return blocks_.blocks_for(std::int64_t{sequence.length()} + left);
+}
+
+bool AdmissionController::whole_answers_fit(const Sequence& candidate) {
+  if (config_.admission == Admission::kMaxTokens) return reservations_fit(candidate);
+  if (whole_blocks_ < 0) {
+    whole_blocks_ = 0;
+    for (const Sequence* sequence : running_) whole_blocks_ += whole_blocks(*sequence);
+  }
+  const auto total = static_cast<double>(whole_blocks_ + whole_blocks(candidate));
+  return total <= config_.num_blocks * (1.0 - config_.watermark);
 }
 
 bool AdmissionController::reservations_fit(const Sequence& candidate) const {

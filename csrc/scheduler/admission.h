@@ -51,6 +51,9 @@ class AdmissionController {
   void begin(std::span<Sequence* const> running);
   /// Whether the running sequences leave the candidate room enough. `match`: its cached prefix.
   bool has_room(const Sequence& candidate, const BlockManager::PrefixMatch& match);
+  /// Whether the pool holds the candidate's and all running sequences' whole answers at once, so
+  /// that it does not matter who rests. Where nothing is expected, answers reach their limits.
+  bool whole_answers_fit(const Sequence& candidate);
   /// The candidate was admitted and is the last of `running` now.
   void admitted(std::span<Sequence* const> running);
 
@@ -64,6 +67,7 @@ class AdmissionController {
   std::int64_t most_blocks(const Sequence& sequence) const {
     return blocks_.blocks_for(std::int64_t{sequence.prompt_length} + sequence.max_new_tokens);
   }
+  std::int64_t whole_blocks(const Sequence& sequence) const;
   int at_least_two_blocks(float tokens) const;
   int shared_blocks(const Sequence& sequence) const;
   /// `pending`: prompt tokens to be computed until its first token, others' included.
@@ -80,7 +84,8 @@ class AdmissionController {
 
   // The step's admissions.
   std::span<Sequence* const> running_;
-  std::int64_t pending_ = 0;  // prompt tokens that running sequences have not computed
+  std::int64_t pending_ = 0;        // prompt tokens that running sequences have not computed
+  std::int64_t whole_blocks_ = -1;  // of all running ones; negative: not counted yet
   bool forecast_done_ = false;
   KvForecast forecast_;
   KvForecast::Item candidate_;                    // that has_room() looked at last

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -23,8 +24,14 @@ class EventLog {
     SequenceId id = 0;
     LengthDistribution length;
   };
+  struct Part {
+    SequenceId id = 0;
+    int num_tokens = 0;
+    bool operator==(const Part&) const = default;
+  };
   struct Step {
     std::int64_t now_us = 0;
+    std::vector<Part> plan = {};  // what the step computed
   };
   struct Update {
     std::vector<SampledToken> sampled;
@@ -38,8 +45,11 @@ class EventLog {
     events_.emplace_back(std::in_place_type<Kind>, std::move(event));
   }
   std::size_t size() const { return events_.size(); }
+  std::span<const Event> events() const { return events_; }
+  void clear() { events_.clear(); }
+  static std::vector<Part> plan_of(const ScheduledBatch& batch);
   /// Repeats the calls, of which the log holds only those that succeeded; `visit` sees each planned
-  /// batch.
+  /// batch. Throws Error(kInternal) naming the step whose plan is not the log's.
   void replay(Scheduler& scheduler, const std::function<void(const ScheduledBatch&)>& visit) const;
 
  private:

@@ -22,6 +22,7 @@ LengthDistribution::LengthDistribution(std::span<const float> lengths,
     sum += probabilities[i];
   }
   if (sum <= 0.0) return;
+  if (std::abs(sum - 1.0) < 1e-5) sum = 1.0;  // a distribution already: to the last bit as it is
   std::array<std::size_t, kMaxBins> order{};
   auto end = order.begin() + static_cast<std::ptrdiff_t>(lengths.size());
   std::iota(order.begin(), end, std::size_t{0});
@@ -58,6 +59,21 @@ float LengthDistribution::mean_remaining(int generated) const {
     sum += static_cast<double>(probability_[i]) * length_[i];
   }
   return mass > 0.0 ? static_cast<float>(sum / mass - generated) : 0.0f;
+}
+
+float LengthDistribution::upper_remaining(int generated, float deviations) const {
+  double mass = 0.0;
+  double sum = 0.0;
+  double squares = 0.0;
+  for (std::size_t i = first_beyond(generated, mass); i < bins(); ++i) {
+    sum += static_cast<double>(probability_[i]) * std::sqrt(static_cast<double>(length_[i]));
+    squares += static_cast<double>(probability_[i]) * length_[i];
+  }
+  if (mass <= 0.0) return 0.0f;
+  const double mean = sum / mass;
+  const double variance = std::max(0.0, squares / mass - mean * mean);
+  const double upper = mean + deviations * std::sqrt(variance);
+  return static_cast<float>(upper * upper - generated);
 }
 
 float LengthDistribution::quantile_remaining(double q, int generated) const {

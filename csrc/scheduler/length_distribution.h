@@ -34,6 +34,9 @@ class LengthDistribution {
   /// E[length - generated | length > generated], in tokens; 0 when unknown, or when the sequence
   /// has overrun every bin.
   float mean_remaining(int generated) const;
+  /// So many standard deviations above the mean of what may remain, taken of square roots of the
+  /// length (a length's spread grows with it), in tokens; 0 as above.
+  float upper_remaining(int generated, float deviations) const;
   /// The least number of tokens beyond `generated` within which the sequence ends with probability
   /// q in [0, 1], given that it has not ended yet; 0 as above.
   float quantile_remaining(double q, int generated) const;

@@ -25,12 +25,14 @@ struct PolicyEntry {
 
 /// Whoever comes last in an order that new arrivals can change must not wait forever.
 constexpr Promotion kAfterAMinute{.after_s = 60.0};
+/// Offline, nobody waits for a single answer.
+constexpr Promotion kAfterAnHour{.after_s = 3600.0};
 
 constexpr PolicyEntry kPolicies[] = {
     {"fcfs", make_fcfs_policy, {}},
     {"hrrn", make_hrrn_policy, {}},  // waiting raises the ratio of all
     {"length_bucket", make_length_bucket_policy, kAfterAMinute},
-    {"longest_tail", make_longest_tail_policy, kAfterAMinute},
+    {"longest_tail", make_longest_tail_policy, kAfterAnHour},
     {"sjf", make_sjf_policy, kAfterAMinute},
     {"static", make_static_policy, {}},  // batches follow each other by arrival
     {"static_bucket", make_static_bucket_policy, {}},

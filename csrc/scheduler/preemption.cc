@@ -53,6 +53,7 @@ void Scheduler::preempt(Sequence& sequence, bool restart) {
   }
   ++sequence.preemptions;
   sequence.pause = 0;
+  sequence.resting = false;
   ++totals_.num_preemptions;
   std::erase(running_, &sequence);
   enqueue(sequence);

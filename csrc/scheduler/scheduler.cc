@@ -54,11 +54,14 @@ void Scheduler::add(Sequence sequence) {
   sequence.preemptions = 0;
   sequence.evictions = 0;
   sequence.pause = 0;
+  sequence.resting = false;
+  sequence.turn_tokens = -1;
   sequence.max_computed = 0;
   sequence.num_registered = 0;
   sequence.computed_twice = false;
   sequence.prefix_node = 0;
   sequence.promoted = false;
+  sequence.promotion_us = Sequence::kNeverPromoted;
   sequence.admission_mean = 0.0f;
   sequence.admission_q90 = 0.0f;
   const auto [entry, inserted] =
@@ -126,14 +129,15 @@ bool Scheduler::expect(SequenceId id, const LengthDistribution& length) {
   const bool waiting = sequence.state == SequenceState::kWaiting;
   if (waiting) dequeue(sequence);
   sequence.expected_length = length;
+  sequence.turn_tokens = -1;
   if (waiting) enqueue(sequence);
   return true;
 }
 
 const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
   if (in_flight_) fail(ErrorCode::kInternal, "schedule() before the update() of the last step");
-  if (log_ != nullptr) log_->add(EventLog::Step{now_us});
   retired_.clear();
+  blocks_ran_out_ = any_paused_ || !batch_.preempted.empty();
   batch_.items.clear();
   batch_.preempted.clear();
   batch_.num_tokens = 0;
@@ -150,7 +154,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
   }
   promote_waiting();
 
-  order_ = running_;
+  choose_seats();
   for (Sequence* sequence : order_) {
     if (sequence->num_pending() == 1) plan_running(*sequence);
   }
@@ -170,6 +174,7 @@ const ScheduledBatch& Scheduler::schedule(std::int64_t now_us) {
     fail(ErrorCode::kInternal, "the scheduling policy holds back all ", sequences_.size(),
          " sequences");
   }
+  if (log_ != nullptr) log_->add(EventLog::Step{now_us, EventLog::plan_of(batch_)});
   return batch_;
 }
 
@@ -208,7 +213,7 @@ void Scheduler::plan_waiting() {
   pledged_blocks_ = 0;
   for (const Sequence* sequence : running_) pledged_blocks_ += missing_blocks(*sequence);
   admission_.begin(running_);
-  while (budget_ > 0 && static_cast<int>(running_.size()) < config_.max_num_seqs) {
+  for (; budget_ > 0 && free_seats_ > 0; --free_seats_) {
     Sequence* sequence = policy_->next(context(running_));
     if (sequence == nullptr || !try_admit(*sequence)) return;
   }
@@ -338,7 +343,8 @@ const Sequence* Scheduler::find(SequenceId id) const {
 SchedulerStats Scheduler::stats() const {
   SchedulerStats stats = totals_;
   stats.num_waiting = static_cast<int>(policy_->size());
-  stats.num_running = static_cast<int>(running_.size());
+  stats.num_resting = static_cast<int>(std::ranges::count_if(running_, &Sequence::resting));
+  stats.num_running = static_cast<int>(running_.size()) - stats.num_resting;
   stats.free_blocks = blocks_.num_free();
   stats.cached_blocks = blocks_.num_cached();
   stats.used_blocks = blocks_.num_used();

@@ -61,6 +61,9 @@ class EventLog;
 /// sequence that comes first by priority, promotion and arrival is never preempted for another, so
 /// that one always gets done. Nor is one that was evicted `preempt_limit` times before: it comes
 /// back when it can never again lack a block.
+///
+/// Where a policy takes turns, more sequences than max_num_seqs may hold KV, if there is room for
+/// all that they will ever need; those without a seat rest. The one that comes first never does.
 class Scheduler {
  public:
   /// Throws Error(kInvalidArgument) for a bad configuration.
@@ -100,6 +103,11 @@ class Scheduler {
   void enqueue(Sequence& sequence);
   void dequeue(Sequence& sequence);
   void promote_waiting();
+  void choose_seats();
+  int seats_to_leave(const Sequence* first);
+  float turn_of(Sequence& sequence) const;
+  bool sits_before(Sequence& a, Sequence& b, const Sequence* first) const;
+  void promote_running();
   void plan_running(Sequence& sequence);
   void plan_item(Sequence& sequence, int num_tokens);
   void plan_waiting();
@@ -133,10 +141,13 @@ class Scheduler {
   ScheduledBatch batch_;
   bool in_flight_ = false;
   bool any_paused_ = false;
+  bool blocks_ran_out_ = false;  // in the step before
+  int free_seats_ = 0;           // that waiting ones may take
   std::int64_t now_us_ = 0;
   int budget_ = 0;                     // tokens left
   std::int64_t pledged_blocks_ = 0;    // that running sequences still need for their known tokens
-  std::vector<Sequence*> order_;       // the running sequences when the step began
+  std::vector<Sequence*> order_;       // the running sequences with a seat when the step began
+  std::vector<Sequence*> ranking_;     // running sequences, for choosing seats
   std::vector<Sequence*> candidates_;  // for preemption
   BlockManager::PrefixMatch match_;
 

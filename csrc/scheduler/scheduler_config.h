@@ -1,6 +1,7 @@
 // How the scheduler admits, preempts and orders sequences.
 #pragma once
 
+#include <algorithm>
 #include <string_view>
 #include <vector>
 
@@ -45,6 +46,9 @@ struct SchedulerConfig {
   // Sizes of batches that the backend has prepared (captured graphs), ascending; it pads others to
   // the next one. Empty: all sizes are the same to it.
   std::vector<int> graph_sizes;
+
+  /// Sequences in a step, each of which computes at least one token.
+  int num_seats() const { return std::min(max_num_seqs, max_num_batched_tokens); }
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
   void validate() const;

@@ -7,7 +7,8 @@ namespace deinfer {
 
 struct SchedulerStats {
   int num_waiting = 0;
-  int num_running = 0;
+  int num_running = 0;  // have a seat
+  int num_resting = 0;  // have KV and wait for their turn
   int free_blocks = 0;
   int cached_blocks = 0;  // evictable
   int used_blocks = 0;

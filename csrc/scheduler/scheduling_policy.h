@@ -32,6 +32,7 @@ struct PolicyConfig {
   int bucket_width = 50;
   // longest_tail: longest first once fewer wait than this many times max_num_seqs.
   double tail_factor = 4.0;
+  bool take_turns = true;              // longest_tail: then run more than have seats, in turns
   StaticBatchConfig static_batches{};  // static_bucket; static: its batch_size only
 
   /// Throws Error(kInvalidArgument) naming the field and its value.
@@ -67,6 +68,12 @@ class SchedulingPolicy {
   /// A running sequence to preempt although it could run, or null. Asked before every step until
   /// the answer is null: for policies that collect overrunning sequences or that favour short ones.
   virtual Sequence* set_aside(const SchedulingContext&) { return nullptr; }
+  /// Whether more sequences than there are seats may run, KV permitting: those with the greatest
+  /// turn() have a seat in a step, the others rest and keep their KV. Only sequences of which a
+  /// length is expected ever rest.
+  virtual bool takes_turns(const SchedulingContext&) const { return false; }
+  /// Finite; depends on nothing but the sequence's tokens, limit and expected length.
+  virtual float turn(const Sequence&) const { return 0.0f; }
   /// Whether what is set aside starts again from its prompt, its generated tokens forgotten.
   virtual bool set_aside_restarts() const { return false; }
 };

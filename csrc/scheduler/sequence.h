@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "deinfer/sampling_params.h"
@@ -34,16 +35,21 @@ struct Sequence {
   int preemptions = 0;                    // times that its KV was dropped
   int evictions = 0;                      // those of them that were for lack of blocks
   int pause = 0;                          // steps that it has been waiting for a block
+  bool resting = false;                   // runs, but others have the seats in this step
   int max_computed = 0;                   // highest num_computed before a preemption
   int num_registered = 0;                 // leading blocks that are known to the prefix cache
   bool computed_twice = false;            // holds blocks that the prefix cache has elsewhere, too
   std::uint64_t prefix_node = 0;          // the prefix cache's name for those blocks' content
-  bool promoted = false;          // waited too long: goes before others of its priority, by arrival
-  std::int64_t promotion_us = 0;  // when that happens; only of waiting sequences
+  bool promoted = false;  // waited too long: goes before others of its priority, by arrival
+  std::int64_t promotion_us = kNeverPromoted;  // when that happens
   float expected_remaining = 0.0f;  // tokens, when it began to wait or is up for preemption;
                                     // 0: unknown
+  float turn = 0.0f;            // SchedulingPolicy::turn() when it had turn_tokens generated tokens
+  int turn_tokens = -1;         // -1: to be asked again
   float admission_mean = 0.0f;  // total length as believed when it was first admitted; 0: unknown
   float admission_q90 = 0.0f;   // its 90 % quantile
+
+  static constexpr std::int64_t kNeverPromoted = std::numeric_limits<std::int64_t>::max();
 
   int length() const { return static_cast<int>(tokens.size()); }
   int num_generated() const { return length() - prompt_length; }

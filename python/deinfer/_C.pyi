@@ -87,6 +87,7 @@ class EngineConfig:
         static_batch_size: int = 16,
         bucket_batch_sizes: Sequence[int] = [256, 128, 64, 32],
         recompute: str = "continue",
+        event_log: str = "",
         enable_prefix_caching: bool = True,
         hidden_state_layers: Sequence[int] = (),
         length_predictor: str = "",
@@ -119,6 +120,7 @@ class EngineConfig:
     static_batch_size: int
     bucket_batch_sizes: list[int]
     recompute: str
+    event_log: str
     enable_prefix_caching: bool
     hidden_state_layers: list[int]
     length_predictor: str
@@ -311,4 +313,56 @@ def plan_tensor_parallelism(config: PlannerConfig) -> PlanReport:
         ValueError, NotImplementedError: with the field and its value.
     """
 
+class LinearDescription:
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+
+class AttentionDescription:
+    num_layers: int
+    window: int
+    rope_type: str
+    rope_theta: float
+    rope_factor: float
+
+class TensorPrefix:
+    prefix: str
+    replacement: str | None
+
+class ModelDescription:
+    """What a config.json describes (csrc/include/deinfer/model_description.h)."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    tied_embeddings: bool
+    activation: str
+    norm: str
+    norms_inputs: bool
+    norms_outputs: bool
+    qk_norm: str
+    attention_soft_cap: float
+    logit_soft_cap: float
+    attention: list[AttentionDescription]
+    linears: list[LinearDescription]
+    embedding: str
+    tensor_prefixes: list[TensorPrefix]
+    parameters: int
+    kv_elements_per_token: int
+
+def describe_config(path: str) -> ModelDescription:
+    """Describe a model from its config.json alone.
+
+    Raises:
+        ValueError, NotImplementedError: with the field and its value.
+    """
+
+def supported_architectures() -> list[str]: ...
 def supported_isas() -> list[str]: ...

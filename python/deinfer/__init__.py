@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from deinfer.comparison import Comparison, compare
     from deinfer.evaluate import Perplexity, Speed, measure_speed, perplexity
     from deinfer.llm import LLM
     from deinfer.nn import accelerate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "Comparison",
     "CompletionOutput",
     "HiddenStates",
     "Logprob",
@@ -31,6 +33,7 @@ __all__ = [
     "SamplingParams",
     "Speed",
     "accelerate",
+    "compare",
     "measure_speed",
     "perplexity",
 ]
@@ -42,6 +45,8 @@ _HOMES = {
     "Logprob": "deinfer.outputs",
     "RequestOutput": "deinfer.outputs",
     "SamplingParams": "deinfer.sampling_params",
+    "Comparison": "deinfer.comparison",
+    "compare": "deinfer.comparison",
     "Perplexity": "deinfer.evaluate",
     "Speed": "deinfer.evaluate",
     "measure_speed": "deinfer.evaluate",

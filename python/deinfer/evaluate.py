@@ -62,24 +62,15 @@ def perplexity(
         ValueError: The text has fewer than 2 tokens, or window or stride do not fit.
     """
     start = time.perf_counter()
-    longest = llm.model_info.max_model_len - 1  # a request also needs room for one new token
-    window = min(DEFAULT_WINDOW, longest) if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
-    if not 2 <= window <= longest:
-        raise ValueError(f"window = {window} is not in [2, {longest}]")
-    if not 1 <= stride < window:
-        raise ValueError(f"stride = {stride} is not in [1, window) = [1, {window})")
     token_ids = list(llm.get_tokenizer()(text, verbose=False)["input_ids"])
-    if len(token_ids) < 2:
-        raise ValueError(f"the text has {len(token_ids)} tokens; at least 2 are needed")
-    spans = window_spans(len(token_ids), window, stride)
+    windows = scoring_windows(len(token_ids), llm.model_info.max_model_len, window, stride)
     outputs = llm.generate(
-        [token_ids[begin:end] for begin, _, end in spans],
+        [token_ids[begin:end] for begin, _, end in windows.spans],
         SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False),
         use_tqdm=False,
     )
     total = 0.0
-    for (begin, first, end), output in zip(spans, outputs, strict=True):
+    for (begin, first, end), output in zip(windows.spans, outputs, strict=True):
         rows = output.prompt_logprobs or []
         for position in range(first, end):
             row = rows[position - begin]
@@ -93,9 +84,53 @@ def perplexity(
         nll=nll,
         tokens=len(token_ids) - 1,
         seconds=time.perf_counter() - start,
-        window=window,
-        stride=stride,
+        window=windows.window,
+        stride=windows.stride,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How a text is cut.
+
+    Attributes:
+        window: Tokens of a window.
+        stride: Tokens that a window moves on.
+        spans: As `window_spans` gives them.
+    """
+
+    window: int
+    stride: int
+    spans: list[tuple[int, int, int]]
+
+
+def scoring_windows(
+    length: int, max_model_len: int, window: int | None, stride: int | None
+) -> Windows:
+    """Cut a text as a caller asks for it.
+
+    Args:
+        length: Tokens of the text.
+        max_model_len: Longest sequence of the model, one new token included.
+        window: Tokens in a window; None: 1024, or as many as the model takes if that is less.
+        stride: Tokens that a window moves on; None: half the window.
+
+    Returns:
+        The windows.
+
+    Raises:
+        ValueError: The text has fewer than 2 tokens, or window or stride do not fit.
+    """
+    longest = max_model_len - 1  # a request also needs room for one new token
+    window = min(DEFAULT_WINDOW, longest) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    if not 2 <= window <= longest:
+        raise ValueError(f"window = {window} is not in [2, {longest}]")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride = {stride} is not in [1, window) = [1, {window})")
+    if length < 2:
+        raise ValueError(f"the text has {length} tokens; at least 2 are needed")
+    return Windows(window, stride, window_spans(length, window, stride))
 
 
 def window_spans(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -12,6 +12,7 @@ struct Shape {
   int first_position;
   int tokens;
   int window;
+  float soft_cap = 0.0f;
 };
 
 /// A paged cache of one kv head (of two, the other one poisoned) and the queries of one sequence.
@@ -78,8 +79,9 @@ class Scene {
     };
     Memory total(static_cast<std::size_t>(rows), floats);
     Memory part(static_cast<std::size_t>(rows), floats);
-    cpu::QueryView query{q_.data() + first * token_stride_, token_stride_, tokens, shape_.group,
-                         shape_.first_position + first,     shape_.window, scale()};
+    cpu::QueryView query{
+        q_.data() + first * token_stride_, token_stride_, tokens,  shape_.group,
+        shape_.first_position + first,     shape_.window, scale(), shape_.soft_cap};
     cpu::KvView view{k_pool_.data() + head_stride_,
                      v_pool_.data() + head_stride_,
                      block_stride_,
@@ -108,7 +110,9 @@ class Scene {
     for (int p = first_visible(token); p <= position; ++p) {
       double s = 0;
       for (std::size_t d = 0; d < dim; ++d) s += q[d] * wide(k_at(p, d));
-      scores.push_back(s * scale());
+      s *= scale();
+      if (shape_.soft_cap != 0) s = shape_.soft_cap * std::tanh(s / shape_.soft_cap);
+      scores.push_back(s);
     }
     double maximum = *std::max_element(scores.begin(), scores.end());
     double sum = 0;
@@ -146,18 +150,24 @@ class Scene {
 };
 
 const Shape kShapes[] = {
-    {4, 1, 16, 0, 1, 0},       {8, 2, 16, 0, 7, 0},       {24, 3, 16, 50, 16, 0},
-    {64, 1, 16, 63, 1, 0},     {64, 1, 16, 64, 3, 0},     {64, 4, 32, 200, 16, 0},
-    {80, 5, 48, 129, 5, 0},    {96, 1, 64, 255, 16, 0},   {128, 1, 16, 700, 1, 0},
-    {128, 8, 16, 300, 8, 0},   {256, 2, 128, 250, 9, 0},  {64, 2, 16, 300, 16, 100},
-    {32, 1, 16, 70, 16, 5},    {16, 4, 16, 600, 16, 257}, {20, 7, 16, 500, 9, 1},
-    {128, 6, 16, 1000, 1, 64}, {8, 1, 16, 0, 64, 3},      {33, 1, 16, 60, 40, 0},
+    {4, 1, 16, 0, 1, 0},           {8, 2, 16, 0, 7, 0},
+    {24, 3, 16, 50, 16, 0},        {64, 1, 16, 63, 1, 0},
+    {64, 1, 16, 64, 3, 0},         {64, 4, 32, 200, 16, 0},
+    {80, 5, 48, 129, 5, 0},        {96, 1, 64, 255, 16, 0},
+    {128, 1, 16, 700, 1, 0},       {128, 8, 16, 300, 8, 0},
+    {256, 2, 128, 250, 9, 0},      {64, 2, 16, 300, 16, 100},
+    {32, 1, 16, 70, 16, 5},        {16, 4, 16, 600, 16, 257},
+    {20, 7, 16, 500, 9, 1},        {128, 6, 16, 1000, 1, 64},
+    {8, 1, 16, 0, 64, 3},          {33, 1, 16, 60, 40, 0},
+    {64, 2, 16, 300, 16, 0, 2.0f}, {256, 2, 16, 90, 9, 70, 50.0f},
+    {20, 3, 32, 260, 1, 0, 0.5f},
 };
 
 std::string describe(const Shape& s) {
   return "head_dim=" + std::to_string(s.head_dim) + " group=" + std::to_string(s.group) +
          " block=" + std::to_string(s.block_size) + " first=" + std::to_string(s.first_position) +
-         " tokens=" + std::to_string(s.tokens) + " window=" + std::to_string(s.window);
+         " tokens=" + std::to_string(s.tokens) + " window=" + std::to_string(s.window) +
+         " soft_cap=" + std::to_string(s.soft_cap);
 }
 
 template <typename T>
@@ -208,7 +218,8 @@ TEST_P(AttentionTest, RowsAloneHaveTheSameBits) {
 
 TEST_P(AttentionTest, LaterPositionsNeverMatter) {
   // Tokens before a poisoned position keep their bits, though they share its tile in one call.
-  for (Shape shape : {Shape{64, 1, 16, 100, 16, 0}, Shape{24, 4, 32, 60, 8, 0}}) {
+  for (Shape shape :
+       {Shape{64, 1, 16, 100, 16, 0}, Shape{24, 4, 32, 60, 8, 0}, Shape{24, 4, 32, 60, 8, 0, 3}}) {
     Scene<bf16> scene(kernels(), shape);
     std::vector<float> clean = scene.run(kernels(), 0, shape.tokens);
     scene.poison(shape.first_position + 5);
@@ -221,11 +232,13 @@ TEST_P(AttentionTest, LaterPositionsNeverMatter) {
 
 template <typename T>
 void expect_same_as(const cpu::KernelTable& scalar, const cpu::KernelTable& kernels) {
-  Shape shape{40, 3, 16, 290, 11, 0};
-  Scene<T> scene(scalar, shape);
-  std::vector<float> a = scene.run(scalar, 0, shape.tokens);
-  std::vector<float> b = scene.run(kernels, 0, shape.tokens);
-  EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
+  for (float soft_cap : {0.0f, 4.0f}) {
+    Shape shape{40, 3, 16, 290, 11, 0, soft_cap};
+    Scene<T> scene(scalar, shape);
+    std::vector<float> a = scene.run(scalar, 0, shape.tokens);
+    std::vector<float> b = scene.run(kernels, 0, shape.tokens);
+    EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
+  }
 }
 
 TEST_P(AttentionTest, BitsDoNotDependOnTheInstructionSet) {

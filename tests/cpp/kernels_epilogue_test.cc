@@ -98,46 +98,84 @@ TEST_P(EpilogueTest, Add) {
   });
 }
 
-TEST_P(EpilogueTest, SiluMul) {
-  for_each_shape([&](int cols, const float* bias, const float* up_bias) {
-    auto want = [&](int i, int j) { return silu(value(i, j, bias)) * up_value(i, j, up_bias); };
-    auto f32 = random_.vector<float>(kTokens * kLdo);
-    auto before = f32;
-    kernels().silu_mul_f32(tile_.data(), up_.data(), kTokens, cols, bias, up_bias, f32.data(),
-                           kLdo);
-    expect_tile(f32, before, cols, want);
-    auto b16 = random_.vector<bf16>(kTokens * kLdo);
-    auto before16 = b16;
-    kernels().silu_mul_bf16(tile_.data(), up_.data(), kTokens, cols, bias, up_bias, b16.data(),
-                            kLdo);
-    expect_tile(b16, before16, cols, want);
-  });
+/// f(gate) * up for an f of float64.
+struct Gated {
+  decltype(cpu::KernelTable::silu_mul_f32) to_f32;
+  decltype(cpu::KernelTable::silu_mul_bf16) to_bf16;
+  double (*exact)(double);
+};
+
+Gated silu_of(const cpu::KernelTable& kernels) {
+  return {kernels.silu_mul_f32, kernels.silu_mul_bf16, silu};
+}
+Gated gelu_of(const cpu::KernelTable& kernels) {
+  return {kernels.gelu_tanh_mul_f32, kernels.gelu_tanh_mul_bf16, gelu_tanh};
 }
 
-TEST_P(EpilogueTest, SiluOfExtremeValues) {
+TEST_P(EpilogueTest, GatedMul) {
+  for (const Gated& gated : {silu_of(kernels()), gelu_of(kernels())}) {
+    for_each_shape([&](int cols, const float* bias, const float* up_bias) {
+      auto want = [&](int i, int j) {
+        return gated.exact(value(i, j, bias)) * up_value(i, j, up_bias);
+      };
+      auto f32 = random_.vector<float>(kTokens * kLdo);
+      auto before = f32;
+      gated.to_f32(tile_.data(), up_.data(), kTokens, cols, bias, up_bias, f32.data(), kLdo);
+      expect_tile(f32, before, cols, want);
+      auto b16 = random_.vector<bf16>(kTokens * kLdo);
+      auto before16 = b16;
+      gated.to_bf16(tile_.data(), up_.data(), kTokens, cols, bias, up_bias, b16.data(), kLdo);
+      expect_tile(b16, before16, cols, want);
+    });
+  }
+}
+
+TEST_P(EpilogueTest, GatesOfExtremeValues) {
   std::vector<float> x = {0.0f,  -0.0f,  1e-30f, -1e-30f, 20.0f, -20.0f, 80.0f, -80.0f,
                           90.0f, -90.0f, 1e4f,   -1e4f,   3e38f, -3e38f, kInf,  kNan};
   Aligned<float> gate(32, 0.0f);
   Aligned<float> up(32, 1.0f);
   std::copy(x.begin(), x.end(), gate.data());
-  std::vector<float> out(16);
-  kernels().silu_mul_f32(gate.data(), up.data(), 1, 16, nullptr, nullptr, out.data(), 16);
-  for (std::size_t i = 0; i + 2 < 16; ++i) {
-    double want = silu(x[i]);
-    EXPECT_NEAR(out[i], want, 4e-7 * std::abs(want) + 1e-37) << x[i];
+  for (const Gated& gated : {silu_of(kernels()), gelu_of(kernels())}) {
+    std::vector<float> out(16);
+    gated.to_f32(gate.data(), up.data(), 1, 16, nullptr, nullptr, out.data(), 16);
+    for (std::size_t i = 0; i + 2 < 16; ++i) {
+      double want = gated.exact(x[i]);
+      EXPECT_NEAR(out[i], want, 4e-7 * std::abs(want) + 1e-37) << x[i];
+    }
+    EXPECT_EQ(out[14], kInf);
+    EXPECT_TRUE(std::isnan(out[15]));
   }
-  EXPECT_EQ(out[14], kInf);
-  EXPECT_TRUE(std::isnan(out[15]));
 }
 
-TEST_P(EpilogueTest, SiluBitsDoNotDependOnTheInstructionSet) {
+TEST_P(EpilogueTest, GeluIsExactInItsTail) {
+  // The error of the exponent, about that of its size, is all that is added to that of silu.
+  Aligned<float> gate(32);
+  Aligned<float> up(32, 1.0f);
+  std::vector<float> out(32);
+  for (int block = 0; block < 64; ++block) {
+    for (int j = 0; j < 32; ++j) {
+      gate[static_cast<std::size_t>(j)] = -7.0f + 0.0061f * static_cast<float>(32 * block + j);
+    }
+    kernels().gelu_tanh_mul_f32(gate.data(), up.data(), 1, 32, nullptr, nullptr, out.data(), 32);
+    for (std::size_t j = 0; j < 32; ++j) {
+      double x = gate[j];
+      double exponent = 1.6 * std::abs(x + 0.0447 * x * x * x);
+      ASSERT_NEAR(out[j], gelu_tanh(x), (3e-7 + 1.8e-7 * exponent) * std::abs(gelu_tanh(x))) << x;
+    }
+  }
+}
+
+TEST_P(EpilogueTest, BitsOfGatesDoNotDependOnTheInstructionSet) {
   Aligned<float> gate(32 * 512);
   Aligned<float> up(32 * 512, 1.0f);
   for (std::size_t i = 0; i < 32 * 512; ++i) gate[i] = 20.0f * random_.normal();
   std::vector<float> a(32 * 512), b(32 * 512);
-  scalar().silu_mul_f32(gate.data(), up.data(), 512, 32, nullptr, nullptr, a.data(), 32);
-  kernels().silu_mul_f32(gate.data(), up.data(), 512, 32, nullptr, nullptr, b.data(), 32);
-  EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
+  for (auto gated : {silu_of, gelu_of}) {
+    gated(scalar()).to_f32(gate.data(), up.data(), 512, 32, nullptr, nullptr, a.data(), 32);
+    gated(kernels()).to_f32(gate.data(), up.data(), 512, 32, nullptr, nullptr, b.data(), 32);
+    EXPECT_TRUE(same_bits(a.data(), b.data(), a.size() * sizeof(float)));
+  }
 }
 
 TEST_P(EpilogueTest, Relu) {

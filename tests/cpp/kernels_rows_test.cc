@@ -246,6 +246,45 @@ std::vector<float> special_row(Random& random, std::size_t size, int shape) {
   return x;
 }
 
+TEST_P(RowsTest, SoftCap) {
+  Random random(12);
+  for (float cap : {1.0f, 30.0f}) {
+    for (int n : kSizes) {
+      SCOPED_TRACE(n);
+      std::vector<float> x;
+      for (int j = 0; j < n; ++j) {  // of all sizes, so that a relative error is one everywhere
+        x.push_back(cap * std::pow(10.0f, -7.0f + 0.5f * static_cast<float>(random.below(20))) *
+                    random.normal());
+      }
+      std::vector<float> out = x, same = x;
+      kernels().soft_cap(out.data(), n, cap);
+      for (std::size_t j = 0; j < x.size(); ++j) {
+        double want = cap * std::tanh(static_cast<double>(x[j]) / cap);
+        ASSERT_NEAR(out[j], want, 4e-7 * std::abs(want)) << x[j];
+        ASSERT_LE(std::abs(out[j]), cap);
+      }
+      scalar().soft_cap(same.data(), n, cap);
+      EXPECT_TRUE(same_bits(same.data(), out.data(), x.size() * sizeof(float)));
+    }
+  }
+  std::vector<float> special = {kInf, -kInf, kNan, 0.0f, -0.0f, 3e38f, -3e38f};
+  kernels().soft_cap(special.data(), static_cast<int>(special.size()), 30.0f);
+  EXPECT_EQ(special[0], 30.0f);
+  EXPECT_EQ(special[1], -30.0f);
+  EXPECT_TRUE(std::isnan(special[2]));
+  EXPECT_EQ(special[3], 0.0f);
+  EXPECT_EQ(special[4], 0.0f);
+  EXPECT_EQ(special[5], 30.0f);
+  EXPECT_EQ(special[6], -30.0f);
+}
+
+TEST_P(RowsTest, SoftCapKeepsTheOrder) {
+  std::vector<float> x;
+  for (int j = 0; j < 20000; ++j) x.push_back(-60.0f + 0.006f * static_cast<float>(j));
+  kernels().soft_cap(x.data(), static_cast<int>(x.size()), 30.0f);
+  for (std::size_t j = 1; j < x.size(); ++j) ASSERT_GE(x[j], x[j - 1]) << j;
+}
+
 TEST_P(RowsTest, GroupMaxima) {
   Random random(4);
   for (int n : {1, 2, 15, 16, 17, 1000, 1023, 1024, 1025, 5000}) {

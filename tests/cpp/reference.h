@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numbers>
 #include <random>
 #include <string>
 #include <vector>
@@ -87,6 +88,11 @@ inline bool same_bits(const void* a, const void* b, std::size_t bytes) {
 }
 
 inline double silu(double x) { return x / (1.0 + std::exp(-x)); }
+/// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), where 1 + tanh(u) does not cancel.
+inline double gelu_tanh(double x) {
+  double u = std::sqrt(2.0 / std::numbers::pi) * (x + 0.044715 * x * x * x);
+  return x / (1.0 + std::exp(-2.0 * u));
+}
 
 /// A test body per instruction set; those that this CPU lacks are skipped.
 class IsaTest : public testing::TestWithParam<Isa> {

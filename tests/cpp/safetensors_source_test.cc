@@ -81,6 +81,25 @@ TEST(WeightSource, ReadsMatricesAndVectorsOfAllFloatTypes) {
   EXPECT_TRUE(source.vector("nothing", 0).empty());
 }
 
+TEST(WeightSource, RenamesAndDropsByPrefix) {
+  const TempDirectory directory;
+  directory.write(kSingle, make_safetensors({{"text.a", "F32", "[1]", bytes_of<float>({1})},
+                                             {"text.b", "F32", "[1]", bytes_of<float>({2})},
+                                             {"texture", "F32", "[1]", bytes_of<float>({3})},
+                                             {"vision.a", "F32", "[2]", std::string(8, '\0')}}));
+  WeightSource source = WeightSource::open(directory.path());
+  source.rename("text.", "model.");
+  source.rename("vision.", {});
+  source.rename("absent.", "b.");
+  EXPECT_EQ(source.names(), (std::vector<std::string>{"model.a", "model.b", "texture"}));
+  EXPECT_EQ(source.total_bytes(), 12u);
+  EXPECT_EQ(source.vector("model.b", 1), std::vector<float>{2});
+  source.release("model.b");
+  EXPECT_TRUE(
+      contains(error_of(ErrorCode::kInvalidArgument, [&] { source.rename("model.a", "texture"); }),
+               "has both model.a and texture"));
+}
+
 TEST(WeightSource, NamesShapesTypesAndMissingTensors) {
   const TempDirectory directory;
   directory.write(kSingle, make_safetensors({{"q.v.weight", "F32", "[2,1]", std::string(8, '\0')},

@@ -59,6 +59,7 @@ TEST(PolicyProperties, NoPolicyAdmissionOrPredictorLosesOrChangesAnything) {
   std::int64_t preemptions = 0;
   std::int64_t promotions = 0;
   std::int64_t pauses = 0;
+  std::int64_t rests = 0;
   unsigned seed = 10'000;
   for (const char* name : kPolicies) {
     for (const Admission admission : kAdmissions) {
@@ -77,6 +78,7 @@ TEST(PolicyProperties, NoPolicyAdmissionOrPredictorLosesOrChangesAnything) {
           preemptions += outcome.stats.num_preemptions;
           promotions += outcome.stats.num_promotions;
           pauses += outcome.stats.paused_steps;
+          rests += outcome.rests;
           if (admission == Admission::kMaxTokens) {
             EXPECT_EQ(outcome.stats.num_preemptions, 0);
           }
@@ -88,6 +90,7 @@ TEST(PolicyProperties, NoPolicyAdmissionOrPredictorLosesOrChangesAnything) {
   EXPECT_GT(preemptions, 500);
   EXPECT_GT(promotions, 500);
   EXPECT_GT(pauses, 100);
+  EXPECT_GT(rests, 100);
 }
 
 TEST(PolicyProperties, WithoutPredictionsEveryPolicyIsFirstComeFirstServed) {

@@ -136,6 +136,7 @@ struct Outcome {
   std::vector<std::string> batches;  // one line per step
   SchedulerStats stats;
   EventLog log;
+  int rests = 0;       // steps of sequences that gave up their seat
   bool ended = false;  // within the bound on steps
 };
 
@@ -215,11 +216,9 @@ class Simulation {
     }
     was_running_.clear();
     for (const Sequence* s : running) was_running_.insert(s->id);
-    const Sequence* first = nullptr;
     std::vector<const Sequence*> decodes;
     std::vector<const Sequence*> prefills;
     for (const Sequence* s : running) {
-      if (first == nullptr || runs_before(*s, *first)) first = s;
       (s->num_pending() == 1 ? decodes : prefills).push_back(s);
     }
 
@@ -229,17 +228,28 @@ class Simulation {
     };
     check_batch(batch);
     for (const Sequence* s : decodes) {
-      EXPECT_TRUE(part_.contains(s->id) || preempted(s) || s->pause > 0)
+      EXPECT_TRUE(part_.contains(s->id) || preempted(s) || s->pause > 0 || s->resting)
           << "decode " << s->id << " starves";
       EXPECT_LE(s->pause, config_.max_pause);
     }
     check_promotions();
     std::erase_if(prefills, preempted);
     const auto planned = [&](const Sequence* s) { return part_.contains(s->id); };
-    const auto paused = [](const Sequence* s) { return s->pause > 0; };
+    const auto paused = [](const Sequence* s) { return s->pause > 0 || s->resting; };
     EXPECT_TRUE(prefills.empty() || std::ranges::any_of(prefills, planned) ||
                 std::ranges::any_of(prefills, paused))
         << "prefills starve";
+    // After the step's promotions.
+    const auto by_order = [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); };
+    const Sequence* first =
+        running.empty() ? nullptr : *std::ranges::min_element(running, by_order);
+    for (const Sequence* s : running) {
+      if (!s->resting) continue;
+      ++outcome_.rests;
+      EXPECT_NE(s, first) << "first in order";
+      EXPECT_TRUE(s->expected_length.known()) << "nothing is expected of " << s->id;
+      EXPECT_FALSE(part_.contains(s->id));
+    }
     if (first != nullptr && !policy_sets_aside_) {
       EXPECT_FALSE(preempted(first)) << "first in order: " << first->id;
     }

@@ -112,9 +112,10 @@ TEST_P(TensorParallelBits, ChunksOfTheRankDimensionChangeNothing) {
     int threads;
   };
   const std::vector<Case> cases = {
-      {"float32", "llama", "float32", true, 1}, {"threads", "llama", "bfloat16", true, 2},
-      {"mixed", "llama", "bfloat16", false, 2}, {"int8", "llama", "int8", true, 2},
-      {"opt", "opt", "bfloat16", true, 2},      {"olmo2", "olmo2", "bfloat16", false, 1},
+      {"float32", "llama", "float32", true, 1},  {"threads", "llama", "bfloat16", true, 2},
+      {"mixed", "llama", "bfloat16", false, 2},  {"int8", "llama", "int8", true, 2},
+      {"opt", "opt", "bfloat16", true, 2},       {"olmo2", "olmo2", "bfloat16", false, 1},
+      {"gemma2", "gemma2", "bfloat16", true, 1},
   };
   for (const Case& one : cases) {
     test::TinyConfig config = tiny_config();

@@ -113,16 +113,17 @@ std::vector<Kind> kinds() {
 }
 
 /// What Llama does not have: biases, norms of q and k, norms of what blocks add, LayerNorm, a plain
-/// MLP, learned positions.
+/// MLP, learned positions, soft caps, windows and rotations of some layers.
 std::vector<Kind> family_kinds() {
   std::vector<Kind> all;
-  for (std::string family : {"opt", "qwen2", "qwen3", "olmo2"}) {
+  for (std::string family : {"opt", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text"}) {
     test::TinyConfig config;
     config.family = family;
+    config.window = 11;
     config.hidden = 64;
     config.intermediate = 144;
     config.heads = 8;
-    config.tied = family == "opt";
+    config.tied = family == "opt" || family.starts_with("gemma");
     config.all_low_rank = true;
     all.push_back({family + "_ragged_ranks", config});
     config.all_low_rank = false;

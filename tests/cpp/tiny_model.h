@@ -41,7 +41,7 @@ struct TinyConfig {
   int kv_heads = 2;  // opt: as many as heads
   int head_dim = 8;
   int max_position = 256;
-  int window = 0;              // mistral
+  int window = 0;              // mistral; gemma2, gemma3_text: of every second layer
   float position_mean = 0.0f;  // opt: of the position embeddings, so of the residual stream
   bool tied = true;
   bool bfloat16 = false;
@@ -108,6 +108,7 @@ class TinyModel {
   void add_rotary() {
     const TinyConfig& c = config_;
     bool olmo2 = c.family == "olmo2";
+    bool sandwich = c.family == "gemma2" || c.family == "gemma3_text";
     bool biases = c.biases || c.family == "qwen2";
     add("model.embed_tokens.weight", {c.vocab, c.hidden}, 1.0f);
     if (c.vocab_period > 0) repeat_rows(tensors_["model.embed_tokens.weight"]);
@@ -120,7 +121,11 @@ class TinyModel {
       add_norm(prefix + (olmo2 ? "post_attention_layernorm" : "input_layernorm"), c.hidden);
       add_norm(prefix + (olmo2 ? "post_feedforward_layernorm" : "post_attention_layernorm"),
                c.hidden);
-      if (olmo2 || c.family == "qwen3") {
+      if (sandwich) {
+        add_norm(prefix + "pre_feedforward_layernorm", c.hidden);
+        add_norm(prefix + "post_feedforward_layernorm", c.hidden);
+      }
+      if (olmo2 || c.family == "qwen3" || c.family == "gemma3_text") {
         add_norm(prefix + "self_attn.q_norm", olmo2 ? q : c.head_dim);
         add_norm(prefix + "self_attn.k_norm", olmo2 ? kv : c.head_dim);
       }
@@ -148,7 +153,15 @@ class TinyModel {
              {"rope_theta", 10000.0},
              {"tie_word_embeddings", c.tied},
              {"eos_token_id", 2}};
-    if (c.family == "mistral") {
+    if (sandwich) {
+      json_["layer_types"] = nlohmann::json::array();
+      for (int i = 0; i < c.layers; ++i) {
+        json_["layer_types"].push_back(i % 2 == 0 ? "sliding_attention" : "full_attention");
+      }
+      json_["query_pre_attn_scalar"] = 12;
+    }
+    if (c.family == "gemma3_text") json_["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 8}};
+    if (c.family == "mistral" || sandwich) {
       json_["sliding_window"] = c.window > 0 ? nlohmann::json(c.window) : nlohmann::json();
     }
   }
@@ -200,7 +213,8 @@ class TinyModel {
   }
   void add_norm(const std::string& name, int n, bool bias = false) {
     add(name + ".weight", {n}, 0.2f);
-    for (float& value : tensors_[name + ".weight"].values) value += 1.0f;
+    const bool centered = config_.family.starts_with("gemma");  // the gain is 1 + weight
+    for (float& value : tensors_[name + ".weight"].values) value += centered ? 0.0f : 1.0f;
     if (bias) add(name + ".bias", {n}, 0.2f);
   }
   void add_linear(const std::string& name, int n, int k, int rank, bool bias = false) {

@@ -22,9 +22,36 @@ COMMON: dict[str, Any] = {
 }
 ROTARY = {**COMMON, "intermediate_size": 88, "num_key_value_heads": 2, "initializer_range": 0.25}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {**ROTARY, "head_dim": 16},
+    "gemma2": {
+        **ROTARY,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 50,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        **ROTARY,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 50,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "llama": ROTARY,
+    "ministral": {
+        **ROTARY,
+        "head_dim": 12,
+        "sliding_window": 30,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "mistral": {**ROTARY, "sliding_window": None},
     "olmo2": ROTARY,
+    "olmo3": {
+        **ROTARY,
+        "sliding_window": 30,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "opt": {**COMMON, "ffn_dim": 88, "word_embed_proj_dim": 48, "init_std": 0.25},
     "qwen2": ROTARY,
     "qwen3": {**ROTARY, "head_dim": 12},

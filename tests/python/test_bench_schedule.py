@@ -105,7 +105,7 @@ def test_targets_are_ratios_of_means() -> None:
             "fcfs, prompt fits, no hysteresis": {**row, "preemptions": 90.0},
             "fcfs, peak, none": {**row, "throughput": 1.031, "preemptions": 10.0},
         },
-        "drain": {"fcfs": row, "longest_tail, noisy": {**row, "throughput": 1.04}},
+        "drain": {"fcfs": row, "longest_tail, refined": {**row, "throughput": 1.04}},
         "overload": {
             "fcfs": {**row, "mean": 6.0, "max_wait": 10.0},
             "hrrn, noisy": {**row, "mean": 4.9, "max_wait": 14.9},
@@ -129,7 +129,38 @@ def test_experiments_run_and_are_plotted(tmp_path: Path) -> None:
     assert over["paper, oracle"]["throughput"] > over["paper, noisy"]["throughput"]
     tail = tables["drain"]
     assert tail["longest_tail, oracle"]["throughput"] >= tail["fcfs"]["throughput"]
+    known = tail["longest_tail, refined, longest known"]["throughput"]
+    assert known >= tail["longest_tail, noisy, longest known"]["throughput"]
     assert len(experiments.target_checks(tables)) == 7
     schedule_plots.plot_all(tables, tmp_path)
     for name in ("throughput", "latency"):
         assert (tmp_path / f"scheduler_{name}.png").stat().st_size > 10_000
+
+
+def test_a_refined_predictor_is_as_certain_as_the_measured_head() -> None:
+    past = traces.synthetic_lengths(4000, seed=5)
+    now = traces.synthetic_lengths(1500, seed=6)
+    belief = traces.refining(past, now, seed=1)
+    assert belief.refined is not None
+    stages = -(-traces.MAX_TOKENS // traces.REFINE_EVERY) - 1
+    assert belief.refined.lengths.shape == (1500, stages, traces.MAX_BINS)
+    assert np.isfinite(belief.refined.lengths).all()
+    alive = now.served > 64
+    # Refined beliefs are of answers that have got so far.
+    assert (belief.refined.lengths[alive, 3] > 64).all()
+    accuracy = traces.refined_accuracy(belief, past, now)
+    errors = [accuracy[key]["mae_over_survival"] for key in ("32", "64")]
+    assert all(0.5 < error < 0.95 for error in errors)
+    later = np.abs(np.median(belief.lengths[alive], axis=1) - now.served[alive]).mean()
+    refined = np.median(belief.refined.lengths[alive, 3], axis=1)
+    assert np.abs(refined - now.served[alive]).mean() < later
+
+
+def test_the_longest_of_a_bucket_bounds_all_that_were_told_the_same() -> None:
+    told = np.array([[50, 100], [50, 50], [100, 100], [50, 100]])
+    served = np.array([40, 10, 99, 70])
+    belief = traces.longest_of_bucket(told, served)
+    assert belief.lengths[:, 0].tolist() == [70, 70, 99, 70]
+    assert belief.refined is not None
+    # The second one is over after 16 tokens.
+    assert belief.refined.lengths[[0, 2, 3], 0, 0].tolist() == [99, 99, 99]

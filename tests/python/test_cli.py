@@ -15,10 +15,8 @@ from typing import Any
 
 import deinfer
 import pytest
-from checkpoints import write_model as write_checkpoint
 from conftest import write_model, write_tokenizer
 from deinfer import demo
-from deinfer.architectures import ARCHITECTURES
 from deinfer.cli import chat, main
 
 ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
@@ -110,73 +108,6 @@ def test_help_teaches_with_examples(name: str, capsys: pytest.CaptureFixture[str
         assert "examples:\n" in text and f"deinfer {name} " in text
 
 
-def test_info(tiny_model: Path, lowrank_model: Path) -> None:
-    dense = json.loads(succeed("info", tiny_model, "--json"))
-    assert dense["supported"] and dense["architecture"] == "llama" and dense["low_rank"] is None
-    assert dense["parameters"] == dense["dense_parameters"]
-    assert dense["bytes"] == 4 * dense["parameters"]
-    assert (dense["decomposed_matrices"], dense["dense_matrices"]) == (0, 14)
-    assert dense["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
-    low = json.loads(succeed("info", lowrank_model, "--json"))
-    assert low["supported"] and low["architecture"] == "lowrank_llama"
-    assert low["dense_parameters"] == dense["parameters"] > low["parameters"]
-    assert low["ranks"]["model.layers.0.mlp.down_proj"] == 13
-    assert low["ranks"]["model.layers.1.mlp.down_proj"] is None
-    assert low["low_rank"]["method"] == "two_sided"
-    text = succeed("info", lowrank_model)
-    assert "supported     yes" in text and "1 of 2" in text
-
-
-def test_info_agrees_with_the_runtime(lowrank_model: Path) -> None:
-    low = json.loads(succeed("info", lowrank_model, "--json"))
-    model = deinfer.LLM(lowrank_model, num_threads=1, num_kv_blocks=10, block_size=16).model_info
-    assert (model.parameters, model.lowrank_matrices, model.dense_matrices) == (
-        low["parameters"],
-        low["decomposed_matrices"],
-        low["dense_matrices"],
-    )
-    assert model.kv_cache_bytes == 160 * low["kv_bytes_per_token"]
-
-
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_info_knows_every_family(family: str, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", {"q_proj": 7}, family=family)
-    report = json.loads(succeed("info", path, "--json"))
-    assert report["supported"] and report["architecture"] == f"lowrank_{family}"
-    model = deinfer.LLM(path, num_threads=1, num_kv_blocks=4).model_info
-    assert (model.parameters, model.lowrank_matrices, model.dense_matrices) == (
-        report["parameters"],
-        report["decomposed_matrices"],
-        report["dense_matrices"],
-    )
-
-
-def test_info_says_what_is_wrong(
-    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
-    write_model(tmp_path, 50, ranks={"model.layers.0.mlp.up_proj": 5})
-    config = json.loads((tmp_path / "config.json").read_text())
-
-    def problems(**changes: Any) -> str:
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-        report = json.loads(command("info", tmp_path, "--json")[1])
-        assert report["supported"] is (not report["problems"])
-        return "; ".join(report["problems"])
-
-    assert problems() == ""
-    assert "'mamba'" in problems(model_type="mamba")
-    assert "gelu" in problems(hidden_act="gelu")
-    assert "7 of 21 linear layers are missing" in problems(num_hidden_layers=3)
-    ranks = {"version": 1, "ranks": {"model.layers.0.mlp.up_proj": 6}}
-    assert "is 6, its tensors have 5" in problems(low_rank=ranks)
-    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert "malformed" in command("info", tmp_path)[2]
-    (tmp_path / "model.safetensors").unlink()
-    assert "missing" in command("info", tmp_path)[2]
-    (tmp_path / "config.json").write_text("{")
-    assert "not JSON" in command("info", tmp_path)[2]
-
-
 def test_generate(tiny_model: Path) -> None:
     base = ("generate", tiny_model, *ENGINE, "--max-tokens", 8, "--ignore-eos")
     report = json.loads(succeed(*base, "--prompt", "The sky", "--prompt", "One", "--json"))
@@ -196,6 +127,43 @@ def test_ranks_and_plans_are_options(tiny_model: Path) -> None:
     ranks = ("--dtype", "float32", "--tensor-parallel-size", 2, "--tensor-parallel-plan", "naive")
     assert succeed(*base, *ranks) == succeed(*base, "--dtype", "float32")
     assert "naivete" in fail(2, *base, *ranks[:-1], "naivete")
+
+
+def test_the_fields_of_the_engine_are_options() -> None:
+    from deinfer import _C
+    from deinfer.cli import options
+    from deinfer.sampling_params import field_names
+
+    # The model is the argument MODEL; KV blocks are sized by --kv-cache-bytes; the others are for
+    # tests, or belong to what a request asks for.
+    own = {"model", "num_kv_blocks", "block_size", "hidden_state_layers", "seed"}
+    own |= {"emulated_link", "exchange_chunks", "enable_prefix_caching"}
+    flags = [name for name, _, _ in options._ENGINE]
+    assert sorted(flags) == sorted(set(field_names(_C.EngineConfig)) - own)
+
+
+def test_the_scheduler_has_options(tiny_model: Path, tmp_path: Path) -> None:
+    base = ("generate", tiny_model, *ENGINE, "--max-tokens", 8, "--prompt", "The sky")
+    plain = succeed(*base)
+    log = tmp_path / "events.jsonl"
+    given = ("--kv-watermark", 0.1, "--max-pause", 0, "--preempt-limit", 1, "--bucket-width", 20)
+    static = ("--scheduling-policy", "static_bucket", "--static-group", 8, "--recompute", "restart")
+    sizes = ("--static-batch-size", 2, "--bucket-batch-sizes", "4,3")
+    assert succeed(*base, *given, *static, *sizes, "--event-log", log) == plain
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    setup, events = lines[0], lines[1:]
+    assert setup["format"] == "deinfer.event_log" and setup["policy"] == "static_bucket"
+    assert setup["scheduler"]["watermark"] == 0.1 and setup["scheduler"]["max_pause"] == 0
+    assert setup["scheduler"]["preempt_limit"] == 1
+    policy = setup["policy_config"]
+    assert policy["bucket_batch_sizes"] == [4, 3] and policy["batch_size"] == 2
+    assert policy["group"] == 8 and policy["bucket_width"] == 20 and policy["restart_failures"]
+    # One prompt: a step that computes it, and one for each of the other tokens.
+    assert [next(iter(event)) for event in events].count("update") == 8
+    assert events[0]["add"]["max_new_tokens"] == 8
+    assert "kv_watermark" in fail(2, *base, "--kv-watermark", 1.5)
+    assert "event_log" in fail(2, *base, "--event-log", tmp_path / "no" / "log")
+    assert "integers" in fail(2, *base, "--bucket-batch-sizes", "4,x")
 
 
 def test_generate_chat_and_samples(tiny_model: Path, tmp_path: Path) -> None:

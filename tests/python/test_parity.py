@@ -73,11 +73,63 @@ CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "rope-longrope": (None, {"rope_parameters": LONGROPE}),
 }
 MIXED = {"q_proj": 7, "o_proj": 33, "gate_proj": 1, "down_proj": 64}
+# A norm of what an MLP of rank 1 adds would divide by a number that may be near 0.
+SANDWICH_MIXED = {**MIXED, "gate_proj": 5}
 WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0}
+SLIDING_SECOND = {"layer_types": ["full_attention", "sliding_attention"]}
 FAMILY_CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
+    "gemma-dense": (None, {"family": "gemma"}),
+    "gemma-low-rank": (dict.fromkeys(ALL, 7), {"family": "gemma"}),
+    "gemma-mixed": (MIXED, {"family": "gemma", "num_key_value_heads": 1, "head_dim": 32}),
+    "gemma2-dense": (None, {"family": "gemma2"}),
+    "gemma2-low-rank": (dict.fromkeys(ALL, 7), {"family": "gemma2", "num_key_value_heads": 4}),
+    "gemma2-mixed": (
+        SANDWICH_MIXED,
+        {"family": "gemma2", "num_hidden_layers": 3, "vocab_size": 257},
+    ),
+    "gemma2-uncapped": (
+        {"k_proj": 5},
+        {"family": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma2-layer-types": ({"up_proj": 9}, {"family": "gemma2", **SLIDING_SECOND}),
+    "gemma2-biases": ({"q_proj": 5}, {"family": "gemma2", "attention_bias": True}),
+    "gemma3-dense": (None, {"family": "gemma3_text"}),
+    "gemma3-low-rank": (dict.fromkeys(ALL, 7), {"family": "gemma3_text", "head_dim": 40}),
+    "gemma3-mixed": (
+        SANDWICH_MIXED,
+        {
+            "family": "gemma3_text",
+            "num_key_value_heads": 1,
+            "final_logit_softcapping": 4.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "gemma3-pattern": (
+        {"down_proj": 9},
+        {"family": "gemma3_text", "num_hidden_layers": 7, "layer_types": None},
+    ),
+    "gemma3-untied": (None, {"family": "gemma3_text", "tie_word_embeddings": False}),
     "mistral-dense": (None, {"family": "mistral"}),
     "mistral-low-rank": (dict.fromkeys(ALL, 7), {"family": "mistral", "head_dim": 20}),
     "mistral-window": (MIXED, {"family": "mistral", "sliding_window": 50}),
+    "ministral-dense": (None, {"family": "ministral"}),
+    "ministral-low-rank": (dict.fromkeys(ALL, 7), {"family": "ministral", "layer_types": None}),
+    "olmo3-dense": (None, {"family": "olmo3"}),
+    "olmo3-low-rank": (
+        dict.fromkeys(ALL, 7),
+        {
+            "family": "olmo3",
+            "num_hidden_layers": 4,
+            "layer_types": None,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "olmo2-dense": (None, {"family": "olmo2"}),
     "olmo2-low-rank": (dict.fromkeys(ALL, 7), {"family": "olmo2", "num_key_value_heads": 4}),
     "olmo2-mixed": (MIXED, {"family": "olmo2", "num_key_value_heads": 1}),
@@ -99,6 +151,7 @@ FAMILY_CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
     "qwen2-low-rank": (dict.fromkeys(ALL, 7), {"family": "qwen2"}),
     "qwen2-mixed": (MIXED, {"family": "qwen2", "num_key_value_heads": 1}),
     "qwen2-window": ({"k_proj": 5}, {"family": "qwen2", **WINDOW}),
+    "qwen2-late-windows": (None, {"family": "qwen2", **WINDOW, "max_window_layers": 1}),
     "qwen3-dense": (None, {"family": "qwen3"}),
     "qwen3-low-rank": (dict.fromkeys(ALL, 7), {"family": "qwen3", "head_dim": 40}),
     "qwen3-mixed": (MIXED, {"family": "qwen3", "head_dim": 32, "num_key_value_heads": 1}),
@@ -107,12 +160,18 @@ FAMILY_CASES: dict[str, tuple[dict[str, int] | None, dict[str, Any]]] = {
         {"family": "qwen3", "attention_bias": True, "tie_word_embeddings": False},
     ),
     "qwen3-yarn": (None, {"family": "qwen3", "rope_parameters": YARN}),
+    "qwen3-layer-types": (
+        {"o_proj": 9},
+        {"family": "qwen3", **WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 CASES |= FAMILY_CASES
+TWO_RANKS = ["dense", "all-rank-7"]
+TWO_RANKS += [case for case in FAMILY_CASES if case.endswith(("-dense", "-low-rank"))]
 # longrope picks its factors by length; 200 tokens take the long ones in both programs. 400 tokens
 # fill several KV splits, of which a window hides whole ones.
-LENGTHS = {"rope-longrope": 200, "mistral-window": 400}
-ROUNDED = ["dense", "mixed", "odd-sizes", "biases"]
+LENGTHS = {"rope-longrope": 200, "mistral-window": 400, "gemma2-mixed": 400, "gemma3-mixed": 400}
+ROUNDED = ["dense", "mixed", "odd-sizes", "biases", "gemma-mixed", "gemma2-mixed", "gemma3-mixed"]
 ROUNDED += ["mistral-window", "olmo2-mixed", "opt-mixed", "qwen2-mixed", "qwen3-mixed"]
 
 
@@ -138,6 +197,21 @@ def test_logits_and_greedy_tokens_match_transformers(case: str, tmp_path: Path) 
     answer = llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids
     assert len(answer) == 24
     assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)
+
+
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks_match_transformers(case: str, tmp_path: Path) -> None:
+    ranks, fields = CASES[case]
+    path = write_model(tmp_path / "model", ranks, **fields)
+    tokens = random_tokens(90, fields.get("vocab_size", 131))
+    expected = reference_logits(path, tokens, torch.float64)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    for plan in ("dense", "hidden_sharded"):  # tensor_parallel_test.cc has all of them
+        two = {"tensor_parallel_size": 2, "tensor_parallel_plan": plan, "num_threads": 1}
+        llm = load(path, dtype="float32", max_num_batched_tokens=37, **two)
+        assert relative_error(llm.prompt_logits(tokens), expected) < 2e-5
+        answer = llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids
+        assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)
 
 
 @pytest.mark.parametrize("case", ROUNDED)
@@ -218,7 +292,9 @@ def test_unknown_isa_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
         ("opt", {"word_embed_proj_dim": 24}, "word_embed_proj_dim=24 .* hidden_size=48"),
         ("opt", {"activation_function": "gelu"}, 'activation_function "gelu"'),
-        ("qwen2", {**WINDOW, "max_window_layers": 1}, "sliding_window=20 in 1 of 2 layers"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        ("gemma2", {"hidden_activation": "silu"}, 'hidden_activation "silu"'),
+        ("gemma3_text", {"attn_logit_softcapping": 9.0}, "attn_logit_softcapping=9.0"),
         ("qwen3", {"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported for qwen3'),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,20 +43,23 @@ def kill_after(files: int, source: Path, destination: Path, **options: Any) -> i
         try:
             directory_module.os.replace = counted
             decompose(source, destination, **options)
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] & 0x7F
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return status & 0x7F
 
 
 OPTIONS: list[dict[str, Any]] = [
     {"keep": 0.7},
-    {"keep": 0.6, "recover_steps": 2},
     {"target_ppl_increase": 1.05, "compensate": False},
     {"keep": 0.6, "method": "whitened", "compensate": True},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["two_sided", "recover", "ppl", "whitened"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["two_sided", "ppl", "whitened"])
 def test_killed_anywhere_and_resumed(dense: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """A run that is killed after some files, again and again, gets there with the same bits."""
     options = {**options, "calibration_tokens": 400}
@@ -63,10 +67,11 @@ def test_killed_anywhere_and_resumed(dense: Path, tmp_path: Path, options: dict[
     kills = 0
     while kill_after(3 + kills, dense, tmp_path / "low", resume=True, **options) == signal.SIGKILL:
         kills += 1
+        if (tmp_path / "low").exists():  # killed between the renaming and the removal of the rest
+            break
     assert kills >= 4
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "low" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # The last kill may have come between the renaming and the removal of the rest.
     assert {p.name for p in tmp_path.iterdir()} <= {"low", "whole", "low.partial"}
 
 

@@ -63,6 +63,8 @@ struct DEINFER_API EngineConfig {
                                // their bucket, which run again at the end of their group:
   std::vector<int> bucket_batch_sizes = {256, 128, 64, 32};  // of the shortest buckets
   std::string recompute = "continue";  // after the tokens that they have; "restart": all again
+  std::string event_log;  // "": none; else the path of a file that all calls of the scheduler are
+                          // written to, prompts' token ids included, to be replayed
   bool enable_prefix_caching = true;
   std::vector<int> hidden_state_layers;  // that requests may ask for, numbered as transformers
                                          // does: 0 enters the first block, i leaves block i, the

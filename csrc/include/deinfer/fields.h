@@ -67,6 +67,7 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("static_batch_size", &T::static_batch_size);
   visitor("bucket_batch_sizes", &T::bucket_batch_sizes);
   visitor("recompute", &T::recompute);
+  visitor("event_log", &T::event_log);
   visitor("enable_prefix_caching", &T::enable_prefix_caching);
   visitor("hidden_state_layers", &T::hidden_state_layers);
   visitor("length_predictor", &T::length_predictor);

@@ -143,17 +143,16 @@ void multiply_step(Tiles& tiles, const void* a0, const void* a1, std::ptrdiff_t 
 /// The last k_pad % kTileK of k, padded with zeros.
 template <int kRows>
 struct AmxTail {
-  int k = 0;
+  int k = 0;  // of it
   alignas(64) bf16 x[kBlockTokens][kTileK];
   alignas(64) bf16 w[kTileK * kRows];
 };
 
-/// Copies what tiles of `tokens` rows read of x.
-template <int kRows>
-void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count, int row,
-                      AmxTail<kRows>& tail) {
+/// Copies what a tile of `tokens` rows reads of x into `rows`.
+inline void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count,
+                             bf16 (*rows)[kTileK]) {
   for (int i = 0; i < tokens; ++i) {
-    for (int j = 0; j < count; j += 2) __builtin_memcpy(&tail.x[row + i][j], x + i * ldx + j, 4);
+    for (int j = 0; j < count; j += 2) __builtin_memcpy(&rows[i][j], x + i * ldx + j, 4);
   }
 }
 
@@ -168,6 +167,13 @@ void begin_sums(Tiles& tiles, const float* c) {
     tiles.template zero<kTile>();
     if constexpr (kVecs == 2) tiles.template zero<kTile + 1>();
   }
+}
+
+template <int kTile, int kVecs, typename Tiles>
+void end_sums(Tiles& tiles, float* c) {
+  constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
+  tiles.template store<kTile>(c, kTokenBytes);
+  if constexpr (kVecs == 2) tiles.template store<kTile + 1>(c + kLanes, kTokenBytes);
 }
 
 /// With kTail after the block's steps the tail of k.
@@ -192,20 +198,15 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kRo
   }
   if (kTail && tail.k > 0) {
     prefetch_step(tiles, block, block.steps);
-    load_tail_tokens(x0, block.ldx, tokens, tail.k, 0, tail);
+    load_tail_tokens(x0, block.ldx, tokens, tail.k, tail.x);
     if constexpr (kTokenTiles == 2) {
-      load_tail_tokens(x1, block.ldx, tokens, tail.k, kTileRows, tail);
+      load_tail_tokens(x1, block.ldx, tokens, tail.k, tail.x + kTileRows);
     }
     multiply_step<kVecs, kTokenTiles>(tiles, tail.x[0], tail.x[kTileRows], kTileBytes, tail.w,
                                       kPairBytes);
   }
-  constexpr std::ptrdiff_t kTokenBytes = kPanelRows * sizeof(float);
-  tiles.template store<kTileC>(c0, kTokenBytes);
-  if constexpr (kVecs == 2) tiles.template store<kTileC + 1>(c0 + kLanes, kTokenBytes);
-  if constexpr (kTokenTiles == 2) {
-    tiles.template store<kTileC + 2>(c1, kTokenBytes);
-    if constexpr (kVecs == 2) tiles.template store<kTileC + 3>(c1 + kLanes, kTokenBytes);
-  }
+  end_sums<kTileC, kVecs>(tiles, c0);
+  if constexpr (kTokenTiles == 2) end_sums<kTileC + 2, kVecs>(tiles, c1);
 }
 
 /// Tokens times one panel: its blocks, their prefetching and their tail of k.

@@ -143,14 +143,16 @@ void scale_row(float* row, int n, Vec factor) {
   if (j < n) store_n(row + j, mul(load_n(row + j, n - j), factor), n - j);
 }
 
-/// Scores of one row to exp(score - maximum), with the row's state moved to the new maximum.
-void softmax_row(float* scores, Range visible, int head_dim, float* maximum, float* sum,
-                 float* output) {
+/// Scores of one row, capped if there is a soft_cap, to exp(score - maximum), with the row's state
+/// moved to the new maximum.
+void softmax_row(float* scores, Range visible, float soft_cap, int head_dim, float* maximum,
+                 float* sum, float* output) {
   Vec s[kTileGroups];
   Vec largest = broadcast(-kInfinity);
 #pragma GCC unroll 4
   for (int j = 0; j < kTileGroups; ++j) {
     s[j] = load(scores + j * kLanes);
+    if (soft_cap != 0.0f) s[j] = mul(broadcast(soft_cap), tanh(s[j]));
     if (visible.begin > 0 || visible.end < kKvTile) {
       s[j] = keep_range(s[j], visible.begin - j * kLanes, visible.end - j * kLanes, -kInfinity);
     }
@@ -176,10 +178,11 @@ void softmax_row(float* scores, Range visible, int head_dim, float* maximum, flo
 
 /// A call's rows and their state.
 struct Rows {
-  const float* q;  // [rows, head_dim], scaled
+  const float* q;  // [rows, head_dim], scaled; also by 1 / soft_cap if there is one
   int group;
   int first_position;
   int window;
+  float soft_cap;
   int head_dim;
   AttentionState state;
 
@@ -217,7 +220,7 @@ void attend_block(const Rows& rows, int row, int base, const KvTile<T>& tile) {
   tile_scores<T, kRows>(rows.q + std::ptrdiff_t{row} * head_dim, head_dim, tile,
                         rows.seen(row, row + kRows, base), scores);
   for (int r = 0; r < kRows; ++r) {
-    softmax_row(scores + r * kKvTile, rows.visible(row + r, base), head_dim,
+    softmax_row(scores + r * kKvTile, rows.visible(row + r, base), rows.soft_cap, head_dim,
                 rows.state.maximum + row + r, rows.state.sum + row + r, output + r * head_dim);
   }
   // Later rows see later positions: the joint part lies between the last begin and the first end.
@@ -270,19 +273,21 @@ void attention_split(const QueryView& query, const KvView& kv, int split, float*
                      const AttentionState& state) {
   const int head_dim = kv.head_dim;
   const int num_rows = query.tokens * query.group;
+  const float scale = query.soft_cap != 0.0f ? query.scale / query.soft_cap : query.scale;
   for (int row = 0; row < num_rows; ++row) {
     const float* q = query.q + row / query.group * query.token_stride +
                      std::ptrdiff_t{row % query.group} * head_dim;
     float* scaled = scratch + std::ptrdiff_t{row} * head_dim;
     float* output = state.output + std::ptrdiff_t{row} * head_dim;
     for_each_chunk(head_dim, [&](int d, int count) {
-      store_some(scaled + d, mul(load_some(q + d, count), broadcast(query.scale)), count);
+      store_some(scaled + d, mul(load_some(q + d, count), broadcast(scale)), count);
       store_some(output + d, zero(), count);
     });
     state.maximum[row] = -kInfinity;
     state.sum[row] = 0.0f;
   }
-  Rows rows = {scratch, query.group, query.first_position, query.window, head_dim, state};
+  Rows rows = {scratch,  query.group, query.first_position, query.window, query.soft_cap,
+               head_dim, state};
   for (int t = 0; t < kSplitTiles; ++t) {
     const int base = split * kKvSplit + t * kKvTile;
     auto [row, end] = rows.seeing(num_rows, base);

@@ -54,15 +54,15 @@ void add_tile(const float* c, int m, int cols, const float* bias, float* out, st
   });
 }
 
-template <typename Out>
-void silu_mul(const float* gate, const float* up, int m, int cols, const float* gate_bias,
-              const float* up_bias, Out* out, std::ptrdiff_t ldo) {
+template <Vec (*kActivation)(Vec), typename Out>
+void gated_mul(const float* gate, const float* up, int m, int cols, const float* gate_bias,
+               const float* up_bias, Out* out, std::ptrdiff_t ldo) {
   TileBias g_bias(gate_bias, cols);
   TileBias u_bias(up_bias, cols);
   for_each_vector(m, cols, [&](int i, int j, int n) {
     Vec g = g_bias.apply(load(gate + i * kPanelRows + j * kLanes), j);
     Vec u = u_bias.apply(load(up + i * kPanelRows + j * kLanes), j);
-    store_some(out + i * ldo + j * kLanes, mul(silu(g), u), n);
+    store_some(out + i * ldo + j * kLanes, mul(kActivation(g), u), n);
   });
 }
 

@@ -2,8 +2,9 @@
 // translation unit of AVX-512-BF16.
 #include <immintrin.h>
 
-#include "kernels/cpu/amx_gemm_impl.h"
+#include "kernels/cpu/amx_int8_impl.h"
 #include "kernels/cpu/isa_tables.h"
+#include "kernels/cpu/simd_avx512_bf16.h"
 
 namespace deinfer::cpu {
 namespace {
@@ -20,6 +21,7 @@ struct AmxTiles {
   }
   static void release() { _tile_release(); }
   static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+  static void expand(const std::int8_t* from, bf16* to) { expand_int8(from, to); }
 
   template <int kTile>
   static void zero() {
@@ -72,6 +74,18 @@ void amx_panel_gemm_add_bf16(const bf16* x, std::ptrdiff_t ldx, int m, const bf1
                              int k_pad, const void* next, float* c) {
   AmxTiles tiles;
   amx_panel_gemm<true>(tiles, x, ldx, m, panel, rows, k_pad, next, c);
+}
+
+void amx_panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                         int k_pad, float* c) {
+  AmxTiles tiles;
+  amx_panel_gemm_int8<false>(tiles, x, ldx, m, panel, k_pad, c);
+}
+
+void amx_panel_gemm_add_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                             int k_pad, float* c) {
+  AmxTiles tiles;
+  amx_panel_gemm_int8<true>(tiles, x, ldx, m, panel, k_pad, c);
 }
 
 }  // namespace deinfer::cpu

@@ -10,26 +10,10 @@ namespace deinfer::cpu {
 
 namespace {
 
-inline constexpr int kExpandedSteps = 256;  // pairs of k: 32 KiB of bf16 weights
-
-/// int8 weights by AMX tiles, part by part of k, as tiles are loaded from memory only.
-template <bool kAdd>
-void amx_panel_gemm_int8(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
-                         const float* scale, int k_pad, const void*, float* c) {
-  constexpr std::ptrdiff_t kWeights = kStepWeights<DotBf16, kPanelHalves>;
-  alignas(64) bf16 expanded[kExpandedSteps * kWeights];
-  const int steps = k_pad / DotBf16::kElements;
-  for (int step = 0; step < steps; step += kExpandedSteps) {
-    const int count = steps - step < kExpandedSteps ? steps - step : kExpandedSteps;
-    const auto* w = panel + step * kWeights;
-    for (int i = 0; i < count; ++i) {
-      __builtin_prefetch(w + i * kWeights + kPrefetchAhead, 0, 2);
-      expand_int8(w + i * kWeights, expanded + i * kWeights);
-    }
-    auto* gemm = kAdd || step > 0 ? amx_panel_gemm_add_bf16 : amx_panel_gemm_bf16;
-    gemm(x + std::ptrdiff_t{step} * DotBf16::kElements, ldx, m, expanded, kPanelRows,
-         count * DotBf16::kElements, nullptr, c);
-  }
+template <auto kProduct>
+void amx_scaled_product(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
+                        const float* scale, int k_pad, const void*, float* c) {
+  kProduct(x, ldx, m, panel, k_pad, c);
   if (scale != nullptr) scale_columns(scale, m, c);
 }
 
@@ -37,8 +21,8 @@ constexpr KernelTable make_amx_table() {
   KernelTable table = make_table(Isa::kAmxBf16);
   table.panel_gemm_bf16 = amx_panel_gemm_bf16;
   table.panel_gemm_add_bf16 = amx_panel_gemm_add_bf16;
-  table.panel_gemm_int8 = amx_panel_gemm_int8<false>;
-  table.panel_gemm_add_int8 = amx_panel_gemm_int8<true>;
+  table.panel_gemm_int8 = amx_scaled_product<cpu::amx_panel_gemm_int8>;
+  table.panel_gemm_add_int8 = amx_scaled_product<cpu::amx_panel_gemm_add_int8>;
   table.part_tokens = 128;
   return table;
 }

@@ -51,7 +51,8 @@ struct KvView {
 
 /// The queries of one attention call: rows = tokens x group, row (i, g) at
 /// q + i * token_stride + g * head_dim. Token i stands at position first_position + i and sees
-/// the positions [max(0, its position - window + 1), its position]; window 0 means all.
+/// the positions [max(0, its position - window + 1), its position]; window 0 means all. Scores are
+/// s = scale q . k, or soft_cap * tanh(s / soft_cap) where soft_cap is not 0.
 struct QueryView {
   const float* q = nullptr;
   std::ptrdiff_t token_stride = 0;
@@ -60,6 +61,7 @@ struct QueryView {
   int first_position = 0;
   int window = 0;
   float scale = 1.0f;
+  float soft_cap = 0.0f;
 };
 
 /// Softmax state of rows: running maximum, sum of exponentials and unnormalised output.
@@ -129,6 +131,13 @@ struct KernelTable {
                        const float* up_bias, float* out, std::ptrdiff_t ldo);
   void (*silu_mul_bf16)(const float* gate, const float* up, int m, int cols, const float* gate_bias,
                         const float* up_bias, bf16* out, std::ptrdiff_t ldo);
+  /// The same with gelu in its tanh form: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+  void (*gelu_tanh_mul_f32)(const float* gate, const float* up, int m, int cols,
+                            const float* gate_bias, const float* up_bias, float* out,
+                            std::ptrdiff_t ldo);
+  void (*gelu_tanh_mul_bf16)(const float* gate, const float* up, int m, int cols,
+                             const float* gate_bias, const float* up_bias, bf16* out,
+                             std::ptrdiff_t ldo);
   /// out = max(c + bias, 0); NaN stays NaN.
   void (*relu_f32)(const float* c, int m, int cols, const float* bias, float* out,
                    std::ptrdiff_t ldo);
@@ -194,6 +203,8 @@ struct KernelTable {
   void (*add_row)(const float* x, int n, float* out);
   /// x[j] *= scale for one row of n.
   void (*scale_row)(float* x, int n, float scale);
+  /// x[j] = cap * tanh(x[j] / cap) for one row of n.
+  void (*soft_cap)(float* x, int n, float cap);
   /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1. When
   /// nothing is larger than -inf the index is 0.
   void (*argmax)(const float* x, int n, float* value, int* index);

@@ -70,6 +70,13 @@ void scale_row(float* x, int n, float scale) {
   });
 }
 
+void soft_cap(float* x, int n, float cap) {
+  for_each_chunk(n, [&](int j, int count) {
+    Vec v = tanh(mul(load_some(x + j, count), broadcast(1.0f / cap)));
+    store_some(x + j, mul(broadcast(cap), v), count);
+  });
+}
+
 void argmax(const float* x, int n, float* value, int* index) {
   // max(x, best) keeps best when x is NaN.
   Vec best = broadcast(-kInfinity);

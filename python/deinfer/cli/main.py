@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deinfer import __version__
-from deinfer.cli import chat, decompose, evaluate, generate, info, perception, plan
+from deinfer.cli import chat, convert, decompose, evaluate, generate, info, perception, plan
 from deinfer.cli.options import Parser, UsageError, quiet_transformers
 
 _EPILOG = """\
@@ -18,13 +18,14 @@ examples:
   deinfer decompose MODEL MODEL-keep0.8          make a low-rank copy with 80 % of the parameters
   deinfer generate MODEL --prompt "The sky is"   complete a text
   deinfer chat MODEL                             talk to it
+  deinfer convert SVD-LLM.pt MODEL               import a checkpoint of another project
   deinfer eval MODEL --text FILE                 perplexity of a text
   deinfer plan MODEL --tp 4                      how ranks best divide a model
   deinfer perception collect MODEL ...           learn how long its answers become
 
 Each command explains itself: deinfer COMMAND --help. Set DEINFER_DEBUG=1 for tracebacks.
 """
-_COMMANDS = (info, decompose, generate, chat, evaluate, plan, perception)
+_COMMANDS = (info, decompose, convert, generate, chat, evaluate, plan, perception)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

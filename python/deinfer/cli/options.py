@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -76,48 +76,83 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def integers(text: str) -> list[int]:
+    """Read integers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+# Fields of EngineConfig that are options: name, type, help; --its-name is the flag.
+_ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("device", str, 'where to run, "cpu" or "cuda" (default: cpu)'),
+    (
+        "dtype",
+        str,
+        "auto, float32, bfloat16 or int8 weights (default: auto, what the checkpoint has)",
+    ),
+    ("tensor_parallel_size", int, "rank threads (default: 1)"),
+    (
+        "tensor_parallel_plan",
+        str,
+        "how ranks divide the model, a plan of `deinfer plan` (default: auto, predicted)",
+    ),
+    ("num_threads", int, "CPU threads of a rank (default: all cores)"),
+    ("max_model_len", int, "longest sequence in tokens (default: the model's limit)"),
+    ("max_num_seqs", int, "most sequences in one batch (default: 256)"),
+    ("max_num_batched_tokens", int, "most tokens in one step (default: 512)"),
+    ("kv_cache_bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
+    (
+        "scheduling_policy",
+        str,
+        "order of the requests: fcfs, hrrn, length_bucket, longest_tail, sjf, static or "
+        "static_bucket (default: fcfs)",
+    ),
+    (
+        "admission",
+        str,
+        "KV memory that a request must find to start: peak (what all are expected to need), "
+        "prompt or max_tokens (default: peak)",
+    ),
+    ("safety", float, "0 to 1: expected lengths from mean to 90%% quantile (default: 0)"),
+    ("kv_watermark", float, "share of the KV blocks that admission leaves free (default: 0.03)"),
+    (
+        "max_pause",
+        int,
+        "steps without a KV block before another request loses its own (default: 8)",
+    ),
+    ("preempt_limit", int, "times that a request may lose its KV; 0: no limit (default: 2)"),
+    ("promote_after", float, "seconds of waiting after which a request goes first"),
+    ("promote_per_token", float, "the same, for each token that is expected of it"),
+    ("bucket_width", int, "expected tokens of a length_bucket or static_bucket (default: 50)"),
+    ("static_group", int, "requests that static_bucket sorts together (default: 256)"),
+    (
+        "static_batch_size",
+        int,
+        "requests in a static batch without a size of its own (default: 16)",
+    ),
+    (
+        "bucket_batch_sizes",
+        integers,
+        "requests in a batch of the shortest static_buckets (default: 256,128,64,32)",
+    ),
+    (
+        "recompute",
+        str,
+        "what outlived its static_bucket: continue or restart from the prompt (default: continue)",
+    ),
+    ("event_log", str, "file to write all that the scheduler is told to, for a replay"),
+    (
+        "length_predictor",
+        str,
+        "history, prompt, hidden_state, instructed or an artifact's JSON file (default: none)",
+    ),
+)
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the engine; only those given are passed on."""
     group = parser.add_argument_group("engine")
-    for flag, kind, text in (
-        ("--device", str, 'where to run, "cpu" or "cuda" (default: cpu)'),
-        (
-            "--dtype",
-            str,
-            "auto, float32, bfloat16 or int8 weights (default: auto, what the checkpoint has)",
-        ),
-        ("--tensor-parallel-size", int, "rank threads (default: 1)"),
-        (
-            "--tensor-parallel-plan",
-            str,
-            "how ranks divide the model, a plan of `deinfer plan` (default: auto, predicted)",
-        ),
-        ("--num-threads", int, "CPU threads of a rank (default: all cores)"),
-        ("--max-model-len", int, "longest sequence in tokens (default: the model's limit)"),
-        ("--max-num-seqs", int, "most sequences in one batch (default: 256)"),
-        ("--max-num-batched-tokens", int, "most tokens in one step (default: 512)"),
-        ("--kv-cache-bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
-        (
-            "--scheduling-policy",
-            str,
-            "order of the requests: fcfs, hrrn, length_bucket, longest_tail, sjf, static or "
-            "static_bucket (default: fcfs)",
-        ),
-        (
-            "--admission",
-            str,
-            "KV memory that a request must find to start: peak (what all are expected to need), "
-            "prompt or max_tokens (default: peak)",
-        ),
-        ("--safety", float, "0 to 1: expected lengths from mean to 90%% quantile (default: 0)"),
-        ("--promote-after", float, "seconds of waiting after which a request goes first"),
-        ("--promote-per-token", float, "the same, for each token that is expected of it"),
-        (
-            "--length-predictor",
-            str,
-            "history, prompt, hidden_state, instructed or an artifact's JSON file (default: none)",
-        ),
-    ):
+    for name, kind, text in _ENGINE:
+        flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
 
 
@@ -153,23 +188,6 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     )
 
 
-_ENGINE = (
-    "device",
-    "dtype",
-    "tensor_parallel_size",
-    "tensor_parallel_plan",
-    "num_threads",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "kv_cache_bytes",
-    "scheduling_policy",
-    "length_predictor",
-    "admission",
-    "safety",
-    "promote_after",
-    "promote_per_token",
-)
 _SAMPLING = (
     "max_tokens",
     "temperature",
@@ -204,27 +222,29 @@ def sampling_params(options: argparse.Namespace, **more: Any) -> SamplingParams:
 
 def engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was given of the options of `add_engine_options`, as arguments of `LLM`."""
-    return {name: getattr(options, name) for name in _ENGINE if hasattr(options, name)}
+    return {name: getattr(options, name) for name, _, _ in _ENGINE if hasattr(options, name)}
 
 
-def load_model(options: argparse.Namespace) -> LLM:
-    """Load MODEL with the options of `add_engine_options`.
+def load_model(options: argparse.Namespace, path: Path | None = None) -> LLM:
+    """Load a model with the options of `add_engine_options`.
 
     Args:
         options: Parsed command line.
+        path: Directory of the model; None: MODEL.
 
     Returns:
         The model.
 
     Raises:
-        UsageError: MODEL is not a directory, or an option is out of range.
+        UsageError: The model is not a directory, or an option is out of range.
     """
     from deinfer.llm import LLM
 
-    require_model(options.model)
+    path = options.model if path is None else path
+    require_model(path)
     given = engine_arguments(options)
     try:
-        return LLM(options.model, **given)
+        return LLM(path, **given)
     except (TypeError, ValueError) as error:
         # The engine says which field it means; a checkpoint's fault is none of the command line.
         if any(str(error).startswith(name) for name in given):

@@ -12,8 +12,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deinfer.decompose.directory import atomic_directory, require_free
+from deinfer.decompose.directory import require_free
+
+if TYPE_CHECKING:
+    from deinfer.convert.checkpoint import LowRankCheckpoint
+    from deinfer.convert.source import Source
 
 _MAGIC = b"GGUF"
 
@@ -59,46 +64,62 @@ def convert_gguf(source: Path, destination: Path, *, overwrite: bool = False) ->
         ValueError: `source` is not a GGUF file, or its architecture is not supported.
         FileExistsError: `destination` exists and `overwrite` is false.
     """
-    source, destination = Path(source), Path(destination)
-    require_free(destination, overwrite=overwrite)
-    _require_gguf(source)
+    from deinfer.convert.dense import write
+    from deinfer.convert.source import Source
+    from deinfer.convert.write import write_directory
+
+    require_free(Path(destination), overwrite=overwrite)
+    export = write(read(Source(source)))
+    write_directory(Path(destination), export, overwrite=overwrite)
+    return Path(destination)
+
+
+def detect(source: Source) -> bool:
+    """Whether it is a file that begins as GGUF does."""
+    if not source.path.is_file():
+        return False
+    with source.path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def read(source: Source) -> LowRankCheckpoint:
+    """Dequantize a GGUF file, as a whole in memory.
+
+    Raises:
+        ValueError: It is no GGUF file, or its architecture is not supported.
+    """
+    file = source.path
+    if not detect(source):
+        raise ValueError(f"{str(file)!r} is not a GGUF file")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with atomic_directory(destination, overwrite=overwrite) as temporary:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        # Without dequantize=True transformers 5 keeps the packed blocks and cannot save them.
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source.parent),
-            gguf_file=source.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        for name, tensor in model.state_dict().items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{source.name}: tensor {name!r} has a non-finite value")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        _plain_config(temporary / "config.json")
-    return destination
+    from deinfer.convert.checkpoint import CheckpointBuilder, dense_config
+    from deinfer.convert.tensors import LazyTensor
 
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    # Without dequantize=True transformers 5 keeps the packed blocks and cannot save them.
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
 
-def _require_gguf(source: Path) -> None:
-    if not source.is_file():
-        raise ValueError(f"{str(source)!r} is not a file")
-    with source.open("rb") as file:
-        magic = file.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise ValueError(f"{str(source)!r} is not a GGUF file: it begins with {magic!r}")
+    def save_side_files(directory: Path) -> None:
+        tokenizer.save_pretrained(directory)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(directory)
 
-
-def _plain_config(path: Path) -> None:
-    """Drop what only describes the quantized source; `_name_or_path` would leak a local path."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # What only describes the quantized source, and a local path.
+    fields = json.loads(model.config.to_json_string())
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        fields.pop(name, None)
+    builder = CheckpointBuilder(dense_config(fields), {}, save_side_files)
+    for name, tensor in model.state_dict().items():
+        builder.dense(name, LazyTensor.of(tensor))
+    return builder.build()
 
 
 def main(arguments: list[str] | None = None) -> int:

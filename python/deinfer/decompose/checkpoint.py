@@ -36,6 +36,7 @@ _SIDE_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_MODELING_FILE = Path(__file__).parents[1] / "modeling_lowrank.py"
 
 
 @dataclass(frozen=True)
@@ -247,13 +248,20 @@ def low_rank_config(
         low_rank: What the `low_rank` object says besides version, base_model_type and ranks.
 
     Returns:
-        A new config with a `model_type` of its own.
+        A new config with a `model_type` of its own, and the classes of the modelling file that
+        `copy_side_files` puts beside it.
     """
     base_type = config["model_type"]
+    name = f"LowRank{ARCHITECTURES[base_type].name}"
+    module = _MODELING_FILE.stem
     return {
         **config,
         "model_type": f"lowrank_{base_type}",
-        "architectures": [f"LowRank{ARCHITECTURES[base_type].name}ForCausalLM"],
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.{name}Config",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+        },
         "low_rank": {
             "version": FORMAT_VERSION,
             "base_model_type": base_type,
@@ -263,16 +271,29 @@ def low_rank_config(
     }
 
 
-def copy_side_files(source: Path, destination: Path) -> None:
-    """Copy what belongs to a checkpoint besides config and tensors: tokenizer, chat template.
+def copy_side_files(source: Path, destination: Path, *, low_rank: bool = True) -> None:
+    """Put what belongs to a checkpoint besides config and tensors into its directory.
 
     Args:
-        source: Checkpoint directory.
+        source: Checkpoint directory with tokenizer and chat template.
         destination: Directory that exists.
+        low_rank: Whether the destination is decomposed, so that transformers needs a modelling file
+            for it.
     """
     for file in _SIDE_FILES:
         if (source / file).is_file():
             shutil.copyfile(source / file, destination / file)
+    if low_rank:
+        copy_modeling_file(destination)
+
+
+def copy_modeling_file(destination: Path) -> None:
+    """Put the modelling file that auto_map names into a decomposed directory.
+
+    Args:
+        destination: Directory that exists.
+    """
+    shutil.copyfile(_MODELING_FILE, destination / _MODELING_FILE.name)
 
 
 def write_like(
@@ -298,7 +319,7 @@ def write_like(
     with atomic_directory(destination, overwrite=overwrite) as temporary:
         text = json.dumps(config, indent=2) + "\n"
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        copy_side_files(source, temporary)
+        copy_side_files(source, temporary, low_rank="low_rank" in config)
         _write_tensors(temporary, tensors)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deinfer.architectures import attention_implementation
 from deinfer.decompose.calibration import (
     Calibration,
     RuntimeSampler,
@@ -124,6 +125,10 @@ class Recovery:
                 return sequences
 
     def _load(self, dtype: torch.dtype) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(str(self._source.path), dtype=dtype).eval()
+        path = str(self._source.path)
+        attention = attention_implementation(AutoConfig.from_pretrained(path))
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention
+        ).eval()

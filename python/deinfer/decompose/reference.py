@@ -8,55 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from deinfer.architectures import attention_implementation
 from deinfer.decompose.checkpoint import Factors
+from deinfer.modeling_lowrank import LowRankLinear, replace_linears
 
-
-class LowRankLinear(nn.Module):
-    """y = u (v x) + bias, in the dtype of its factors.
-
-    Args:
-        n: Outputs.
-        k: Inputs.
-        rank: Inner dimension r.
-        bias: Whether `u` carries a bias [n].
-        dtype: Dtype of the factors.
-    """
-
-    def __init__(self, n: int, k: int, rank: int, *, bias: bool, dtype: torch.dtype) -> None:
-        """Create the factors `v` [rank, k] and `u` [n, rank], not initialized."""
-        super().__init__()
-        self.v = nn.Linear(k, rank, bias=False, dtype=dtype)
-        self.u = nn.Linear(rank, n, bias=bias, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., k] to [..., n]."""
-        y: Tensor = self.u(self.v(x))
-        return y
-
-
-def replace_linears(model: nn.Module, ranks: dict[str, int], dtype: torch.dtype) -> None:
-    """Put an uninitialized `LowRankLinear` where `ranks` names a linear, in place.
-
-    Args:
-        model: Model to change.
-        ranks: Rank by module name, e.g. `model.layers.0.self_attn.q_proj`.
-        dtype: Dtype of the new factors.
-
-    Raises:
-        ValueError: A name is not a linear layer of the model.
-    """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, rank in ranks.items():
-        if name not in linears:
-            raise ValueError(f"low_rank.ranks names {name!r}, which is no linear of the model")
-        old = linears[name]
-        new = LowRankLinear(
-            old.out_features, old.in_features, rank, bias=old.bias is not None, dtype=dtype
-        )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+__all__ = ["LowRankLinear", "load_reference", "replace_linears"]
 
 
 def install_factors(module: nn.Module, factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
@@ -104,9 +62,10 @@ def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     model_type = low_rank.get("base_model_type", config["model_type"])
     for key in ("model_type", "architectures", "transformers_version"):
         config.pop(key, None)
+    hf_config = AutoConfig.for_model(model_type, **config)
     # The default dtype keeps from_config from building the model in fp32 first.
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **config), dtype=dtype
+        hf_config, dtype=dtype, attn_implementation=attention_implementation(hf_config)
     )
     replace_linears(model, low_rank["ranks"], dtype)
     tensors = {}

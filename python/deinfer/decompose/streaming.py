@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deinfer.architectures import ARCHITECTURES
+from deinfer.architectures import ARCHITECTURES, attention_implementation
 from deinfer.decompose.source import SourceCheckpoint
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -64,7 +64,9 @@ class StreamedModel:
         config = AutoConfig.from_pretrained(str(source.path))
         architecture = ARCHITECTURES[config.model_type]
         with init_empty_weights(include_buffers=False):
-            self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self._model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_implementation(config)
+            ).eval()
         self._model.requires_grad_(False)
         layers: Any = self._model.get_submodule(architecture.layers)
         # Blocks with weights are copies of these, which never get any.

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What changes the formula in ways that are not implemented; PEFT writes these fields.
 _UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication", "use_qalora")
@@ -36,26 +37,14 @@ def merge_adapter(model: Path, adapter: Path, destination: Path, *, overwrite: b
         FileExistsError: The destination exists and `overwrite` is false.
     """
     import torch
-    from safetensors.torch import load_file
 
     from deinfer.decompose.checkpoint import read_tensors, write_like
 
-    settings = _read_json(adapter / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{adapter}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
-    for name in _UNSUPPORTED:
-        if settings.get(name):
-            raise ValueError(f"{adapter}: {name} = {settings[name]!r} is not supported")
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"{adapter}: bias = {settings['bias']!r} is not supported")
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist")
-    pairs = _pairs(load_file(file), file)
+    file = adapter / _FILE
+    pairs = read_adapter(adapter)
     config = _read_json(model / "config.json")
     tensors = read_tensors(model)
-    for module, (a, b) in pairs.items():
-        scale = _scale(settings, module, len(a))
+    for module, (a, b, scale) in pairs.items():
         dense, v, u = (f"{module}.{name}" for name in ("weight", "v.weight", "u.weight"))
         if dense in tensors:
             weight = tensors[dense]
@@ -73,6 +62,35 @@ def merge_adapter(model: Path, adapter: Path, destination: Path, *, overwrite: b
             raise ValueError(f"{file}: {module} is no linear layer of {model}")
     write_like(model, destination, config, tensors, overwrite=overwrite)
     return len(pairs)
+
+
+def read_adapter(adapter: Path) -> dict[str, tuple[Any, Any, float]]:
+    """Read a LoRA adapter of PEFT.
+
+    Args:
+        adapter: Its directory.
+
+    Returns:
+        A [r, k], B [n, r] and the scale of their product, by the name of the linear.
+
+    Raises:
+        ValueError: The adapter is malformed, or uses something that is not supported.
+    """
+    from safetensors.torch import load_file
+
+    settings = _read_json(adapter / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{adapter}: peft_type is {settings.get('peft_type')!r}, not 'LORA'")
+    for name in _UNSUPPORTED:
+        if settings.get(name):
+            raise ValueError(f"{adapter}: {name} = {settings[name]!r} is not supported")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{adapter}: bias = {settings['bias']!r} is not supported")
+    file = adapter / _FILE
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist")
+    pairs = _pairs(load_file(file), file)
+    return {module: (a, b, _scale(settings, module, len(a))) for module, (a, b) in pairs.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,9 @@ class Recipe:
         batch: Rows of a step.
         rate: Learning rate, annealed to 0 by a cosine.
         decay: Decoupled weight decay (Loshchilov, Hutter 2019), of weights but not of biases.
-        dropout: Share of the inputs that a step does not see.
+        dropout: Share of the inputs that a step does not see, in 1/256.
+        networks: Trained side by side on the same batches from other initial weights; their logits
+            are averaged. 1 without a hidden layer, where all would become the same.
     """
 
     units: int
@@ -33,6 +35,7 @@ class Recipe:
     rate: float
     decay: float
     dropout: float
+    networks: int = 1
 
 
 def fit_network(
@@ -42,7 +45,7 @@ def fit_network(
     recipe: Recipe,
     seed: int,
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Minimize the cross entropy.
+    """Minimize the cross entropy of each network.
 
     Args:
         x: Standardized inputs [n, inputs].
@@ -52,60 +55,103 @@ def fit_network(
         seed: Of initial weights, batches and dropout.
 
     Returns:
-        (weight [outputs, inputs], bias [outputs]) of each layer, in order.
+        (weight [outputs, inputs], bias [outputs]) of each layer, in order: the networks side by
+        side, whose averaged outputs are those of one network with networks x units hidden units.
     """
     numbers = np.random.default_rng(seed)
     inputs = np.ascontiguousarray(x, np.float32)
     targets = np.ascontiguousarray(labels, np.float32)
     closed = None if open_bins is None else ~open_bins
     shares = np.log(np.maximum(targets.mean(axis=0), 1e-4))
-    sizes = [inputs.shape[1], *([recipe.units] if recipe.units else []), targets.shape[1]]
-    parameters: list[Floats] = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
-        last = i == len(sizes) - 2
-        weight = numbers.standard_normal((fan_out, fan_in), dtype=np.float32) / fan_in**0.5
-        parameters.append(weight * np.float32(0.1 if last else 1.0))
-        parameters.append(shares.copy() if last else np.zeros(fan_out, np.float32))
+    parameters = _initial(numbers, inputs.shape[1], shares, recipe)
     first = [np.zeros_like(p) for p in parameters]
     second = [np.zeros_like(p) for p in parameters]
+    dropped = round(recipe.dropout * 256)
     for step in range(recipe.steps):
         rows = numbers.integers(len(inputs), size=recipe.batch)
         batch = inputs[rows]
-        if recipe.dropout > 0:
-            kept = numbers.random(batch.shape, dtype=np.float32) >= recipe.dropout
-            batch = batch * kept * np.float32(1 / (1 - recipe.dropout))
+        if dropped:
+            # A byte of randomness decides on an input: drawing floats would take longer than the
+            # rest of the step.
+            drawn = np.frombuffer(numbers.bytes(batch.size), np.uint8).reshape(batch.shape)
+            batch *= (drawn >= dropped) * np.float32(256 / (256 - dropped))
         gradients = _gradients(
             parameters, batch, targets[rows], None if closed is None else closed[rows]
         )
         rate = recipe.rate * 0.5 * (1 + np.cos(np.pi * step / recipe.steps))
+        # Both bias corrections in two numbers.
+        root = np.float32(np.sqrt(1 - 0.999 ** (step + 1)))
+        scale = np.float32(rate / (1 - 0.9 ** (step + 1))) * root
         for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
             first[i] += np.float32(0.1) * (g - first[i])
-            second[i] += np.float32(0.001) * (g * g - second[i])
-            mean = first[i] / np.float32(1 - 0.9 ** (step + 1))
-            spread = np.sqrt(second[i] / np.float32(1 - 0.999 ** (step + 1))) + np.float32(1e-8)
-            if p.ndim == 2:
+            np.multiply(g, g, out=g)
+            second[i] += np.float32(0.001) * (g - second[i])
+            if i % 2 == 0:
                 p *= np.float32(1 - rate * recipe.decay)
-            p -= np.float32(rate) * mean / spread
+            np.sqrt(second[i], out=g)
+            g += np.float32(1e-8) * root
+            np.divide(first[i], g, out=g)
+            g *= scale
+            p -= g
+    if recipe.units:
+        weight, bias = parameters[2:]  # [networks, bins, units], [networks, 1, bins]
+        side_by_side: Floats = np.concatenate(list(weight), axis=1)
+        side_by_side /= recipe.networks
+        parameters[2:] = [side_by_side, bias.mean(axis=(0, 1))]
     values = [p.astype(np.float64) for p in parameters]
     return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _initial(
+    numbers: np.random.Generator, fan_in: int, shares: NDArray[Any], recipe: Recipe
+) -> list[Floats]:
+    """Weights and biases by layer; those of several networks' outputs have an axis more."""
+
+    def normal(shape: tuple[int, ...], scale: float) -> Floats:
+        return numbers.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+
+    bins = len(shares)
+    bias = shares.astype(np.float32)
+    if not recipe.units:
+        return [normal((bins, fan_in), 0.1 / fan_in**0.5), bias]
+    hidden = recipe.networks * recipe.units
+    return [
+        normal((hidden, fan_in), 1 / fan_in**0.5),
+        np.zeros(hidden, np.float32),
+        normal((recipe.networks, bins, recipe.units), 0.1 / recipe.units**0.5),
+        np.tile(bias, (recipe.networks, 1, 1)),
+    ]
 
 
 def _gradients(
     parameters: list[Floats], x: Floats, targets: Floats, closed: NDArray[np.bool_] | None
 ) -> list[Floats]:
-    """Of the mean cross entropy of a batch, by parameter."""
-    hidden = x
-    if len(parameters) == 4:
-        hidden = np.maximum(x @ parameters[0].T + parameters[1], 0)
-    weight, bias = parameters[-2:]
-    logits = hidden @ weight.T + bias
+    """Of the mean cross entropy of a batch, summed over networks, by parameter."""
+    if len(parameters) == 2:
+        error = _error(x @ parameters[0].T + parameters[1], targets, closed)
+        return [error.T @ x, error.sum(axis=0)]
+    weight, bias = parameters[2:]
+    networks, _, units = weight.shape
+    hidden = x @ parameters[0].T
+    hidden += parameters[1]
+    np.maximum(hidden, 0, out=hidden)
+    # [networks, rows, units]
+    of_each = np.ascontiguousarray(hidden.reshape(len(x), networks, units).transpose(1, 0, 2))
+    error = _error(of_each @ weight.transpose(0, 2, 1) + bias, targets, closed)
+    back = (error @ weight).transpose(1, 0, 2).reshape(hidden.shape)
+    back = back * (hidden > 0)
+    return [
+        back.T @ x,
+        back.sum(axis=0),
+        error.transpose(0, 2, 1) @ of_each,
+        error.sum(axis=1, keepdims=True),
+    ]
+
+
+def _error(logits: Floats, targets: Floats, closed: NDArray[np.bool_] | None) -> Floats:
+    """Gradient of the mean cross entropy by the logits [..., rows, bins]."""
     if closed is not None:
-        logits[closed] = -np.inf
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    error = (p - targets) / np.float32(len(x))
-    result = [error.T @ hidden, error.sum(axis=0)]
-    if len(parameters) == 4:
-        back = (error @ weight) * (hidden > 0)
-        result = [back.T @ x, back.sum(axis=0), *result]
-    return result
+        logits = np.where(closed, np.float32(-np.inf), logits)
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    return np.asarray((p - targets) / np.float32(len(targets)))

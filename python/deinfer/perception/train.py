@@ -20,8 +20,7 @@ Ints = NDArray[np.int64]
 _COVERAGE = 0.9
 _SHARE_ROUNDS = 200
 _PROMPT = Recipe(units=0, steps=800, batch=128, rate=1e-3, decay=0.05, dropout=0.3)
-_REFINED = Recipe(units=48, steps=500, batch=256, rate=3e-4, decay=0.1, dropout=0.4)
-_NETWORKS = 3
+_REFINED = Recipe(units=48, steps=500, batch=256, rate=3e-4, decay=0.1, dropout=0.4, networks=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,17 +255,5 @@ def _fit_refined(
     """One hidden layer; the softmax runs over the bins that are still open."""
     shift, scale = _standardize(x)
     inputs = ((x - shift) * scale).astype(np.float32)
-    networks = [
-        fit_network(inputs, targets, alive, _REFINED, options.seed + i) for i in range(_NETWORKS)
-    ]
-    # Networks side by side, whose outputs are averaged, are one network.
-    hidden, output = zip(*networks, strict=True)
-    return Stage(
-        shift,
-        scale,
-        hidden=(np.concatenate([w for w, _ in hidden]), np.concatenate([b for _, b in hidden])),
-        output=(
-            np.concatenate([w for w, _ in output], axis=1) / _NETWORKS,
-            np.mean([b for _, b in output], axis=0),
-        ),
-    )
+    hidden, output = fit_network(inputs, targets, alive, _REFINED, options.seed)
+    return Stage(shift, scale, hidden=hidden, output=output)
