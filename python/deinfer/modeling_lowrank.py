@@ -97,10 +97,14 @@ class _LowRankModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but refuse a checkpoint that lacks tensors of the model.
+        """Load as transformers does, but right or not at all.
 
-        Transformers would leave random values in their place.
+        A checkpoint that lacks tensors of the model is refused, where transformers would leave
+        random values in their place. Models that cap attention scores get eager attention unless
+        the caller chooses another: sdpa, transformers' default, leaves the cap out.
         """
+        if getattr(kwargs.get("config"), "attn_logit_softcapping", None):
+            kwargs.setdefault("attn_implementation", "eager")
         report = kwargs.pop("output_loading_info", False)
         family: Any = super()
         model, info = family.from_pretrained(*args, output_loading_info=True, **kwargs)

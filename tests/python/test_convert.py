@@ -16,7 +16,7 @@ import foreign_parts  # noqa: E402
 import foreign_pickles  # noqa: E402
 from checkpoints import write_model  # noqa: E402
 from deinfer import LLM  # noqa: E402
-from deinfer.cli.info import describe  # noqa: E402
+from deinfer.checkpoint_info import describe_checkpoint  # noqa: E402
 from deinfer.convert import FORMATS, convert_checkpoint, detect_format  # noqa: E402
 from deinfer.convert.dynamic_map import dynamic_map  # noqa: E402
 from deinfer.decompose import load_reference  # noqa: E402
@@ -73,7 +73,7 @@ def test_import_keeps_the_logits(layout: str, family: str, tmp_path: Path) -> No
     report = convert_checkpoint(source.path, tmp_path / "out", base=source.base)
     assert (report.source_format, report.target_format) == (layout, "canonical")
     assert report.ranks == source.ranks and report.model_type == family
-    info = describe(tmp_path / "out")
+    info = describe_checkpoint(tmp_path / "out")
     assert info["supported"], info["problems"]
     assert info["parameters"] == report.parameters
     assert info["dense_matrices"] == report.dense_matrices
