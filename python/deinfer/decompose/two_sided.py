@@ -20,8 +20,8 @@ def _moments(weight: Tensor, statistics: LayerStatistics) -> Moments:
 
 
 # Truncating one kind of linear costs about this many times what the curvature predicts. Tokens are
-# taken to be independent: softmax forgives errors of queries and keys, while the gate multiplies its
-# own. Chosen by the held-out perplexity of SmolLM2-135M-Instruct, among few values; what another
+# taken to be independent: softmax forgives errors of queries and keys, while the gate multiplies
+# its own. Chosen by the held-out perplexity of SmolLM2-135M-Instruct, of few values; what another
 # model would want has not been measured (bench/decompose.py --parts kinds does it).
 _SCALES = {"q_proj": 0.5, "k_proj": 0.3, "gate_proj": 1.5}
 
