@@ -35,7 +35,7 @@ from deinfer.decompose.options import make_options
 from deinfer.decompose.quality import loss
 from deinfer.decompose.run import Run
 from deinfer.decompose.source import SourceCheckpoint
-from deinfer.decompose.streaming import StreamedModel
+from deinfer.decompose.streaming import StreamedModel, compute_dtype
 from deinfer.decompose.sweep import cut_factors
 from deinfer.decompose.workdir import WorkDirectory, read_factors
 from random_llama import write_random_llama
@@ -219,9 +219,10 @@ def recovery(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Che
         resume=True,
     )
     print(report.summary())
-    model = StreamedModel(SourceCheckpoint(arguments.model), torch.bfloat16)
+    source = SourceCheckpoint(arguments.model)
+    model = StreamedModel(source, compute_dtype(source, list(report.matrices)))
     texts = Texts(model, arguments.model, arguments.text, arguments.text_tokens)
-    low = load_reference(destination, torch.bfloat16)
+    low = load_reference(destination, model.dtype)
     ratios = {}
     for name, windows in texts.windows.items():
         total = count = 0.0

@@ -10,10 +10,17 @@ from torch import nn
 
 from deinfer.decompose.checkpoint import Factors
 from deinfer.decompose.reference import install_factors
-from deinfer.decompose.streaming import StreamedModel
+from deinfer.decompose.streaming import Change, StreamedModel
 
 Cut = Callable[[int], dict[str, Factors]]
 """Gives the factors of a block by name within it."""
+
+
+def installer(model: StreamedModel, cut: Cut | None) -> Change | None:
+    """Make of factors what puts them into blocks."""
+    if cut is None:
+        return None
+    return lambda index, block: install_factors(block, cut(index), model.dtype)
 
 
 def loss(model: StreamedModel, sequences: Sequence[Sequence[int]], cut: Cut | None = None) -> float:
@@ -27,14 +34,8 @@ def loss(model: StreamedModel, sequences: Sequence[Sequence[int]], cut: Cut | No
     Returns:
         Mean negative log-likelihood of a token after the first, in nats.
     """
+    streams = model.run(model.embed_all(sequences), change=installer(model, cut))
     with torch.no_grad():
-        with model.ends():
-            streams = [model.embed(sequence) for sequence in sequences]
-        for index in range(len(model.prefixes)):
-            block = model.block(index)
-            if cut is not None:
-                install_factors(block, cut(index), model.dtype)
-            streams = [model.call(index, block, x) for x in streams]
         total = 0.0
         with model.ends():
             for x, sequence in zip(streams, sequences, strict=True):

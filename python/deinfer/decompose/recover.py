@@ -1,9 +1,11 @@
 """Train the factors on the dense model's outputs, to win back what truncation lost.
 
-Each step takes a few sequences, runs both models over them and follows the gradient of
-KL(dense || decomposed) at every position (distillation, arXiv 1503.02531). Factors and norms move;
-what stayed dense is left as it is. The weights that move are float32; products are bf16 where the
-CPU has them.
+Each step takes a few sequences and follows the gradient of KL(dense || decomposed) at every
+position (distillation, arXiv 1503.02531). Factors and norms move; what stayed dense is left as it
+is. The weights that move are float32; products are bf16 where the CPU has them. The dense model
+runs once over the text, before: what it says at a position is made again from its last residual
+stream, and its head and the other's run over few positions at a time, with the gradient, so that
+their wide rows stay in cache.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ STEP_TOKENS = 512
 """Tokens of an optimizer step, about."""
 _LEARNING_RATE = 3e-4
 _WARMUP_STEPS = 4
+_HEAD_ROWS = 128  # positions whose logits are in memory
+_SORTED = 32  # sequences that are sorted by length together, so that steps have little padding
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Recovered:
 
 
 def recover(
-    dense: Any,
     decomposed: Any,
+    teacher: Callable[[Tensor], Tensor],
     sequences: Sequence[Sequence[int]],
+    streams: Sequence[Tensor],
     *,
     steps: int = 0,
     seconds: float = 0.0,
@@ -64,9 +69,10 @@ def recover(
     """Distil a dense model into its decomposed copy.
 
     Args:
-        dense: Model of transformers, the teacher.
-        decomposed: The same model with `LowRankLinear` layers in float32; changed in place.
+        decomposed: Model of transformers with `LowRankLinear` layers in float32; changed in place.
+        teacher: Makes the dense model's logits [rows, vocabulary] of rows of `streams`.
         sequences: Token ids to train on, at most 512 each, used over and over.
+        streams: The dense model's residual stream after the last block [tokens, hidden] for each.
         steps: Optimizer steps of about 512 tokens each; or
         seconds: Time to train for, whose end the learning rate reaches at zero.
         seed: Order of the sequences.
@@ -95,7 +101,7 @@ def recover(
     losses: list[float] = []
     tokens = 0
     bar = progress_bar(progress, desc="recover", unit="step" if steps else "s", total=steps or None)
-    for step, (ids, valid) in enumerate(batches(sequences, seed)):
+    for step, members in enumerate(batches([len(s) for s in sequences], seed)):
         elapsed = clock() - start
         done = step / steps if steps else elapsed / seconds
         # A step that would end later than half of its time after the end is not begun.
@@ -104,11 +110,11 @@ def recover(
         rate = min((step + 1) / _WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * rate
-        loss = _distance(dense, decomposed, ids, valid)
-        losses.append(loss.item())
+        ids, valid = _padded([sequences[i] for i in members])
+        target = torch.cat([streams[i] for i in members])
+        losses.append(_follow(decomposed, teacher, ids, valid, target))
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"recovery diverged in step {step}: loss {losses[-1]}")
-        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -135,40 +141,78 @@ def _of_norm(name: str) -> bool:
     return "norm" in name.rsplit(".", 2)[-2]
 
 
-def _distance(dense: Any, decomposed: Any, ids: Tensor, valid: Tensor) -> Tensor:
-    """KL(dense || decomposed) in nats, mean over the valid tokens of ids [batch, longest]."""
+def _follow(
+    decomposed: Any,
+    teacher: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    valid: Tensor,
+    target: Tensor,
+) -> float:
+    """Add the gradient of KL(dense || decomposed), mean over valid tokens, and return it in nats.
+
+    ids and valid are [batch, longest], target [valid tokens, hidden].
+    """
+    head, cap = decomposed.get_output_embeddings(), _soft_cap(decomposed)
     native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    total = 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(native())):
-        with torch.no_grad():
-            target = dense(ids, use_cache=False).logits[valid].float().log_softmax(-1)
-        logits = decomposed(ids, use_cache=False).logits[valid]
-    return F.kl_div(logits.float().log_softmax(-1), target, reduction="batchmean", log_target=True)
+        hidden = decomposed.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[valid]
+        gradients = []
+        for first in range(0, len(target), _HEAD_ROWS):
+            rows = hidden[first : first + _HEAD_ROWS].detach().requires_grad_()
+            wanted = target[first : first + _HEAD_ROWS]
+            with torch.no_grad():
+                log_p = teacher(wanted).float().log_softmax(-1)
+                p = log_p.exp()
+                total += float((p * log_p).sum())
+            logits = head(rows).float()
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            loss = F.cross_entropy(logits, p, reduction="sum")
+            gradients.append(torch.autograd.grad(loss, rows)[0])
+            total += loss.item()
+    hidden.backward(torch.cat(gradients) / len(target))
+    return total / len(target)
 
 
-def batches(sequences: Sequence[Sequence[int]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group sequences into steps of about 512 tokens, in random order, over and over.
+def _soft_cap(model: Any) -> float | None:
+    """The cap of the logits, where a model has one, by transformers' name."""
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return cap
+
+
+def batches(lengths: Sequence[int], seed: int) -> Iterator[list[int]]:
+    """Group sequences of like length into steps of about 512 tokens, over and over.
 
     Args:
-        sequences: Token ids.
+        lengths: Tokens of the sequences.
         seed: Of the order.
 
     Yields:
-        (ids, valid) per step: int64 and bool [batch, longest]; right of a sequence stands padding,
-        which causal attention keeps out of what comes before.
+        Indices of sequences, per step; each comes once in every round.
     """
     numbers = random.Random(seed)
-    group: list[Sequence[int]] = []
     while True:
-        order = list(sequences)
+        order = list(range(len(lengths)))
         numbers.shuffle(order)
-        for sequence in order:
-            if group and sum(map(len, group)) + len(sequence) > STEP_TOKENS:
-                yield _padded(group)
-                group = []
-            group.append(sequence)
+        groups: list[list[int]] = []
+        for first in range(0, len(order), _SORTED):
+            tokens = STEP_TOKENS
+            for i in sorted(order[first : first + _SORTED], key=lengths.__getitem__):
+                if tokens + lengths[i] > STEP_TOKENS:
+                    groups.append([])
+                    tokens = 0
+                groups[-1].append(i)
+                tokens += lengths[i]
+        numbers.shuffle(groups)
+        yield from groups
 
 
 def _padded(group: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and which of them count [batch, longest].
+
+    Right of a sequence stands padding, which causal attention keeps out of what comes before.
+    """
     longest = max(map(len, group))
     ids = torch.zeros(len(group), longest, dtype=torch.int64)
     valid = torch.zeros(len(group), longest, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Recovery as a stage of a run: text to train on, both models, and the result on disk."""
+"""Recovery as a stage of a run: text to train on, what both models make of it, the result."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from deinfer.decompose.options import Options
 from deinfer.decompose.recover import STEP_TOKENS, recover
 from deinfer.decompose.reference import install_factors
 from deinfer.decompose.source import SourceCheckpoint
-from deinfer.decompose.streaming import compute_dtype
-from deinfer.decompose.workdir import SpooledFactors, WorkDirectory, write_factors
+from deinfer.decompose.streaming import StreamedModel
+from deinfer.decompose.workdir import (
+    RowReader,
+    SpooledFactors,
+    WorkDirectory,
+    write_factors,
+)
 
-_SAMPLING_SHARE = 0.2  # of the minutes; the rest is training
+_SAMPLING_SHARE = 0.1  # of the minutes; the rest is training
 _SAMPLING_ROUND = 8192  # tokens
 
 
@@ -33,7 +38,7 @@ class Recovery:
     Args:
         source: Dense checkpoint.
         work: Where the factors are and will be.
-        prefixes: Module name of each block, with a dot at the end.
+        model: Dense model.
         names: Modules that are decomposed.
         options: Of the run.
         sampler: Source of self-sampled sequences; None for the native runtime.
@@ -44,14 +49,14 @@ class Recovery:
         self,
         source: SourceCheckpoint,
         work: WorkDirectory,
-        prefixes: Sequence[str],
+        model: StreamedModel,
         names: Sequence[str],
         options: Options,
         sampler: Sampler | None,
         progress: bool,
     ) -> None:
         """Bind to a run."""
-        self._source, self._work, self._prefixes, self._names = source, work, prefixes, names
+        self._source, self._work, self._model, self._names = source, work, model, names
         self._options, self._sampler, self._progress = options, sampler, progress
 
     def run(self, calibration: Calibration) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -75,21 +80,22 @@ class Recovery:
     def _train(self, calibration: Calibration) -> dict[str, float]:
         seconds = 60 * self._options.recover_minutes
         start = time.monotonic()
-        sequences = self._sequences(calibration, seconds)
-        teacher = self._load(compute_dtype(self._source, self._names))
-        student = self._load(torch.float32)
-        factors = SpooledFactors(self._work, "factors", self._prefixes, self._names)
-        install_factors(student, factors, torch.float32)
-        made = recover(
-            teacher,
-            student,
-            sequences,
-            steps=self._options.recover_steps,
-            seconds=max(seconds - (time.monotonic() - start), 1.0) if seconds else 0.0,
-            seed=self._options.seed,
-            progress=self._progress,
-        )
-        for index, prefix in enumerate(self._prefixes):
+        sampled = self._sampled(calibration, seconds)
+        sequences = calibration.sequences + sampled
+        streams = self._streams(calibration) + self._model.run(self._model.embed_all(sampled))
+        student = self._student()
+        with self._model.ends():
+            made = recover(
+                student,
+                self._model.logits,
+                sequences,
+                streams,
+                steps=self._options.recover_steps,
+                seconds=max(seconds - (time.monotonic() - start), 1.0) if seconds else 0.0,
+                seed=self._options.seed,
+                progress=self._progress,
+            )
+        for index, prefix in enumerate(self._model.prefixes):
             block = {
                 name.removeprefix(prefix): pair
                 for name, pair in made.factors.items()
@@ -105,30 +111,43 @@ class Recovery:
             "last_loss": made.last_loss,
         }
 
-    def _sequences(self, calibration: Calibration, seconds: float) -> list[list[int]]:
-        """Text to train on: the file's, or what the model samples beyond the calibration's."""
+    def _streams(self, calibration: Calibration) -> list[Tensor]:
+        """The dense model's residual streams after the last block, of the calibration text."""
+        model, count = self._model, len(self._model.prefixes)
+        if not self._work.has("inputs", count):
+            return model.run(model.embed_all(calibration.sequences))
+        with open(self._work.file("inputs", count), "rb") as file:
+            rows = RowReader(file, model.hidden_size, model.dtype)
+            return [rows.read(len(sequence)) for sequence in calibration.sequences]
+
+    def _sampled(self, calibration: Calibration, seconds: float) -> list[list[int]]:
+        """More text to train on, where the model samples its own."""
         options = self._options
         if options.calibration is not None:
-            return calibration.sequences
+            return []
         seed = options.seed + 1
         sampler = self._sampler or RuntimeSampler(
             self._source.path, seed=options.seed + 10**6, progress=self._progress
         )
         if options.recover_steps:
-            tokens = options.recover_steps * STEP_TOKENS
-            return sample_calibration(sampler, tokens, seed).sequences
-        start, sequences = time.monotonic(), list(calibration.sequences)
+            tokens = options.recover_steps * STEP_TOKENS - calibration.tokens
+            return sample_calibration(sampler, tokens, seed).sequences if tokens >= 2 else []
+        start, sequences = time.monotonic(), []
         while True:
             sequences += sample_calibration(sampler, _SAMPLING_ROUND, seed).sequences
             seed += 1
             if time.monotonic() - start > _SAMPLING_SHARE * seconds:
                 return sequences
 
-    def _load(self, dtype: torch.dtype) -> Any:
+    def _student(self) -> Any:
+        """The decomposed model, float32."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         path = str(self._source.path)
         attention = attention_implementation(AutoConfig.from_pretrained(path))
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention
+        student = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention
         ).eval()
+        factors = SpooledFactors(self._work, "factors", self._model.prefixes, self._names)
+        install_factors(student, factors, torch.float32)
+        return student

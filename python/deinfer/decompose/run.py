@@ -98,7 +98,7 @@ class Run:
             stage = "recovered"
             with self._timed("recovery"):
                 recovery, norms = Recovery(
-                    self._source, work, prefixes, names, options, self._sampler, self._progress
+                    self._source, work, model, names, options, self._sampler, self._progress
                 ).run(calibration)
         matrices = {
             name: MatrixReport(c.n, c.k, ranks[name], tail_loss(c, ranks[name]))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from deinfer.architectures import ARCHITECTURES, attention_implementation
 from deinfer.decompose.source import SourceCheckpoint
 
-Call = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a block on the residual stream [tokens, hidden] of one sequence."""
+Change = Callable[[int, nn.Module], None]
+"""Changes a block, whose index it is given, in place."""
 
 
 @dataclass
@@ -91,6 +91,11 @@ class StreamedModel:
         ]
         self._assign(self._model, others, "")
 
+    def embed_all(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Compute what the first block gets of several sequences; see `embed`."""
+        with self.ends(), torch.no_grad():
+            return [self.embed(sequence) for sequence in sequences]
+
     @contextmanager
     def ends(self) -> Iterator[None]:
         """Hold the embedding and the output head in memory."""
@@ -129,6 +134,28 @@ class StreamedModel:
         outputs: list[Tensor] = []
         self._run(hidden[None], outputs)
         return outputs[0][0]
+
+    def run(
+        self, streams: Sequence[Tensor], blocks: range | None = None, change: Change | None = None
+    ) -> list[Tensor]:
+        """Run blocks on several sequences, without gradients.
+
+        Args:
+            streams: The residual stream [tokens, hidden] of each before the first of the blocks.
+            blocks: Which; by default all.
+            change: What is done to a block before it runs.
+
+        Returns:
+            The residual streams after the last of them.
+        """
+        streams = list(streams)
+        with torch.no_grad():
+            for index in range(len(self.prefixes)) if blocks is None else blocks:
+                block = self.block(index)
+                if change is not None:
+                    change(index, block)
+                streams = [self.call(index, block, x) for x in streams]
+        return streams
 
     def block(self, index: int) -> nn.Module:
         """Load a block.
