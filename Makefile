@@ -47,7 +47,7 @@ test-cpp: build
 	ctest --preset cpu
 
 test-python: build $(MODEL)
-	$(PY) -m pytest tests/python
+	$(PY) -m pytest -n 2 --dist loadfile tests/python
 
 bench: build $(MODEL)
 	$(PY) bench/kernels_cpu.py

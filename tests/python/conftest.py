@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-WATCHDOG_SECONDS = 300
+WATCHDOG_SECONDS = 600
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
