@@ -40,17 +40,21 @@ struct Prediction {
 
 Prediction predict(const PlannedModel& model, const TensorParallelPlan& plan,
                    const Hardware& hardware, const LinkModel& link, const KvDemand& demand) {
-  std::int64_t room = demand.max_sequences;
+  double room = demand.max_sequences;
   if (demand.tokens >= 0) {
-    room = demand.tokens / demand.context;
+    room = static_cast<double>(demand.tokens) / demand.context;
   } else if (demand.bytes > 0) {
-    const std::uint64_t bytes =
-        most_kv_bytes(model, plan) * static_cast<std::uint64_t>(demand.context);
-    room = static_cast<std::int64_t>(demand.bytes / std::max<std::uint64_t>(bytes, 1));
+    room = static_cast<double>(demand.bytes) /
+           (static_cast<double>(most_kv_bytes(model, plan)) * demand.context);
   }
-  const int sequences = static_cast<int>(std::clamp<std::int64_t>(room, 1, demand.max_sequences));
-  const Phase phase{false, sequences, demand.context};
-  return {static_cast<double>(sequences), step_cost(model, plan, hardware, link, phase, 1).total()};
+  // Contexts vary, so that there are as many on average, not a whole number.
+  const double sequences = std::clamp<double>(room, 1, demand.max_sequences);
+  const int whole = static_cast<int>(sequences);
+  auto seconds = [&](int tokens) {
+    return step_cost(model, plan, hardware, link, {false, tokens, demand.context}, 1).total();
+  };
+  const double first = seconds(whole);
+  return {sequences, first + (sequences - whole) * (seconds(whole + 1) - first)};
 }
 
 /// One side of one layer that may become latent.
@@ -86,7 +90,7 @@ std::vector<Candidate> candidates(const PlannedModel& model, const TensorParalle
 }
 
 std::string prediction_text(const Prediction& prediction) {
-  return str_cat(fixed(prediction.sequences, 0), " sequences at ", fixed(prediction.rate(), 0),
+  return str_cat(fixed(prediction.sequences, 1), " sequences at ", fixed(prediction.rate(), 0),
                  " tokens/s");
 }
 
