@@ -50,6 +50,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "group_create": (c_void_p, [c_int, c_size_t]),
     "group_destroy": (None, [c_void_p]),
     "all_reduce": (c_int, [c_void_p, c_size_t, c_int, POINTER(c_double)]),
+    "latent_create": (c_void_p, [c_void_p, c_char_p] + 6 * [c_int]),
+    "latent_destroy": (None, [c_void_p]),
+    "latent_run": (c_int, [c_void_p, c_void_p, c_int, POINTER(c_double)]),
+    "latent_output": (c_int, [c_void_p, POINTER(c_float)]),
     "schedule": (
         c_char_p,
         [c_char_p, c_int, POINTER(c_double), POINTER(c_int), POINTER(c_int)]
@@ -165,6 +169,42 @@ class Peak:
         times = (c_double * calls)()
         call("peak", self.team.handle, self.iterations, calls, times)
         return [time * 1e-9 for time in times]
+
+
+class LatentLayer(_Handle):
+    """Attention of one decoded token over one layer's cache of a sequence, in bf16.
+
+    Kinds: "dense"; "v_latent", K dense; "latent"; "rebuild_all", which copies all latents and
+    rebuilds all K and V before a dense attention. Latents are the same in all kinds.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        kind: str,
+        *,
+        rotary: bool,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rank: int,
+        context: int,
+    ) -> None:
+        self.team = team
+        self.width = heads * head_dim
+        sizes = (int(rotary), heads, kv_heads, head_dim, rank, context)
+        super().__init__("latent", team.handle, kind.encode(), *sizes)
+
+    def run(self, calls: int) -> list[float]:
+        times = (c_double * calls)()
+        call("latent_run", self.team.handle, self.handle, calls, times)
+        return [time * 1e-9 for time in times]
+
+    def output(self) -> torch.Tensor:
+        """[heads * head_dim] of the last run."""
+        out = torch.empty(self.width, dtype=torch.float32)
+        call("latent_output", self.handle, ctypes.cast(out.data_ptr(), POINTER(c_float)))
+        return out
 
 
 class Linear(_Handle):

@@ -57,12 +57,15 @@ class AttentionProbe {
     split_bytes_ = 2 * position * cpu::kKvSplit;
     table_.resize(static_cast<std::size_t>(splits_ * cpu::kKvSplit / kKvBlock));
     std::iota(table_.begin(), table_.end(), 0);
-    kv_.k = memory.as<std::byte>();
-    kv_.v = memory.as<std::byte>() + split_bytes_ / 2 * static_cast<std::size_t>(splits_);
-    kv_.block_stride = kKvBlock * kHeadDim;
-    kv_.block_table = table_.data();
-    kv_.block_size = kKvBlock;
-    kv_.head_dim = kHeadDim;
+    cpu::KvSideView side;
+    side.block_stride = kKvBlock * kHeadDim;
+    side.block_table = table_.data();
+    side.block_size = kKvBlock;
+    side.dim = kHeadDim;
+    side.group = kHeadGroup;
+    kv_ = {side, side};
+    kv_.k.data = memory.as<std::byte>();
+    kv_.v.data = memory.as<std::byte>() + split_bytes_ / 2 * static_cast<std::size_t>(splits_);
     const int rows = kQueries * kHeadGroup;
     const std::size_t floats = static_cast<std::size_t>(rows) * (kHeadDim + 2);
     for (int i = 0; i < threads; ++i) {
@@ -86,7 +89,7 @@ class AttentionProbe {
     query.q = query_.as<float>();
     query.token_stride = kHeadGroup * kHeadDim;
     query.tokens = tokens;
-    query.group = kHeadGroup;
+    query.heads = kHeadGroup;
     query.first_position = splits_ * cpu::kKvSplit - tokens;
     auto* numbers = states_[id].as<float>();
     cpu::AttentionState state{numbers, numbers + rows, numbers + 2 * rows};

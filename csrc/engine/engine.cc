@@ -12,6 +12,7 @@
 #include "base/cpu_topology.h"
 #include "engine/engine_info.h"
 #include "engine/hidden_states.h"
+#include "engine/kv_selection.h"
 #include "engine/plan_choice.h"
 #include "engine/request.h"
 #include "scheduler/event_log_file.h"
@@ -102,6 +103,12 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
                     : std::max(1, available_cores() / config.tensor_parallel_size);
   hidden_states = std::make_unique<HiddenStates>(config, model);
   PlanChoice choice = choose_plans(config, model, threads);
+  std::string kv_reason = "dense: asked for";
+  if (config.kv_cache != "dense") {
+    KvChoice kv = select_kv_forms(config, model, choice.plans, threads, max_model_len);
+    choice.kv_forms = std::move(kv.forms);
+    kv_reason = std::move(kv.reason);
+  }
   ranks = std::make_unique<RankGroup>(config, model, choice, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
   ranks->allocate_kv_cache(blocks);
@@ -142,6 +149,8 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   limits = {model.vocab_size, max_model_len, config.block_size, blocks,
             hidden_states->num_reported()};
   info = describe_model(model, *ranks, max_model_len, blocks);
+  info.kv_cache = config.kv_cache;
+  info.kv_reason = kv_reason;
 }
 
 RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params,

@@ -7,9 +7,6 @@
 #include "base/check.h"
 
 namespace deinfer {
-namespace {
-
-/// What the kernel says can be taken without swapping; 0 where it does not say.
 std::uint64_t available_memory() {
   std::ifstream meminfo("/proc/meminfo");
   std::string key;
@@ -20,13 +17,11 @@ std::uint64_t available_memory() {
   return 0;
 }
 
-}  // namespace
-
 std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
                               int max_model_len) {
   if (config.num_kv_blocks > 0) return config.num_kv_blocks;
   std::uint64_t bytes = config.kv_cache_bytes;
-  if (bytes == 0) bytes = available_memory() / 4;
+  if (bytes == 0) bytes = kv_share(available_memory());
   auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
   if (config.kv_cache_bytes > 0 && blocks == 0) {
     fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
@@ -58,7 +53,20 @@ ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_mod
     info.weight_bytes += info.rank_weight_bytes.back();
   }
   info.num_kv_blocks = num_kv_blocks;
-  info.kv_cache_bytes = ranks.kv_block_bytes() * static_cast<std::uint64_t>(num_kv_blocks);
+  for (int rank = 0; rank < ranks.size(); ++rank) {
+    Worker& one = ranks.rank(rank);
+    info.kv_cache_bytes += one.kv_pool_bytes();
+    info.kv_bytes_per_token += one.kv_cache().config().token_bytes();
+    const int kv_heads = one.decoder().share().heads.kv_heads.size();
+    info.dense_kv_bytes_per_token += std::uint64_t{2} * dtype_size(weights.activations) *
+                                     static_cast<std::uint64_t>(model.num_layers) *
+                                     static_cast<std::uint64_t>(kv_heads * model.head_dim);
+  }
+  const KvCacheConfig& cache = worker.kv_cache().config();
+  for (const KvLayerShape& layer : cache.layers) {
+    info.kv_layers.push_back({kv_form_name(layer.k.form), kv_form_name(layer.v.form),
+                              cache.token_bytes(layer.k), cache.token_bytes(layer.v)});
+  }
   for (const DecoderLayer& layer : weights.layers) {
     for (const LowRankLinear* linear : layer.linears()) {
       ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);

@@ -62,7 +62,7 @@ PlanChoice choose_plans(const EngineConfig& config, const ModelConfig& model, in
   const int size = config.tensor_parallel_size;
   const ModelShape shape = model_shape(model);
   // For one rank all plans are the same.
-  PlanChoice choice{make_step_plans(automatic ? "hidden_sharded" : name, shape, size), {}};
+  PlanChoice choice{make_step_plans(automatic ? "hidden_sharded" : name, shape, size), {}, {}};
   const int chunks = std::max(config.exchange_chunks, 1);
   for (ExchangeChunks& kind : choice.chunks) kind.sizes = {{0, chunks}};
   if (size == 1 || (!automatic && !predicts_chunks(config))) return choice;

@@ -1,8 +1,11 @@
 // Which tensor-parallel plans an engine runs, and how it overlaps their exchanges.
 #pragma once
 
+#include <vector>
+
 #include "deinfer/engine.h"
 #include "model/model_config.h"
+#include "plan/kv_forms.h"
 #include "plan/rank_share.h"
 
 namespace deinfer {
@@ -10,6 +13,7 @@ namespace deinfer {
 struct PlanChoice {
   StepPlans plans;
   StepChunks chunks;
+  std::vector<KvForms> kv_forms = {};  // of every layer; none: all dense
 };
 
 /// The plan that `config` names, or for "auto" what the planner chooses for this machine, measured

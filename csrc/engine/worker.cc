@@ -13,8 +13,9 @@ constexpr int kMaxNormedRows = 8;
 }  // namespace
 
 Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-               const StepChunks& chunks, std::unique_ptr<Communicator> communicator, int threads,
-               int max_model_len, const LoadProgress& progress)
+               const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
+               std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+               const LoadProgress& progress)
     : block_size_(config.block_size),
       chunks_(chunks),
       kernels_(cpu::kernels_for(select_isa())),
@@ -23,8 +24,8 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
       residual_(share.residual),
       team_(threads) {
   WeightLoader loader(config.model, model, share, team_, progress);
-  DecoderWeights weights =
-      load_decoder(model, share, resolve_dtype(config.dtype, loader.source(), model), loader);
+  DecoderWeights weights = load_decoder(
+      model, share, resolve_dtype(config.dtype, loader.source(), model), kv_forms, loader);
   parameters_ = loader.parameters();
   // Every sequence samples at most once in a batch.
   BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
@@ -51,6 +52,14 @@ void Worker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicato
 
 std::uint64_t Worker::kv_block_bytes() const {
   return decoder_->kv_cache_config(block_size_, 0).block_bytes();
+}
+
+std::uint64_t Worker::kv_pool_bytes() const {
+  std::uint64_t bytes = 0;
+  for (int i = 0; i < decoder_->config().num_layers; ++i) {
+    bytes += cache_->k_bytes(i) + cache_->v_bytes(i);
+  }
+  return bytes;
 }
 
 void Worker::allocate_kv_cache(std::int64_t num_blocks) {

@@ -15,10 +15,11 @@ namespace deinfer {
 
 class Worker {
  public:
-  /// Loads this rank's weights. `threads` is the size of its team.
+  /// Loads this rank's weights. `threads` is the size of its team; kv_forms as load_decoder().
   Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-         const StepChunks& chunks, std::unique_ptr<Communicator> communicator, int threads,
-         int max_model_len, const LoadProgress& progress);
+         const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
+         std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+         const LoadProgress& progress);
 
   /// Completes the weights by what the other ranks know of theirs. All ranks must call it once all
   /// are there, so that none waits for one that has failed to load.
@@ -41,6 +42,9 @@ class Worker {
   std::span<const float> hidden_states() const { return decoder_->hidden_states(); }
 
   std::uint64_t kv_block_bytes() const;
+  /// Of the pools that are allocated.
+  std::uint64_t kv_pool_bytes() const;
+  KvCache& kv_cache() { return *cache_; }
   std::uint64_t parameters() const { return parameters_; }
   const Decoder& decoder() const { return *decoder_; }
   const cpu::KernelTable& kernels() const { return kernels_; }

@@ -24,12 +24,13 @@ void check_cache(const PagedCache& cache) {
 }
 
 KvLayer layer_of(const PagedCache& cache) {
-  return {static_cast<std::byte*>(cache.k),
-          static_cast<std::byte*>(cache.v),
-          cache.dtype,
-          cache.kv_heads,
-          cache.head_dim,
-          cache.block_size};
+  auto side = [&](void* data) {
+    return KvSide{static_cast<std::byte*>(data),
+                  {KvForm::kDense, cache.kv_heads, cache.head_dim},
+                  cache.dtype,
+                  cache.block_size};
+  };
+  return {side(cache.k), side(cache.v)};
 }
 
 /// Checks the sequences and lists those that have queries.
@@ -94,7 +95,6 @@ void OpExecutor::write_kv(const TensorView& k, const TensorView& v,
   auto write_k = f32 ? impl_->kernels.write_k_f32 : impl_->kernels.write_k_bf16;
   auto write_v = f32 ? impl_->kernels.write_v_f32 : impl_->kernels.write_v_bf16;
   threads = worthwhile_threads(rows * cols * 8, threads);
-  const auto element = static_cast<std::ptrdiff_t>(dtype_size(cache.dtype));
   const Activations floats = impl_->q_floats.take(DType::kFloat32, threads, static_cast<int>(cols));
   impl_->run(threads, [&](ExecutionContext& ctx) {
     float* row = floats.rows_from(ctx.member.id()).f32();
@@ -107,12 +107,11 @@ void OpExecutor::write_kv(const TensorView& k, const TensorView& v,
       for (const TensorView* side : {&k, &v}) {
         cpu::read_row(*side, i, row);
         for (int head = 0; head < cache.kv_heads; ++head) {
-          const std::ptrdiff_t at = layer.offset(block, head) * element;
           const float* values = row + std::ptrdiff_t{head} * cache.head_dim;
           if (side == &k) {
-            write_k(values, cache.head_dim, 0, cache.head_dim, offset, layer.k + at);
+            write_k(values, cache.head_dim, 0, cache.head_dim, offset, layer.k.at(block, head));
           } else {
-            write_v(values, cache.head_dim, 0, cache.head_dim, offset, layer.v + at);
+            write_v(values, cache.head_dim, 0, cache.head_dim, offset, layer.v.at(block, head));
           }
         }
       }
@@ -165,7 +164,8 @@ void OpExecutor::paged_attention(const TensorView& q, const PagedCache& cache,
       for (int i = first; i < last; ++i) cpu::read_row(q, i, floats.rows_from(i).f32());
       ctx.member.barrier();
     }
-    schedule.run(ctx, impl_->batch, floats.f32(), floats.ld, layer_of(cache), activations_of(out));
+    schedule.run(ctx, impl_->batch, floats.f32(), floats.ld, layer_of(cache), {},
+                 activations_of(out));
   });
 }
 

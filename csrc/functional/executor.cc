@@ -29,9 +29,9 @@ AttentionSchedule& OpExecutor::Impl::schedule_of(const AttentionShape& shape, in
     if (known->shape == shape && known->threads == threads) return known->schedule;
   }
   if (schedules.size() == kMost) schedules.erase(schedules.begin());
-  schedules.push_back(
-      std::make_unique<Schedule>(Schedule{shape, threads, AttentionSchedule(shape, threads)}));
-  const std::size_t bytes = attention_scratch_bytes(kernels, shape);
+  schedules.push_back(std::make_unique<Schedule>(
+      Schedule{shape, threads, AttentionSchedule(shape, DType::kFloat32, threads)}));
+  const std::size_t bytes = attention_scratch_bytes(kernels, shape, DType::kFloat32);
   for (ThreadScratch& scratch : team_of(threads).scratch) {
     if (scratch.attention.size() < bytes) scratch.attention = Buffer(bytes);
   }

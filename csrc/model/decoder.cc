@@ -6,6 +6,7 @@
 #include <map>
 
 #include "base/bf16.h"
+#include "model/planned_model.h"
 #include "ops/output_head.h"
 #include "ops/qk_norm.h"
 
@@ -47,10 +48,6 @@ AttentionShape attention_shape(const ModelConfig& config, const RankShare& share
   return shape;
 }
 
-const AttentionKind& last_attention(const ModelConfig& config) {
-  return config.attention[static_cast<std::size_t>(config.attention_of(config.num_layers - 1))];
-}
-
 /// As the product with it is in the activation type.
 float embedding_scale(const ModelConfig& config, DType activations) {
   if (activations == DType::kFloat32) return config.embedding_scale;
@@ -83,7 +80,6 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
     : config_(config),
       share_(share),
       weights_(std::move(weights)),
-      wanted_attention_(attention_shape(config, share, last_attention(config)), num_threads),
       max_tokens_(limits.max_tokens),
       angle_cols_((config.head_dim / 2 + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes),
       query_(float_bytes(limits.max_tokens, share.heads.heads.size() * config.head_dim)),
@@ -106,15 +102,58 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
   }
   cos_ = Buffer(ropes.size() * float_bytes(max_tokens_, angle_cols_));
   sin_ = Buffer(ropes.size() * float_bytes(max_tokens_, angle_cols_));
-  for (const AttentionKind& kind : config.attention) {
-    auto rope = std::find(ropes.begin(), ropes.end(), kind.rope);
-    attention_.push_back({{attention_shape(config, share, kind), num_threads},
-                          static_cast<std::size_t>(rope - ropes.begin())});
+  make_attention(num_threads);
+  positions_.resize(ropes.size());
+  for (const Attention& attention : attention_) {
+    if (attention.shape.forms.k != KvForm::kRebuilt || ropes.empty()) continue;
+    positions_[attention.rope].emplace(ropes_[attention.rope], angle_cols_, limits.max_model_len);
   }
   for (RowMaximum& maximum : maxima_) {
     maximum.value.resize(kLogitRows);
     maximum.index.resize(kLogitRows);
   }
+}
+
+void Decoder::make_attention(int num_threads) {
+  const std::vector<RopeConfig> ropes = distinct_ropes(config_);
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
+    const int kind = config_.attention_of(i);
+    auto found = std::find_if(attention_.begin(), attention_.end(), [&](const Attention& known) {
+      return known.kind == kind && known.shape.forms == layer.kv;
+    });
+    if (found == attention_.end()) {
+      const AttentionKind& attention = config_.attention[static_cast<std::size_t>(kind)];
+      auto rope = std::find(ropes.begin(), ropes.end(), attention.rope);
+      found = attention_.insert(found, {kind,
+                                        attention_shape(config_, share_, attention),
+                                        static_cast<std::size_t>(rope - ropes.begin()),
+                                        {}});
+      found->shape.forms = layer.kv;
+    }
+    AttentionShape& shape = found->shape;
+    if (shape.absorbs_k()) shape.k_latent = std::max(shape.k_latent, layer.key.inner_size());
+    if (shape.absorbs_v()) shape.v_latent = std::max(shape.v_latent, layer.value.inner_size());
+    layer_attention_.push_back(static_cast<std::size_t>(found - attention_.begin()));
+  }
+  for (Attention& attention : attention_) {
+    attention.schedule.emplace(attention.shape, weights_.activations, num_threads);
+  }
+  wanted_attention_.emplace(attention_of(config_.num_layers - 1).shape, weights_.activations,
+                            num_threads);
+}
+
+LatentKv Decoder::latents_of(const DecoderLayer& layer, const Attention& attention) const {
+  LatentKv latents;
+  latents.key = &layer.key;
+  latents.value = &layer.value;
+  latents.absorbed_key = layer.absorbed_key;
+  latents.key_norm_kind = config_.qk_norm;
+  latents.key_norm = &layer.key_norm;
+  if (attention.rope < positions_.size() && positions_[attention.rope]) {
+    latents.angles = positions_[attention.rope]->view();
+  }
+  return latents;
 }
 
 std::size_t Decoder::exchange_bytes(const ModelConfig& config, const RankShare& share,
@@ -144,8 +183,16 @@ int Decoder::logit_rows(std::size_t exchange_bytes) const {
 }
 
 KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
-  return {config_.num_layers, share_.heads.kv_heads.size(), config_.head_dim, block_size,
-          num_blocks,         weights_.activations};
+  const KvTraits traits = kv_traits(config_);
+  const int kv_heads = share_.heads.kv_heads.size();
+  const int element = static_cast<int>(dtype_size(weights_.activations));
+  KvCacheConfig cache{{}, block_size, num_blocks, weights_.activations};
+  for (const DecoderLayer& layer : weights_.layers) {
+    cache.layers.push_back(
+        {kv_key_shape(traits, layer.kv.k, layer.key.inner_size(), kv_heads, element),
+         kv_value_shape(traits, layer.kv.v, layer.value.inner_size(), kv_heads)});
+  }
+  return cache;
 }
 
 std::size_t Decoder::partial_sums_bytes() const {
@@ -161,16 +208,25 @@ std::size_t Decoder::partial_sums_bytes() const {
 }
 
 std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
-  // The same for every kind of attention: they differ in what tokens see.
-  return attention_scratch_bytes(kernels, attention_shape(config_, share_, config_.attention[0]));
+  std::size_t bytes = 0;
+  for (const Attention& attention : attention_) {
+    bytes =
+        std::max(bytes, attention_scratch_bytes(kernels, attention.shape, weights_.activations));
+  }
+  return bytes;
 }
 
 void Decoder::plan(const Batch& batch) {
-  for (Attention& attention : attention_) attention.schedule.plan(batch);
+  for (Attention& attention : attention_) attention.schedule->plan(batch);
+  int length = 0;
+  for (int position : batch.positions) length = std::max(length, position + 1);
+  for (std::optional<PositionAngles>& angles : positions_) {
+    if (angles) angles->reach(length);
+  }
   wanted_.select(batch);
   // Over ranks, what a step exchanges is counted for all of its tokens (plan/exchanges.h).
   narrows_ = share_.size == 1 && wanted_.batch.num_tokens() < batch.num_tokens();
-  if (narrows_) wanted_attention_.plan(wanted_.batch);
+  if (narrows_) wanted_attention_->plan(wanted_.batch);
   states_ = {state_memory_.as<float>(), state_layers_.size() * batch.state_rows.size() *
                                             static_cast<std::size_t>(config_.hidden_size)};
 }
@@ -217,13 +273,13 @@ void Decoder::forward(ExecutionContext& ctx, const Batch& batch, KvCache& cache)
   keep_states(ctx, batch, 0);
   for (int i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
-    Attention& attention = attention_[static_cast<std::size_t>(config_.attention_of(i))];
+    Attention& attention = attention_of(i);
     project_qkv(ctx, batch, layer, angles(attention), cache.layer(i));
     const bool narrow = narrows_ && i + 1 == config_.num_layers;
     if (narrow) keep_wanted(ctx);
     const Batch& rows = narrow ? wanted_.batch : batch;
-    attention_block(ctx, narrow ? wanted_attention_ : attention.schedule, rows, layer,
-                    cache.layer(i));
+    attention_block(ctx, narrow ? *wanted_attention_ : *attention.schedule, rows, layer,
+                    latents_of(layer, attention), cache.layer(i));
     mlp_block(ctx, rows.num_tokens(), layer);
     keep_states(ctx, rows, i + 1);
   }
@@ -267,10 +323,13 @@ void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const Decod
   QkvOutput qkv;
   qkv.q = query_.as<float>();
   qkv.ldq = query_cols();
+  qkv.head_dim = config_.head_dim;
   qkv.kv = kv;
   qkv.slots = batch.slots;
   if (rotates_tiles(config_)) qkv.angles = angles;
-  if (config_.qk_norm != QkNormKind::kNone) {
+  // Of latents, only a norm over all heads wants k now.
+  const bool stores_keys = !kv.k.is_latent() || config_.qk_norm == QkNormKind::kFull;
+  if (config_.qk_norm != QkNormKind::kNone && stores_keys) {
     qkv.k = key_.as<float>();
     qkv.ldk = std::ptrdiff_t{share_.heads.kv_heads.size()} * config_.head_dim;
   }
@@ -283,8 +342,9 @@ void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const Decod
 }
 
 void Decoder::attention_block(ExecutionContext& ctx, AttentionSchedule& schedule,
-                              const Batch& batch, const DecoderLayer& layer, const KvLayer& kv) {
-  schedule.run(ctx, batch, query_.as<float>(), query_cols(), kv, attended_.view());
+                              const Batch& batch, const DecoderLayer& layer,
+                              const LatentKv& latents, const KvLayer& kv) {
+  schedule.run(ctx, batch, query_.as<float>(), query_cols(), kv, latents, attended_.view());
   add_to_residual(ctx, batch.num_tokens(), attended_.view(), layer.output,
                   layer.attention_output_norm);
 }

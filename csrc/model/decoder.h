@@ -1,10 +1,12 @@
 // A decoder-only transformer, one rank's part: every linear dense or low-rank.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "model/decoder_weights.h"
+#include "model/position_angles.h"
 #include "ops/attention.h"
 #include "ops/batch.h"
 #include "ops/context.h"
@@ -68,22 +70,31 @@ class Decoder {
   std::size_t partial_sums_bytes() const;
   std::size_t attention_scratch(const cpu::KernelTable& kernels) const;
   const ModelConfig& config() const { return config_; }
+  const RankShare& share() const { return share_; }
   const DecoderWeights& weights() const { return weights_; }
 
  private:
-  /// A kind of attention that layers have.
+  /// The attention of layers of a kind that keep K and V in the same forms.
   struct Attention {
-    AttentionSchedule schedule;
+    int kind = 0;
+    AttentionShape shape;
     std::size_t rope = 0;  // its place in ropes_
+    std::optional<AttentionSchedule> schedule;
   };
 
+  /// Groups the layers into attention_.
+  void make_attention(int num_threads);
+  Attention& attention_of(int layer) {
+    return attention_[layer_attention_[static_cast<std::size_t>(layer)]];
+  }
+  LatentKv latents_of(const DecoderLayer& layer, const Attention& attention) const;
   /// q, and K and V in the cache.
   void project_qkv(ExecutionContext& ctx, const Batch& batch, const DecoderLayer& layer,
                    const RotaryAngles& angles, const KvLayer& kv);
   /// Moves the wanted rows of q and of the residual stream to the front.
   void keep_wanted(ExecutionContext& ctx);
   void attention_block(ExecutionContext& ctx, AttentionSchedule& schedule, const Batch& batch,
-                       const DecoderLayer& layer, const KvLayer& kv);
+                       const DecoderLayer& layer, const LatentKv& latents, const KvLayer& kv);
   void mlp_block(ExecutionContext& ctx, int m, const DecoderLayer& layer);
   /// residual += norm(linear(x)).
   void add_to_residual(ExecutionContext& ctx, int m, const Activations& x,
@@ -101,11 +112,13 @@ class Decoder {
   ModelConfig config_;
   RankShare share_;
   DecoderWeights weights_;
-  std::vector<Rope> ropes_;           // those that differ
-  std::vector<Attention> attention_;  // of ModelConfig::attention
+  std::vector<Rope> ropes_;                               // those that differ
+  std::vector<std::optional<PositionAngles>> positions_;  // of the ropes of rebuilt keys
+  std::vector<Attention> attention_;
+  std::vector<std::size_t> layer_attention_;  // of each layer, its place in attention_
   WantedRows wanted_;
-  AttentionSchedule wanted_attention_;  // of the last layer's kind
-  bool narrows_ = false;                // the last layer, to the wanted rows
+  std::optional<AttentionSchedule> wanted_attention_;  // of the last layer
+  bool narrows_ = false;                               // that layer, to the wanted rows
   int max_tokens_;
   int angle_cols_;    // head_dim / 2, padded to 16
   Buffer cos_, sin_;  // [ropes, max_tokens, angle_cols]

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/check.h"
+#include "ops/latent_kv.h"
 #include "ops/lowrank_linear.h"
 
 namespace deinfer {
@@ -74,6 +76,25 @@ DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
   return layer;
 }
 
+/// What the keys and values of a layer need for the forms in which they are kept.
+void set_kv_forms(const ModelConfig& config, const RankShare& share, const KvForms& forms,
+                  WeightLoader& loader, DecoderLayer& layer) {
+  auto check = [](KvForm form, const LowRankLinear& linear) {
+    if (form == KvForm::kDense) return;
+    bool whole = linear.is_low_rank();
+    for (const LinearExchanges& exchanges : linear.exchanges) {
+      whole &= exchanges.after_u == Exchange::kNone;
+    }
+    if (!whole) fail(ErrorCode::kInternal, linear.name, " has no latents to be cached");
+  };
+  check(forms.k, layer.key);
+  check(forms.v, layer.value);
+  layer.kv = forms;
+  if (forms.k != KvForm::kAbsorbed) return;
+  layer.absorbed_key =
+      transposed_heads(layer.key, share.heads.kv_heads.size(), config.head_dim, loader.team());
+}
+
 /// The norm terms of a linear of which this rank has the columns `own`.
 void share_terms(LowRankLinear& linear, const Norm& norm, Range own, ThreadTeam& team,
                  Communicator& communicator) {
@@ -122,6 +143,7 @@ std::size_t DecoderLayer::bytes() const {
                            &mlp_norm, &mlp_output_norm}) {
     total += norm->bytes();
   }
+  for (const cpu::PackedMatrix& head : absorbed_key) total += head.bytes();
   return total;
 }
 
@@ -136,7 +158,7 @@ bool rotates_tiles(const ModelConfig& config) {
 }
 
 DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,
-                            WeightLoader& loader) {
+                            const std::vector<KvForms>& kv_forms, WeightLoader& loader) {
   DecoderWeights weights;
   weights.dtype = dtype;
   weights.activations = dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
@@ -153,6 +175,9 @@ DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, D
   for (int i = 0; i < config.num_layers; ++i) {
     std::string prefix = names.layers + "." + std::to_string(i) + ".";
     weights.layers.push_back(load_layer(config, share, prefix, loader));
+    if (kv_forms.empty()) continue;
+    set_kv_forms(config, share, kv_forms[static_cast<std::size_t>(i)], loader,
+                 weights.layers.back());
   }
   weights.final_norm = load_norm(config, "", names.final_norm, config.hidden_size, loader);
   if (config.tie_word_embeddings) {

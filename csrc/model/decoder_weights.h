@@ -9,6 +9,7 @@
 #include "model/model_config.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
+#include "plan/kv_forms.h"
 
 namespace deinfer {
 
@@ -17,7 +18,9 @@ struct DecoderLayer {
   Norm attention_output_norm, mlp_output_norm;  // of what it adds to the residual stream
   Norm query_norm, key_norm;  // as ModelConfig::qk_norm says; of this rank's heads
   LowRankLinear query, key, value, output;
-  LowRankLinear gate, up, down;  // gate is empty in a plain MLP
+  LowRankLinear gate, up, down;                 // gate is empty in a plain MLP
+  KvForms kv;                                   // what the KV cache keeps
+  std::vector<cpu::PackedMatrix> absorbed_key;  // U^T of every kv head, of keys that are absorbed
 
   /// Those that there are.
   std::vector<const LowRankLinear*> linears() const;
@@ -42,9 +45,10 @@ struct DecoderWeights {
 /// Whether q and k are rotated where they are computed: nothing comes between product and rotation.
 bool rotates_tiles(const ModelConfig& config);
 
-/// Loads the weights of `config` in `dtype` (set on the loader).
+/// Loads the weights of `config` in `dtype` (set on the loader). `kv_forms` of every layer, or none
+/// for dense ones; latents only of linears that are low-rank and whose whole z every rank has.
 DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,
-                            WeightLoader& loader);
+                            const std::vector<KvForms>& kv_forms, WeightLoader& loader);
 
 /// Computes LowRankLinear::norm_terms where the plan divides what linears read by columns. All
 /// ranks must call it, once all have loaded their weights.

@@ -34,6 +34,7 @@ class WeightLoader {
                const RankShare& share, ThreadTeam& team, Progress progress);
 
   const io::WeightSource& source() const { return source_; }
+  ThreadTeam& team() const { return team_; }
   /// The type of packed matrices: fp32, bf16 or int8 (weights only).
   void set_dtype(DType dtype) { dtype_ = dtype; }
 

@@ -107,6 +107,22 @@ ModelDescription DEINFER_ABI::describe_config(const std::string& path) {
   }
   model.kv_elements_per_token = product(2 * config.num_layers, config.num_kv_heads) *
                                 static_cast<std::uint64_t>(config.head_dim);
+  const PlannedModel planned = planned_model(config, 0.0, "float32");
+  KvTraits traits = planned.kv_traits();
+  traits.scales_keys = false;
+  for (const LayerShape& layer : planned.layers) {
+    auto form = [&](const LinearShape& shape, auto latent) {
+      return shape.rank == 0 ? KvForm::kDense : latent(traits, shape.rank);
+    };
+    const KvForm k = form(layer.key, latent_key_form);
+    const KvForm v = form(layer.value, latent_value_form);
+    model.latent_kv_elements_per_token +=
+        kv_key_shape(traits, k, layer.key.rank, config.num_kv_heads, 4).elements() +
+        kv_value_shape(traits, v, layer.value.rank, config.num_kv_heads).elements();
+    if (planned.scales_keys && k == KvForm::kRebuilt) {
+      model.latent_kv_factor_bytes_per_token += sizeof(float);
+    }
+  }
   return model;
 }
 

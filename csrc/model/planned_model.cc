@@ -41,6 +41,16 @@ ModelShape model_shape(const ModelConfig& config) {
           config.num_kv_heads, config.head_dim,          config.vocab_size};
 }
 
+KvTraits kv_traits(const ModelConfig& config) {
+  KvTraits traits;
+  traits.group = config.num_heads / config.num_kv_heads;
+  traits.head_dim = config.head_dim;
+  traits.absorbs_keys = config.positions == PositionKind::kLearned &&
+                        config.qk_norm == QkNormKind::kNone && config.attention_soft_cap == 0.0f;
+  traits.scales_keys = config.qk_norm == QkNormKind::kFull;
+  return traits;
+}
+
 std::vector<NamedLinear> layer_linears(const ModelConfig& config, int layer) {
   const int hidden = config.hidden_size;
   const int inner = config.intermediate_size;
@@ -83,6 +93,9 @@ PlannedModel planned_model(const ModelConfig& config, double keep, std::string_v
     check_argument(dtype == "bfloat16", "dtype=\"", dtype, "\" is not float32, bfloat16 or int8");
   }
   model.shape = model_shape(config);
+  const KvTraits traits = kv_traits(config);
+  model.absorbs_keys = traits.absorbs_keys;
+  model.scales_keys = traits.scales_keys;
   model.tied_embeddings = config.tie_word_embeddings;
   auto kind_of = [&](const std::string& norm) {
     return norm.empty() ? NormKind::kNone : config.norm;
@@ -119,6 +132,7 @@ PlanReport DEINFER_ABI::plan_tensor_parallelism(const PlannerConfig& config) {
   options.prefill = config.prefill;
   options.context = config.context;
   options.mix = config.mix;
+  options.kv_cache = config.kv_cache;
   options.max_chunks = config.max_chunks;
   const ModelConfig model = read_model_config(config.model);
   return choose_plan(planned_model(model, config.keep, config.dtype), options);

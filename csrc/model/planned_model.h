@@ -11,6 +11,7 @@
 namespace deinfer {
 
 ModelShape model_shape(const ModelConfig& config);
+KvTraits kv_traits(const ModelConfig& config);
 
 struct NamedLinear {
   LinearRole role;

@@ -2,37 +2,39 @@
 
 namespace deinfer {
 
-cpu::KvView KvLayer::view(int head, const std::int32_t* block_table) const {
-  std::ptrdiff_t bytes = head * head_stride() * static_cast<std::ptrdiff_t>(dtype_size(dtype));
-  cpu::KvView view;
-  view.k = k + bytes;
-  view.v = v + bytes;
-  view.block_stride = block_stride();
-  view.block_table = block_table;
-  view.block_size = block_size;
-  view.head_dim = head_dim;
-  return view;
+cpu::KvSideView KvSide::view(int head, int group, const std::int32_t* block_table) const {
+  cpu::KvSideView side;
+  side.data = at(0, head);
+  side.block_stride = block_stride();
+  side.head_stride = head_stride();
+  side.block_table = block_table;
+  side.block_size = block_size;
+  side.dim = shape.dim;
+  side.group = group;
+  return side;
 }
 
-std::uint64_t KvCacheConfig::block_bytes() const {
-  return std::uint64_t{2} * static_cast<std::uint64_t>(num_layers) *
-         static_cast<std::uint64_t>(kv_heads) * static_cast<std::uint64_t>(head_dim) *
-         static_cast<std::uint64_t>(block_size) * dtype_size(dtype);
+std::uint64_t KvCacheConfig::token_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const KvLayerShape& layer : layers) bytes += token_bytes(layer.k) + token_bytes(layer.v);
+  return bytes;
 }
 
 KvCache::KvCache(const KvCacheConfig& config) : config_(config) {
-  std::uint64_t side = config.block_bytes() / 2 / static_cast<std::uint64_t>(config.num_layers) *
-                       static_cast<std::uint64_t>(config.num_blocks);
-  for (int i = 0; i < config.num_layers; ++i) {
-    k_.emplace_back(side);
-    v_.emplace_back(side);
+  const std::uint64_t tokens =
+      static_cast<std::uint64_t>(config.block_size) * static_cast<std::uint64_t>(config.num_blocks);
+  for (const KvLayerShape& layer : config.layers) {
+    k_.emplace_back(config.token_bytes(layer.k) * tokens);
+    v_.emplace_back(config.token_bytes(layer.v) * tokens);
   }
 }
 
 KvLayer KvCache::layer(int index) {
   auto i = static_cast<std::size_t>(index);
-  return {k_[i].as<std::byte>(), v_[i].as<std::byte>(), config_.dtype,
-          config_.kv_heads,      config_.head_dim,      config_.block_size};
+  auto side = [&](Buffer& pool, const KvSideShape& shape) {
+    return KvSide{pool.as<std::byte>(), shape, config_.dtype, config_.block_size};
+  };
+  return {side(k_[i], config_.layers[i].k), side(v_[i], config_.layers[i].v)};
 }
 
 }  // namespace deinfer

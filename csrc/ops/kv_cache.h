@@ -1,4 +1,5 @@
-// The paged KV memory of one rank.
+// The paged KV memory of one rank: of every layer a pool of K and one of V, each as wide as what it
+// keeps. Block tables are common to all.
 #pragma once
 
 #include <cstdint>
@@ -7,38 +8,51 @@
 #include "base/buffer.h"
 #include "deinfer/tensor.h"
 #include "kernels/cpu/kernel_table.h"
+#include "plan/kv_forms.h"
 
 namespace deinfer {
 
-/// K and V pools of one layer in the layout of kernels/cpu/kernel_table.h.
-struct KvLayer {
-  std::byte* k = nullptr;
-  std::byte* v = nullptr;
+/// The pool of one side. Dense K and latents that K absorbs have the layout of K in
+/// kernels/cpu/kernel_table.h, all else that of V.
+struct KvSide {
+  std::byte* data = nullptr;
+  KvSideShape shape;
   DType dtype = DType::kFloat32;
-  int kv_heads = 0;
-  int head_dim = 0;
   int block_size = 0;
 
-  std::ptrdiff_t head_stride() const { return std::ptrdiff_t{block_size} * head_dim; }
-  std::ptrdiff_t block_stride() const { return head_stride() * kv_heads; }
-  /// Elements before kv head `head` of block `block`.
-  std::ptrdiff_t offset(std::int32_t block, int head) const {
-    return block * block_stride() + head * head_stride();
+  bool is_latent() const { return shape.form != KvForm::kDense; }
+  std::ptrdiff_t head_stride() const { return std::ptrdiff_t{block_size} * shape.dim; }
+  std::ptrdiff_t block_stride() const { return head_stride() * shape.heads; }
+  /// Head `head` of block `block`.
+  std::byte* at(std::int32_t block, int head) const {
+    return data + (block * block_stride() + head * head_stride()) *
+                      static_cast<std::ptrdiff_t>(dtype_size(dtype));
   }
-  cpu::KvView view(int head, const std::int32_t* block_table) const;
+  /// From head `head` on, each of which `group` heads of the query share.
+  cpu::KvSideView view(int head, int group, const std::int32_t* block_table) const;
+};
+
+struct KvLayer {
+  KvSide k;
+  KvSide v;
 };
 
 /// Shape of a rank's cache.
 struct KvCacheConfig {
-  int num_layers = 0;
-  int kv_heads = 0;
-  int head_dim = 0;
+  std::vector<KvLayerShape> layers;
   int block_size = 16;
   std::int64_t num_blocks = 0;
   DType dtype = DType::kFloat32;
 
+  /// Bytes that a token takes in one side of a layer, and in all.
+  std::uint64_t token_bytes(const KvSideShape& side) const {
+    return side.elements() * dtype_size(dtype);
+  }
+  std::uint64_t token_bytes() const;
   /// Bytes of one block over all layers, K and V.
-  std::uint64_t block_bytes() const;
+  std::uint64_t block_bytes() const {
+    return token_bytes() * static_cast<std::uint64_t>(block_size);
+  }
 };
 
 /// Owns the pools of all layers. Pages are taken from the OS when blocks are first used.
@@ -47,6 +61,9 @@ class KvCache {
   explicit KvCache(const KvCacheConfig& config);
   const KvCacheConfig& config() const { return config_; }
   KvLayer layer(int index);
+  /// Bytes of the pools of K and of V of a layer.
+  std::uint64_t k_bytes(int layer) const { return k_[static_cast<std::size_t>(layer)].size(); }
+  std::uint64_t v_bytes(int layer) const { return v_[static_cast<std::size_t>(layer)].size(); }
 
  private:
   KvCacheConfig config_;

@@ -43,6 +43,7 @@ class Group {
     for (const Branch& branch : branches) {
       z_.add(*branch.linear);
       if (branch.second != nullptr) z_.add(*branch.second);
+      stores_latents_ |= branch.latent != nullptr;
     }
     after_u_ = branches.front().linear->exchange(ctx.step_kind).after_u;
   }
@@ -71,6 +72,7 @@ class Group {
     if (after_u_ != Exchange::kNone) return finish_output(tile);
     for (int chunk = 0; chunk < z_.chunks(); ++chunk) {
       if (z_.kind() != Exchange::kNone) z_.receive(tile, chunk);
+      if (chunk + 1 == z_.chunks()) store_latents(tile);
       multiply_u(tile, chunk);
     }
   }
@@ -160,7 +162,7 @@ class Group {
     std::size_t count = 0;
     std::ptrdiff_t sums = 0;  // floats in use
     for (const Branch& branch : branches_) {
-      if (in_first_stage(branch)) continue;
+      if (branch.epilogue == nullptr || in_first_stage(branch)) continue;
       PanelJob job = branch_job(branch);
       if (z_.chunks() > 1) {
         auto ready = [&](const LowRankLinear& linear) {
@@ -182,9 +184,22 @@ class Group {
       }
       jobs[count++] = job;
     }
-    if (count == 0) return;
-    run_jobs(ctx_, std::span(jobs.data(), count), tile.u_tokens.begin, tile.u_tokens.size());
+    if (count == 0 && !stores_latents_) return;
+    if (count > 0) {
+      run_jobs(ctx_, std::span(jobs.data(), count), tile.u_tokens.begin, tile.u_tokens.size());
+    }
     if (chunk + 1 == z_.chunks()) ctx_.member.barrier();  // else receive() has the next
+  }
+
+  /// z where it is wanted itself; multiply_u() has the barrier.
+  void store_latents(const Tile& tile) {
+    if (!stores_latents_) return;
+    auto [begin, end] = ctx_.member.share(tile.u_tokens.size());
+    for (const Branch& branch : branches_) {
+      if (branch.latent == nullptr) continue;
+      const Activations z = z_.z_of(*branch.linear);
+      for (int i = begin; i < end; ++i) branch.latent->store(z, tile.u_tokens.begin + i);
+    }
   }
 
   /// Output factors whose results are partial sums: of one linear, or of two that an epilogue
@@ -257,6 +272,7 @@ class Group {
   ZExchange z_;
   std::span<const Branch> branches_;
   Exchange after_u_ = Exchange::kNone;
+  bool stores_latents_ = false;
 };
 
 }  // namespace

@@ -9,12 +9,20 @@
 
 namespace deinfer {
 
+/// Takes the latent z[r] of row `row` of the batch, which has the zeros of a z buffer behind it.
+class LatentStore {
+ public:
+  virtual ~LatentStore() = default;
+  virtual void store(const Activations& z, int row) const = 0;
+};
+
 /// Where the columns of a linear's output, or of the outputs of two that an epilogue combines (gate
-/// and up), go.
+/// and up), go; and z of the first, if it is wanted itself. No epilogue: only z is wanted.
 struct Branch {
   const LowRankLinear* linear = nullptr;
   const Epilogue* epilogue = nullptr;
   const LowRankLinear* second = nullptr;
+  const LatentStore* latent = nullptr;
 };
 
 /// What a group reads. `x` is what this rank has of the input: columns of the hidden shard, or rows

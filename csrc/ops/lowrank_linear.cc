@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 
+#include "ops/latent_kv.h"
 #include "ops/z_exchange.h"
 
 namespace deinfer {
@@ -140,7 +141,7 @@ class RotaryTile {
   RotaryTile(const LowRankLinear& linear, const QkvOutput& out)
       : linear_(linear),
         out_(out),
-        half_(out.kv.head_dim / 2),
+        half_(out.head_dim / 2),
         panels_per_head_((half_ + cpu::kLanes - 1) / cpu::kLanes) {}
 
   int head(int first) const { return first / cpu::kPanelRows / panels_per_head_; }
@@ -169,7 +170,7 @@ class StoreQuery final : public Epilogue {
   StoreQuery(const LowRankLinear& linear, const QkvOutput& out) : out_(out), tile_(linear, out) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int) const override {
-    float* head = out_.q + row * out_.ldq + tile_.head(first) * out_.kv.head_dim;
+    float* head = out_.q + row * out_.ldq + tile_.head(first) * out_.head_dim;
     tile_.rotate(kernels, tile, row, m, first, [&](const float* half, int count, int d0) {
       kernels.store_f32(half, m, count, nullptr, head + d0, out_.ldq);
     });
@@ -185,15 +186,14 @@ class StoreKey final : public Epilogue {
   StoreKey(const LowRankLinear& linear, const QkvOutput& out) : out_(out), tile_(linear, out) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int) const override {
-    const KvLayer& kv = out_.kv;
-    auto write = kv.dtype == DType::kFloat32 ? kernels.write_k_f32 : kernels.write_k_bf16;
-    auto element = static_cast<std::ptrdiff_t>(dtype_size(kv.dtype));
+    const KvSide& side = out_.kv.k;
+    auto write = side.dtype == DType::kFloat32 ? kernels.write_k_f32 : kernels.write_k_bf16;
     int head = tile_.head(first);
     tile_.rotate(kernels, tile, row, m, first, [&](const float* half, int count, int d0) {
       for (int i = 0; i < m; ++i) {
         KvSlot slot = out_.slots[static_cast<std::size_t>(row + i)];
-        write(half + std::ptrdiff_t{i} * cpu::kPanelRows, count, d0, kv.head_dim, slot.offset,
-              kv.k + kv.offset(slot.block, head) * element);
+        write(half + std::ptrdiff_t{i} * cpu::kPanelRows, count, d0, out_.head_dim, slot.offset,
+              side.at(slot.block, head));
       }
     });
   }
@@ -210,13 +210,11 @@ class StoreCached final : public Epilogue {
       : linear_(linear), out_(out), is_key_(is_key) {}
   void apply(const cpu::KernelTable& kernels, float* tile, const float*, int row, int m, int first,
              int cols) const override {
-    const KvLayer& kv = out_.kv;
-    bool f32 = kv.dtype == DType::kFloat32;
+    const KvSide& side = is_key_ ? out_.kv.k : out_.kv.v;
+    bool f32 = side.dtype == DType::kFloat32;
     auto write_v = f32 ? kernels.write_v_f32 : kernels.write_v_bf16;
     auto write_k = f32 ? kernels.write_k_f32 : kernels.write_k_bf16;
     auto write = is_key_ ? write_k : write_v;
-    std::byte* pool = is_key_ ? kv.k : kv.v;
-    auto element = static_cast<std::ptrdiff_t>(dtype_size(kv.dtype));
     int valid = std::min(cols, linear_.output_factor().n - first);
     for (int i = 0; i < m; ++i) {
       float* values = tile + std::ptrdiff_t{i} * cpu::kPanelRows;
@@ -225,11 +223,10 @@ class StoreCached final : public Epilogue {
       }
       KvSlot slot = out_.slots[static_cast<std::size_t>(row + i)];
       for (int j = 0; j < valid;) {  // a panel may span heads
-        int head = (first + j) / kv.head_dim;
-        int d0 = (first + j) % kv.head_dim;
-        int count = std::min(valid - j, kv.head_dim - d0);
-        write(values + j, count, d0, kv.head_dim, slot.offset,
-              pool + kv.offset(slot.block, head) * element);
+        int head = (first + j) / out_.head_dim;
+        int d0 = (first + j) % out_.head_dim;
+        int count = std::min(valid - j, out_.head_dim - d0);
+        write(values + j, count, d0, out_.head_dim, slot.offset, side.at(slot.block, head));
         j += count;
       }
     }
@@ -245,7 +242,7 @@ void linear_to_f32(ExecutionContext& ctx, int m, const GroupInput& input,
                    const LowRankLinear& linear, const Activations& z, float* out,
                    std::ptrdiff_t ldo, bool add, float soft_cap) {
   StoreOutput epilogue(linear, out, ldo, add, soft_cap);
-  Branch branch{&linear, &epilogue, nullptr};
+  Branch branch{&linear, &epilogue, nullptr, nullptr};
   run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
@@ -264,7 +261,7 @@ void lowrank_linears(ExecutionContext& ctx, int m, const GroupInput& input,
   std::array<Branch, kMaxLinears> branches;
   for (std::size_t i = 0; i < linears.size(); ++i) {
     epilogues[i] = {linears[i], outs[i]};
-    branches[i] = {&linears[i], &epilogues[i], nullptr};
+    branches[i] = {&linears[i], &epilogues[i], nullptr, nullptr};
   }
   run_group(ctx, m, input, z, std::span(branches.data(), linears.size()));
 }
@@ -282,7 +279,7 @@ void lowrank_argmax(ExecutionContext& ctx, int m, const GroupInput& input,
   std::fill_n(mine.value.begin(), m, -std::numeric_limits<float>::infinity());
   std::fill_n(mine.index.begin(), m, 0);
   TakeMaximum epilogue(linear, mine, soft_cap);
-  Branch branch{&linear, &epilogue, nullptr};
+  Branch branch{&linear, &epilogue, nullptr, nullptr};
   run_group(ctx, m, input, z, std::span(&branch, 1));
   auto [begin, end] = ctx.member.share(m);
   for (int i = begin; i < end; ++i) {
@@ -303,14 +300,14 @@ void lowrank_gated_mlp(ExecutionContext& ctx, int m, const GroupInput& input,
                        const LowRankLinear& gate, const LowRankLinear& up, GateKind kind,
                        const Activations& z, const Activations& out) {
   StoreGated epilogue(gate, up, kind, out);
-  Branch branch{&gate, &epilogue, &up};
+  Branch branch{&gate, &epilogue, &up, nullptr};
   run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
 void lowrank_relu(ExecutionContext& ctx, int m, const GroupInput& input,
                   const LowRankLinear& linear, const Activations& z, const Activations& out) {
   StoreRelu epilogue(linear, out);
-  Branch branch{&linear, &epilogue, nullptr};
+  Branch branch{&linear, &epilogue, nullptr, nullptr};
   run_group(ctx, m, input, z, std::span(&branch, 1));
 }
 
@@ -329,8 +326,16 @@ void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const Lo
     store_query = &plain_query;
     store_key = out.k != nullptr ? static_cast<const Epilogue*>(&plain_key) : &cached_key;
   }
-  const Branch branches[] = {
-      {&query, store_query, nullptr}, {&key, store_key, nullptr}, {&value, &cached_value, nullptr}};
+  const StoreLatent key_latent(out.kv.k, true, key.inner_size(), out.slots);
+  const StoreLatent value_latent(out.kv.v, false, value.inner_size(), out.slots);
+  Branch branches[] = {{&query, store_query, nullptr, nullptr},
+                       {&key, store_key, nullptr, nullptr},
+                       {&value, &cached_value, nullptr, nullptr}};
+  if (out.kv.k.is_latent()) {
+    branches[1].latent = &key_latent;
+    if (out.k == nullptr) branches[1].epilogue = nullptr;
+  }
+  if (out.kv.v.is_latent()) branches[2] = {&value, nullptr, nullptr, &value_latent};
   if (query.exchange(ctx.step_kind).after_u == Exchange::kNone) {
     return run_group(ctx, m, input, z, branches);
   }

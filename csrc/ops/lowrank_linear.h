@@ -67,19 +67,20 @@ struct RotaryAngles {
 };
 
 /// Where q, k and v go. v rows are packed in order; q and k rows by rotary_row_map when there are
-/// angles, else in order too.
+/// angles, else in order too. Of a side that keeps latents z is stored instead.
 struct QkvOutput {
   float* q = nullptr;  // [m, heads, head_dim]
   std::ptrdiff_t ldq = 0;
   float* k = nullptr;  // [m, kv_heads, head_dim] for k that is not ready for the cache, or null
   std::ptrdiff_t ldk = 0;
+  int head_dim = 0;
   KvLayer kv;                     // k, unless it goes to `k`, and v are written to the slots
   std::span<const KvSlot> slots;  // [m]
   RotaryAngles angles;            // of the rotation of q and k; none when cos is null
 };
 
 /// q, k, v = linears of x; q and k rotated if there are angles (then `k` is null); k, or what goes
-/// to `k`, and v stored.
+/// to `k`, and v stored. Latents of keys that also go to `k` are stored all the same.
 void lowrank_qkv(ExecutionContext& ctx, int m, const GroupInput& input, const LowRankLinear& query,
                  const LowRankLinear& key, const LowRankLinear& value, const Activations& z,
                  const QkvOutput& out);

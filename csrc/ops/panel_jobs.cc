@@ -5,28 +5,6 @@
 namespace deinfer {
 namespace {
 
-/// The product of the columns `k` of a panel with x, on top of the tile but for the first.
-void multiply(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix, Range k,
-              const Activations& x, int row, int m, int panel, const void* next, float* tile) {
-  const Activations from = x.rows_from(row).columns_from(k.begin);
-  const int rows = matrix.rows_of(panel);
-  const std::ptrdiff_t first = std::ptrdiff_t{k.begin} * rows;
-  if (matrix.dtype == DType::kInt8) {
-    auto* gemm = k.begin == 0 ? kernels.panel_gemm_int8 : kernels.panel_gemm_add_int8;
-    const float* scales = matrix.scales.data() + panel * matrix.panel_rows;
-    gemm(from.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)) + first,
-         k.end == matrix.k_pad ? scales : nullptr, k.size(), next, tile);
-  } else if (matrix.dtype == DType::kFloat32) {
-    auto* gemm = k.begin == 0 ? kernels.panel_gemm_f32 : kernels.panel_gemm_add_f32;
-    gemm(from.f32(), x.ld, m, static_cast<const float*>(matrix.panel(panel)) + first, rows,
-         k.size(), next, tile);
-  } else {
-    auto* gemm = k.begin == 0 ? kernels.panel_gemm_bf16 : kernels.panel_gemm_add_bf16;
-    gemm(from.b16(), x.ld, m, static_cast<const bf16*>(matrix.panel(panel)) + first, rows, k.size(),
-         next, tile);
-  }
-}
-
 /// Where the columns from `k` on of a panel begin; null behind the last.
 const void* columns_of(const cpu::PackedMatrix& matrix, int panel, Range k) {
   if (panel >= matrix.num_panels()) return nullptr;
@@ -56,11 +34,11 @@ void run_panel(ExecutionContext& ctx, const PanelJob& job, int row, int m, int b
   if (k.size() > 0) {
     const void* next = job.second != nullptr ? columns_of(*job.second, panel, second_k)
                                              : columns_of(matrix, panel + 1, k);
-    multiply(ctx.kernels, matrix, k, job.x, row + begin, count, panel, next, tile);
+    multiply_panel(ctx.kernels, matrix, k, job.x.rows_from(row + begin), count, panel, next, tile);
   }
   if (second_k.size() > 0) {
-    multiply(ctx.kernels, *job.second, second_k, job.second_x, row + begin, count, panel,
-             columns_of(*job.second, panel + 1, second_k), second);
+    multiply_panel(ctx.kernels, *job.second, second_k, job.second_x.rows_from(row + begin), count,
+                   panel, columns_of(*job.second, panel + 1, second_k), second);
   }
   if (job.part && !job.part->last) return;
   job.epilogue->apply(ctx.kernels, tile, second, row + begin, count, panel * matrix.panel_rows,
@@ -101,6 +79,27 @@ struct Division {
 };
 
 }  // namespace
+
+void multiply_panel(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix, Range k,
+                    const Activations& x, int m, int panel, const void* next, float* tile) {
+  const Activations from = x.columns_from(k.begin);
+  const int rows = matrix.rows_of(panel);
+  const std::ptrdiff_t first = std::ptrdiff_t{k.begin} * rows;
+  if (matrix.dtype == DType::kInt8) {
+    auto* gemm = k.begin == 0 ? kernels.panel_gemm_int8 : kernels.panel_gemm_add_int8;
+    const float* scales = matrix.scales.data() + panel * matrix.panel_rows;
+    gemm(from.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)) + first,
+         k.end == matrix.k_pad ? scales : nullptr, k.size(), next, tile);
+  } else if (matrix.dtype == DType::kFloat32) {
+    auto* gemm = k.begin == 0 ? kernels.panel_gemm_f32 : kernels.panel_gemm_add_f32;
+    gemm(from.f32(), x.ld, m, static_cast<const float*>(matrix.panel(panel)) + first, rows,
+         k.size(), next, tile);
+  } else {
+    auto* gemm = k.begin == 0 ? kernels.panel_gemm_bf16 : kernels.panel_gemm_add_bf16;
+    gemm(from.b16(), x.ld, m, static_cast<const bf16*>(matrix.panel(panel)) + first, rows, k.size(),
+         next, tile);
+  }
+}
 
 void run_jobs(ExecutionContext& ctx, std::span<const PanelJob> jobs, int row, int m) {
   std::int64_t total = 0;

@@ -3,23 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ops/latent_kv.h"
+
 namespace deinfer {
 namespace {
-
-/// Rotates one head in place; cos and sin [head_dim / 2], padded to 16.
-void rotate_head(const cpu::KernelTable& kernels, float* head, int head_dim, const float* cos,
-                 const float* sin) {
-  int half = head_dim / 2;
-  alignas(64) float tile[cpu::kPanelRows] = {};
-  for (int pair = 0; pair < half; pair += cpu::kLanes) {
-    int count = std::min(cpu::kLanes, half - pair);
-    std::copy_n(head + pair, count, tile);
-    std::copy_n(head + half + pair, count, tile + cpu::kLanes);
-    kernels.rope_tile(tile, 1, nullptr, cos + pair, sin + pair, 0);
-    std::copy_n(tile, count, head + pair);
-    std::copy_n(tile + cpu::kLanes, count, head + half + pair);
-  }
-}
 
 /// Heads of a token's q or k under one sum of squares.
 struct Unit {
@@ -41,7 +28,9 @@ class Normalizer {
     const int query_unit = full ? norm_.own.heads.size() : 1;
     const int key_unit = full ? norm_.own.kv_heads.size() : 1;
     const int query_units = norm_.own.heads.size() / query_unit;
-    const int units = query_units + norm_.own.kv_heads.size() / key_unit;
+    // Keys are normalised where they are rebuilt, with the factor of a norm over all heads.
+    const int key_units = keeps_latents() && !full ? 0 : norm_.own.kv_heads.size() / key_unit;
+    const int units = query_units + key_units;
     auto [begin, end] = ctx_.member.share(m * units);
     for (int i = begin; i < end; ++i) {
       const int index = i % units;
@@ -50,6 +39,12 @@ class Normalizer {
         unit = {i / units, false, (index - query_units) * key_unit, key_unit};
       }
       float* values = values_of(unit);
+      if (!unit.is_query && keeps_latents()) {
+        const int width = unit.heads * head_dim();
+        const float sum = kernels_.apply_gain_f32(values, norm_.key.gain.data(), width, values);
+        store_scale(unit, sum, width);
+        continue;
+      }
       normalize_row(kernels_, values, unit.heads * head_dim(), norm_of(unit),
                     {values, DType::kFloat32, 0});
       finish(unit);
@@ -76,6 +71,10 @@ class Normalizer {
       float sum = 0.0f;
       for (int r = 0; r < ctx_.exchange.size(); ++r) sum += ctx_.floats_from(r, ticket)[i];
       const int width = (unit.is_query ? norm_.heads : norm_.kv_heads) * head_dim();
+      if (!unit.is_query && keeps_latents()) {
+        store_scale(unit, sum, width);
+        continue;
+      }
       const float mean = sum / static_cast<float>(width);
       kernels_.scale_row(values_of(unit), unit.heads * head_dim(),
                          1.0f / std::sqrt(mean + norm_of(unit).eps));
@@ -85,7 +84,13 @@ class Normalizer {
   }
 
  private:
-  int head_dim() const { return qkv_.kv.head_dim; }
+  int head_dim() const { return qkv_.head_dim; }
+  bool keeps_latents() const { return qkv_.kv.k.is_latent(); }
+  void store_scale(const Unit& unit, float sum, int width) const {
+    const float mean = sum / static_cast<float>(width);
+    store_key_scale(qkv_.kv.k, qkv_.slots[static_cast<std::size_t>(unit.row)],
+                    1.0f / std::sqrt(mean + norm_.key.eps));
+  }
   /// All q and all k of the tokens in turn.
   Unit row_unit(int first_row, int index) const {
     const bool is_query = index % 2 == 0;
@@ -100,17 +105,15 @@ class Normalizer {
 
   /// Rotates the heads of a unit and stores those of k.
   void finish(const Unit& unit) const {
-    const KvLayer& kv = qkv_.kv;
-    auto write = kv.dtype == DType::kFloat32 ? kernels_.write_k_f32 : kernels_.write_k_bf16;
-    auto element = static_cast<std::ptrdiff_t>(dtype_size(kv.dtype));
+    const KvSide& side = qkv_.kv.k;
+    auto write = side.dtype == DType::kFloat32 ? kernels_.write_k_f32 : kernels_.write_k_bf16;
     float* values = values_of(unit);
     for (int head = unit.first; head < unit.first + unit.heads; ++head, values += head_dim()) {
       rotate_head(kernels_, values, head_dim(), angles_.cos + unit.row * angles_.ld,
                   angles_.sin + unit.row * angles_.ld);
       if (unit.is_query) continue;
       KvSlot slot = qkv_.slots[static_cast<std::size_t>(unit.row)];
-      write(values, head_dim(), 0, head_dim(), slot.offset,
-            kv.k + kv.offset(slot.block, head) * element);
+      write(values, head_dim(), 0, head_dim(), slot.offset, side.at(slot.block, head));
     }
   }
 
@@ -122,6 +125,20 @@ class Normalizer {
 };
 
 }  // namespace
+
+void rotate_head(const cpu::KernelTable& kernels, float* head, int head_dim, const float* cos,
+                 const float* sin) {
+  int half = head_dim / 2;
+  alignas(64) float tile[cpu::kPanelRows] = {};
+  for (int pair = 0; pair < half; pair += cpu::kLanes) {
+    int count = std::min(cpu::kLanes, half - pair);
+    std::copy_n(head + pair, count, tile);
+    std::copy_n(head + half + pair, count, tile + cpu::kLanes);
+    kernels.rope_tile(tile, 1, nullptr, cos + pair, sin + pair, 0);
+    std::copy_n(tile, count, head + pair);
+    std::copy_n(tile + cpu::kLanes, count, head + half + pair);
+  }
+}
 
 void normalize_qk(ExecutionContext& ctx, int m, const QkNorm& norm, const RotaryAngles& angles,
                   const QkvOutput& qkv) {

@@ -19,11 +19,17 @@ struct QkNorm {
   int kv_heads;
 };
 
+/// Rotates one head in place; cos and sin [head_dim / 2], padded to 16.
+void rotate_head(const cpu::KernelTable& kernels, float* head, int head_dim, const float* cos,
+                 const float* sin);
+
 /// Normalises q[m, heads, head_dim] and k[m, kv_heads, head_dim] of this rank (fp32, as lowrank_qkv
 /// leaves them, row strides ldq and ldk), rotates both by `angles`, leaves q in place and writes k
 /// to the slots of the cache. head_dim is even. kFull over heads of several ranks exchanges two
-/// numbers per token. (Orthonormal factors U of q and k, which a change of basis of the rank
-/// dimension could give offline, would make |q| and |k| known from z.)
+/// numbers per token. Where the cache keeps latents of k, only q is normalised; a norm over all
+/// heads of k then leaves its factor there, which takes k as lowrank_qkv leaves it. (Orthonormal
+/// factors U of q and k, which a change of basis of the rank dimension could give offline, would
+/// make |q| and |k| known from z.)
 void normalize_qk(ExecutionContext& ctx, int m, const QkNorm& norm, const RotaryAngles& angles,
                   const QkvOutput& qkv);
 

@@ -225,25 +225,6 @@ double exchange_cost(const PlannedModel& model, const TensorParallelPlan& plan,
   return seconds + tiles * exposed_seconds(part, hardware, link, plan.size()) - whole.v - whole.u;
 }
 
-double attention_seconds(const PlannedModel& model, const TensorParallelPlan& plan,
-                         const Hardware& hardware, const Phase& phase) {
-  double slowest = 0;
-  for (int rank = 0; rank < plan.size(); ++rank) {
-    const HeadShare share = plan.heads(rank);
-    const double tokens = phase.tokens;
-    // A prefill chunk is one sequence, whose tokens see half of the chunk on average.
-    const double seen =
-        phase.prefill ? tokens * (phase.context + tokens / 2) : tokens * phase.context;
-    const double read = phase.prefill ? phase.context + tokens : tokens * phase.context;
-    const double bytes =
-        2 * read * share.kv_heads.size() * model.shape.head_dim * model.activation_bytes;
-    const double flops = 4 * seen * share.heads.size() * model.shape.head_dim;
-    slowest = std::max(
-        {slowest, bytes / hardware.attention_bytes_per_s, flops / hardware.attention_flops_per_s});
-  }
-  return slowest;
-}
-
 }  // namespace
 
 Hardware parse_hardware(std::string_view text) {
@@ -274,9 +255,9 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
                    int chunks) {
   StepCost cost;
   cost.chunks = chunks;
-  const double attention = attention_seconds(model, plan, hardware, phase);
   int operations = kEndOperations;
-  for (const LayerShape& layer : model.layers) {
+  for (std::size_t i = 0; i < model.layers.size(); ++i) {
+    const LayerShape& layer = model.layers[i];
     for (const LinearGroup& group : layer_groups(plan, layer)) {
       const GroupCost part = group_cost(model, plan, group, hardware, phase.tokens);
       cost.products += part.v + part.u;
@@ -284,7 +265,8 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
       cost.exchanges +=
           exchange_cost(model, plan, group, part, hardware, link, phase.tokens, chunks);
     }
-    cost.attention += attention;
+    cost.attention += attention_seconds(model, plan, hardware, phase, layer,
+                                        model.kv_forms.empty() ? KvForms{} : model.kv_forms[i]);
     operations += kLayerOperations + hidden_norms(model.norms);
     if (model.norms.qk != QkNormKind::kNone) ++operations;
   }
@@ -354,12 +336,6 @@ std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelP
   const bool biases = model.norms.input == NormKind::kLayer;
   bytes += norms * model.shape.hidden_size * sizeof(float) * (biases ? 2 : 1);
   return static_cast<std::uint64_t>(bytes);
-}
-
-std::uint64_t rank_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan, int rank) {
-  return 2 * model.layers.size() * static_cast<std::uint64_t>(plan.heads(rank).kv_heads.size()) *
-         static_cast<std::uint64_t>(model.shape.head_dim) *
-         static_cast<std::uint64_t>(model.activation_bytes);
 }
 
 double wire_bytes_per_token(const PlannedModel& model, const TensorParallelPlan& plan) {

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/check.h"
+#include "plan/kv_choice.h"
 #include "plan/report_text.h"
 
 namespace deinfer {
@@ -92,9 +93,44 @@ void count_exchanges(const PlannedModel& model, const TensorParallelPlan& plan,
   }
 }
 
-PlanEstimate estimate_plan(std::string_view name, const PlannedModel& model,
-                           const PlannerOptions& options, std::uint64_t memory,
-                           const std::vector<NamedPhase>& phases) {
+std::uint64_t most_kv_bytes(PlannedModel model, const TensorParallelPlan& plan,
+                            std::vector<KvForms> forms) {
+  model.kv_forms = std::move(forms);
+  std::uint64_t most = 0;
+  for (int rank = 0; rank < plan.size(); ++rank) {
+    most = std::max(most, rank_kv_bytes(model, plan, rank));
+  }
+  return most;
+}
+
+/// What the KV cache keeps under a plan. Where nothing can be latent, "latent" is dense here: other
+/// plans may have latents.
+void choose_kv(PlannedModel& model, const TensorParallelPlan& plan, const PlannerOptions& options,
+               std::uint64_t memory, PlanEstimate& estimate) {
+  const std::vector<KvForms> latent = latent_kv_forms(model, plan);
+  estimate.dense_kv_bytes_per_token = most_kv_bytes(model, plan, {});
+  estimate.latent_kv_bytes_per_token = most_kv_bytes(model, plan, latent);
+  const KvBreakEven even = kv_break_even(model, plan, options.hardware);
+  estimate.k_break_even = even.k;
+  estimate.v_break_even = even.v;
+  KvDemand demand;
+  demand.context = options.context;
+  if (!options.batches.empty()) {
+    demand.max_sequences = *std::max_element(options.batches.begin(), options.batches.end());
+  }
+  if (memory > 0) demand.bytes = memory - std::min(memory - 1, estimate.weight_bytes);
+  const bool none = latent == std::vector<KvForms>(latent.size());
+  KvChoice choice =
+      options.kv_cache == "latent" && none
+          ? KvChoice{latent, "dense: this plan has no whole latents on a rank"}
+          : choose_kv_forms(options.kv_cache, model, plan, options.hardware, options.link, demand);
+  model.kv_forms = std::move(choice.forms);
+  estimate.kv_reason = std::move(choice.reason);
+  estimate.kv_bytes_per_token = most_kv_bytes(model, plan, model.kv_forms);
+}
+
+PlanEstimate estimate_plan(std::string_view name, PlannedModel model, const PlannerOptions& options,
+                           std::uint64_t memory, const std::vector<NamedPhase>& phases) {
   auto plan = make_plan(name, model.shape, options.size);
   PlanEstimate estimate;
   estimate.plan = name;
@@ -103,9 +139,8 @@ PlanEstimate estimate_plan(std::string_view name, const PlannedModel& model,
   estimate.wire_bytes_per_token = wire_bytes_per_token(model, *plan);
   for (int rank = 0; rank < options.size; ++rank) {
     estimate.weight_bytes = std::max(estimate.weight_bytes, rank_weight_bytes(model, *plan, rank));
-    estimate.kv_bytes_per_token =
-        std::max(estimate.kv_bytes_per_token, rank_kv_bytes(model, *plan, rank));
   }
+  choose_kv(model, *plan, options, memory, estimate);
   if (memory > 0) {
     const std::uint64_t left = memory - std::min(memory, estimate.weight_bytes);
     estimate.kv_tokens = static_cast<std::int64_t>(left / estimate.kv_bytes_per_token);

@@ -126,6 +126,11 @@ void bind_outputs(py::module_& m) {
         auto elements = static_cast<py::ssize_t>(output.prompt_logits.size());
         return py::array_t<float>({rows, elements / rows}, output.prompt_logits.data());
       });
+  py::class_<KvLayerInfo>(m, "KvLayerInfo")
+      .def_readonly("k", &KvLayerInfo::k)
+      .def_readonly("v", &KvLayerInfo::v)
+      .def_readonly("k_bytes", &KvLayerInfo::k_bytes)
+      .def_readonly("v_bytes", &KvLayerInfo::v_bytes);
   py::class_<ModelInfo>(m, "ModelInfo")
       .def_readonly("architecture", &ModelInfo::architecture)
       .def_readonly("dtype", &ModelInfo::dtype)
@@ -139,6 +144,11 @@ void bind_outputs(py::module_& m) {
       .def_readonly("weight_bytes", &ModelInfo::weight_bytes)
       .def_readonly("kv_cache_bytes", &ModelInfo::kv_cache_bytes)
       .def_readonly("num_kv_blocks", &ModelInfo::num_kv_blocks)
+      .def_readonly("kv_cache", &ModelInfo::kv_cache)
+      .def_readonly("kv_reason", &ModelInfo::kv_reason)
+      .def_readonly("kv_bytes_per_token", &ModelInfo::kv_bytes_per_token)
+      .def_readonly("dense_kv_bytes_per_token", &ModelInfo::dense_kv_bytes_per_token)
+      .def_readonly("kv_layers", &ModelInfo::kv_layers)
       .def_readonly("lowrank_matrices", &ModelInfo::lowrank_matrices)
       .def_readonly("dense_matrices", &ModelInfo::dense_matrices)
       .def_readonly("tensor_parallel_size", &ModelInfo::tensor_parallel_size)
@@ -226,6 +236,11 @@ void bind_planner(py::module_& m) {
       .def_readonly("wire_bytes_per_token", &PlanEstimate::wire_bytes_per_token)
       .def_readonly("weight_bytes", &PlanEstimate::weight_bytes)
       .def_readonly("kv_bytes_per_token", &PlanEstimate::kv_bytes_per_token)
+      .def_readonly("dense_kv_bytes_per_token", &PlanEstimate::dense_kv_bytes_per_token)
+      .def_readonly("latent_kv_bytes_per_token", &PlanEstimate::latent_kv_bytes_per_token)
+      .def_readonly("kv_reason", &PlanEstimate::kv_reason)
+      .def_readonly("k_break_even", &PlanEstimate::k_break_even)
+      .def_readonly("v_break_even", &PlanEstimate::v_break_even)
       .def_readonly("kv_tokens", &PlanEstimate::kv_tokens)
       .def_readonly("fits", &PlanEstimate::fits)
       .def_readonly("phases", &PlanEstimate::phases);
@@ -288,7 +303,10 @@ void bind_description(py::module_& m) {
       .def_readonly("embedding", &ModelDescription::embedding)
       .def_readonly("tensor_prefixes", &ModelDescription::tensor_prefixes)
       .def_readonly("parameters", &ModelDescription::parameters)
-      .def_readonly("kv_elements_per_token", &ModelDescription::kv_elements_per_token);
+      .def_readonly("kv_elements_per_token", &ModelDescription::kv_elements_per_token)
+      .def_readonly("latent_kv_elements_per_token", &ModelDescription::latent_kv_elements_per_token)
+      .def_readonly("latent_kv_factor_bytes_per_token",
+                    &ModelDescription::latent_kv_factor_bytes_per_token);
   m.def("describe_config", &describe_config, py::arg("path"));
   m.def("supported_architectures", &supported_architectures);
 }

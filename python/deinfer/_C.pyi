@@ -74,6 +74,7 @@ class EngineConfig:
         block_size: int = 16,
         num_kv_blocks: int = 0,
         kv_cache_bytes: int = 0,
+        kv_cache: str = "dense",
         scheduling_policy: str = "fcfs",
         admission: str = "peak",
         safety: float = 0.0,
@@ -107,6 +108,7 @@ class EngineConfig:
     block_size: int
     num_kv_blocks: int
     kv_cache_bytes: int
+    kv_cache: str
     scheduling_policy: str
     admission: str
     safety: float
@@ -148,6 +150,12 @@ class RequestOutput:
     prompt_logprobs: list[list[TokenLogprob]]
     prompt_logits: NDArray[np.float32] | None
 
+class KvLayerInfo:
+    k: str
+    v: str
+    k_bytes: int
+    v_bytes: int
+
 class ModelInfo:
     architecture: str
     dtype: str
@@ -161,6 +169,11 @@ class ModelInfo:
     weight_bytes: int
     kv_cache_bytes: int
     num_kv_blocks: int
+    kv_cache: str
+    kv_reason: str
+    kv_bytes_per_token: int
+    dense_kv_bytes_per_token: int
+    kv_layers: list[KvLayerInfo]
     lowrank_matrices: int
     dense_matrices: int
     tensor_parallel_size: int
@@ -250,6 +263,7 @@ class PlannerConfig:
         batches: Sequence[int] = (1, 4, 16, 64, 256),
         prefill: Sequence[int] = (2048,),
         mix: Mapping[str, float] = {},
+        kv_cache: str = "dense",
         max_chunks: int = 1,
     ) -> None: ...
     model: str
@@ -263,6 +277,7 @@ class PlannerConfig:
     batches: list[int]
     prefill: list[int]
     mix: dict[str, float]
+    kv_cache: str
     max_chunks: int
 
 class PhaseEstimate:
@@ -283,6 +298,11 @@ class PlanEstimate:
     wire_bytes_per_token: float
     weight_bytes: int
     kv_bytes_per_token: int
+    dense_kv_bytes_per_token: int
+    latent_kv_bytes_per_token: int
+    kv_reason: str
+    k_break_even: int
+    v_break_even: int
     kv_tokens: int
     fits: bool
     phases: list[PhaseEstimate]
@@ -356,6 +376,8 @@ class ModelDescription:
     tensor_prefixes: list[TensorPrefix]
     parameters: int
     kv_elements_per_token: int
+    latent_kv_elements_per_token: int
+    latent_kv_factor_bytes_per_token: int
 
 def describe_config(path: str) -> ModelDescription:
     """Describe a model from its config.json alone.

@@ -77,6 +77,13 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "kv_bytes_per_token": (
             model.kv_elements_per_token * (2 if dtype == "bfloat16" else 4) if model else None
         ),
+        "latent_kv_bytes_per_token": (
+            model.latent_kv_elements_per_token * (2 if dtype == "bfloat16" else 4)
+            + model.latent_kv_factor_bytes_per_token
+            if model
+            else None
+        ),
+        "kv_width": model.num_kv_heads * model.head_dim if model else None,
         "decomposed_matrices": sum(rank is not None for rank in ranks.values()),
         "dense_matrices": sum(rank is None for rank in ranks.values()),
         "low_rank": {key: value for key, value in low_rank.items() if key != "ranks"} or None,

@@ -82,12 +82,11 @@ class Scene {
     cpu::QueryView query{
         q_.data() + first * token_stride_, token_stride_, tokens,  shape_.group,
         shape_.first_position + first,     shape_.window, scale(), shape_.soft_cap};
-    cpu::KvView view{k_pool_.data() + head_stride_,
-                     v_pool_.data() + head_stride_,
-                     block_stride_,
-                     table_.data(),
-                     shape_.block_size,
-                     shape_.head_dim};
+    cpu::KvSideView side{nullptr, block_stride_,     head_stride_,    table_.data(),
+                         0,       shape_.block_size, shape_.head_dim, shape_.group};
+    cpu::KvView view{side, side};
+    view.k.data = k_pool_.data() + head_stride_;
+    view.v.data = v_pool_.data() + head_stride_;
     auto attend = sizeof(T) == 4 ? kernels.attention_split_f32 : kernels.attention_split_bf16;
     int first_split = first_visible(first) / cpu::kKvSplit;
     int last_split = (query.first_position + tokens - 1) / cpu::kKvSplit;
@@ -98,7 +97,7 @@ class Scene {
     }
     std::vector<float> out(floats);
     kernels.attention_finish_f32(total.state(), tokens, shape_.group, shape_.head_dim, out.data(),
-                                 shape_.group * shape_.head_dim);
+                                 shape_.group * shape_.head_dim, shape_.head_dim);
     return out;
   }
 
@@ -256,14 +255,15 @@ TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
     kernels().write_v_f32(value.data(), kDim, 0, kDim, p, v.data());
   }
   std::int32_t block = 0;
-  cpu::KvView view{k.data(), v.data(), 16 * kDim, &block, 16, kDim};
+  cpu::KvView view{{k.data(), 16 * kDim, 0, &block, 0, 16, kDim, 1},
+                   {v.data(), 16 * kDim, 0, &block, 0, 16, kDim, 1}};
   cpu::QueryView query{q.data(), kDim, 1, 1, 2, 0, 1.0f};
   Aligned<float> scratch(kernels().attention_scratch(1, kDim));
   std::vector<float> output(kDim), out(kDim);
   float maximum = 0, sum = 0;
   cpu::AttentionState state{&maximum, &sum, output.data()};
   kernels().attention_split_f32(query, view, 0, scratch.data(), state);
-  kernels().attention_finish_f32(state, 1, 1, kDim, out.data(), kDim);
+  kernels().attention_finish_f32(state, 1, 1, kDim, out.data(), kDim, kDim);
   EXPECT_EQ(maximum, 80000.0f);
   for (float o : out) EXPECT_EQ(o, 2.0f);
 }
@@ -273,7 +273,8 @@ TEST_P(AttentionTest, RowsThatSeeNothingAreEmpty) {
   std::vector<float> q(8 * 48, 1.0f);
   std::vector<float> ones(16 * 24, 1.0f);
   std::vector<std::int32_t> table(17, 0);
-  cpu::KvView view{ones.data(), ones.data(), 0, table.data(), 16, 24};
+  cpu::KvSideView side{ones.data(), 0, 0, table.data(), 0, 16, 24, 2};
+  cpu::KvView view{side, side};
   cpu::QueryView query{q.data(), 48, 8, 2, 250, 0, 0.1f};
   Aligned<float> scratch(kernels().attention_scratch(16, 24));
   std::vector<float> maximum(16, kNan), sum(16, kNan), output(16 * 24, kNan);
@@ -298,7 +299,7 @@ TEST_P(AttentionTest, FinishWritesBf16AndStrides) {
   cpu::AttentionState state{maximum.data(), sum.data(), output.data()};
   constexpr int kStride = 50;
   std::vector<bf16> out(kTokens * kStride, to_bf16(7.0f));
-  kernels().attention_finish_bf16(state, kTokens, kGroup, kDim, out.data(), kStride);
+  kernels().attention_finish_bf16(state, kTokens, kGroup, kDim, out.data(), kStride, kDim);
   for (int i = 0; i < kTokens; ++i) {
     for (int j = 0; j < kStride; ++j) {
       bf16 got = out[static_cast<std::size_t>(i * kStride + j)];

@@ -22,7 +22,7 @@ inline std::unique_ptr<RankGroup> make_ranks(const EngineConfig& config, const S
                                              int threads = 1, const LoadProgress& progress = {},
                                              const CommunicatorWrapper& wrap = {}) {
   ModelConfig model = read_model_config(config.model);
-  PlanChoice choice{plans, {}};
+  PlanChoice choice{plans, {}, {}};
   for (ExchangeChunks& chunks : choice.chunks) chunks.sizes = {{0, config.exchange_chunks}};
   auto ranks = std::make_unique<RankGroup>(config, model, choice, threads,
                                            model.max_position_embeddings, progress, wrap);

@@ -47,9 +47,13 @@ struct TinyConfig {
   bool bfloat16 = false;
   bool low_rank = true;       // q, o, gate and down decomposed with odd ranks; k, v, up dense
   bool all_low_rank = false;  // k, v and up too
-  int mlp_rank = 0;           // of gate, up and down, where not 0
-  bool biases = false;        // of all linears of the layers
-  int vocab_period = 0;       // of an embedding whose rows repeat; 0: they do not
+  int k_rank = 5;             // then
+  int v_rank = 18;
+  int dense_key_layer = -1;  // of it k stays dense all the same
+  int dense_value_layer = -1;
+  int mlp_rank = 0;      // of gate, up and down, where not 0
+  bool biases = false;   // of all linears of the layers
+  int vocab_period = 0;  // of an embedding whose rows repeat; 0: they do not
 };
 
 class TinyModel {
@@ -104,6 +108,13 @@ class TinyModel {
     std::vector<float> values;
   };
 
+  int key_rank(int layer) const {
+    return config_.all_low_rank && layer != config_.dense_key_layer ? config_.k_rank : 0;
+  }
+  int value_rank(int layer) const {
+    return config_.all_low_rank && layer != config_.dense_value_layer ? config_.v_rank : 0;
+  }
+
   /// Llama, and what differs in its relatives.
   void add_rotary() {
     const TinyConfig& c = config_;
@@ -130,8 +141,8 @@ class TinyModel {
         add_norm(prefix + "self_attn.k_norm", olmo2 ? kv : c.head_dim);
       }
       add_linear(prefix + "self_attn.q_proj", q, c.hidden, c.low_rank ? 7 : 0, biases);
-      add_linear(prefix + "self_attn.k_proj", kv, c.hidden, c.all_low_rank ? 5 : 0, biases);
-      add_linear(prefix + "self_attn.v_proj", kv, c.hidden, c.all_low_rank ? 18 : 0, biases);
+      add_linear(prefix + "self_attn.k_proj", kv, c.hidden, key_rank(i), biases);
+      add_linear(prefix + "self_attn.v_proj", kv, c.hidden, value_rank(i), biases);
       add_linear(prefix + "self_attn.o_proj", c.hidden, q, c.low_rank ? 17 + i : 0, c.biases);
       auto mlp_rank = [&](int usual) { return c.mlp_rank > 0 ? c.mlp_rank : usual; };
       add_linear(prefix + "mlp.gate_proj", c.intermediate, c.hidden, mlp_rank(c.low_rank ? 33 : 0),
@@ -179,8 +190,8 @@ class TinyModel {
       add_norm(prefix + "self_attn_layer_norm", c.hidden, true);
       add_norm(prefix + "final_layer_norm", c.hidden, true);
       add_linear(attention + "q_proj", c.hidden, c.hidden, c.low_rank ? 7 : 0, true);
-      add_linear(attention + "k_proj", c.hidden, c.hidden, c.all_low_rank ? 5 : 0, true);
-      add_linear(attention + "v_proj", c.hidden, c.hidden, c.all_low_rank ? 18 : 0, true);
+      add_linear(attention + "k_proj", c.hidden, c.hidden, key_rank(i), true);
+      add_linear(attention + "v_proj", c.hidden, c.hidden, value_rank(i), true);
       add_linear(attention + "out_proj", c.hidden, c.hidden, c.low_rank ? 17 + i : 0, true);
       add_linear(prefix + "fc1", c.intermediate, c.hidden, c.low_rank ? 33 : 0, true);
       add_linear(prefix + "fc2", c.hidden, c.intermediate, c.low_rank ? 1 + i : 0, true);

@@ -310,3 +310,21 @@ def test_positions_beyond_the_table_are_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", family="opt")
     with pytest.raises(ValueError, match="max_model_len=513"):
         load(path, max_model_len=513)
+
+
+LATENT = [case for case, (ranks, _) in CASES.items() if {"k_proj", "v_proj"} & set(ranks or {})]
+
+
+@pytest.mark.parametrize("case", LATENT)
+def test_latents_match_transformers(case: str, tmp_path: Path) -> None:
+    ranks, fields = CASES[case]
+    path = write_model(tmp_path / "model", ranks, **fields)
+    tokens = random_tokens(LENGTHS.get(case, 90), fields.get("vocab_size", 131))
+    llm = load(path, dtype="float32", max_num_batched_tokens=37, kv_cache="latent")
+    forms = {form for layer in llm.model_info.kv_layers for form in (layer.k, layer.v)}
+    assert forms & {"absorbed", "rebuilt"}
+    expected = reference_logits(path, tokens, torch.float64)
+    assert relative_error(llm.prompt_logits(tokens), expected) < 2e-5
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    answer = llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids
+    assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)

@@ -40,10 +40,14 @@ struct DEINFER_API EngineConfig {
                             // the CPU quota if less, / ranks
   int max_model_len = 0;    // tokens per sequence; 0: the model's own limit
   int max_num_seqs = 256;   // samples in one batch
-  int max_num_batched_tokens = 512;        // tokens in one step
-  int block_size = 16;                     // tokens per KV block, a multiple of 16
-  std::int64_t num_kv_blocks = 0;          // 0: from kv_cache_bytes
-  std::uint64_t kv_cache_bytes = 0;        // 0: a quarter of the memory available after loading
+  int max_num_batched_tokens = 512;  // tokens in one step
+  int block_size = 16;               // tokens per KV block, a multiple of 16
+  std::int64_t num_kv_blocks = 0;    // 0: from kv_cache_bytes
+  std::uint64_t kv_cache_bytes = 0;  // 0: a quarter of the memory available after loading
+  std::string kv_cache = "dense";  // what is kept of every token: "dense": K and V; "latent": z = V
+                                   // x of every decomposed projection to k or v, of any rank, and
+                                   // the others dense; "auto": in each layer of K and of V what
+                                   // promises the most throughput, see ModelInfo::kv_reason
   std::string scheduling_policy = "fcfs";  // "fcfs", "hrrn", "length_bucket", "longest_tail",
                                            // "sjf", "static", "static_bucket"
   std::string admission = "peak";  // what a waiting sequence must find room for: "peak" of the
@@ -113,6 +117,13 @@ struct RequestOutput {
   int prompt_length = 0;
 };
 
+/// What the KV cache keeps of a layer on rank 0. Forms: "dense"; of latents "absorbed": attention
+/// works on them as they are, and "rebuilt": it makes K or V of them, some positions at a time.
+struct KvLayerInfo {
+  std::string k, v;
+  std::uint64_t k_bytes = 0, v_bytes = 0;  // per token
+};
+
 /// What was loaded.
 struct ModelInfo {
   std::string architecture;  // model_type of config.json
@@ -127,6 +138,11 @@ struct ModelInfo {
   std::uint64_t weight_bytes = 0;  // resident on all ranks, padding included
   std::uint64_t kv_cache_bytes = 0;
   std::int64_t num_kv_blocks = 0;
+  std::string kv_cache;                        // as configured
+  std::string kv_reason;                       // why the layers keep what they do
+  std::uint64_t kv_bytes_per_token = 0;        // on all ranks
+  std::uint64_t dense_kv_bytes_per_token = 0;  // were all layers dense
+  std::vector<KvLayerInfo> kv_layers;
   int lowrank_matrices = 0;
   int dense_matrices = 0;  // decomposable matrices that stayed dense
   int tensor_parallel_size = 1;

@@ -54,6 +54,7 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("block_size", &T::block_size);
   visitor("num_kv_blocks", &T::num_kv_blocks);
   visitor("kv_cache_bytes", &T::kv_cache_bytes);
+  visitor("kv_cache", &T::kv_cache);
   visitor("scheduling_policy", &T::scheduling_policy);
   visitor("admission", &T::admission);
   visitor("safety", &T::safety);
@@ -88,6 +89,7 @@ void visit_fields(PlannerConfig*, Visitor&& visitor) {
   visitor("batches", &T::batches);
   visitor("prefill", &T::prefill);
   visitor("mix", &T::mix);
+  visitor("kv_cache", &T::kv_cache);
   visitor("max_chunks", &T::max_chunks);
 }
 

@@ -60,6 +60,10 @@ struct ModelDescription {
   std::vector<TensorPrefix> tensor_prefixes;
   std::uint64_t parameters = 0;             // without biases, which config.json need not mention
   std::uint64_t kv_elements_per_token = 0;  // of K and V, all layers together
+  // The same with kv_cache="latent" on one rank, as the ranks of config.json say; beside elements
+  // there are bytes of factors of norms of k over all heads.
+  std::uint64_t latent_kv_elements_per_token = 0;
+  std::uint64_t latent_kv_factor_bytes_per_token = 0;
 };
 
 /// Reads `path`, a checkpoint directory or a config.json. Throws kInvalidArgument naming a bad

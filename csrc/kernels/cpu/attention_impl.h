@@ -1,4 +1,4 @@
-// Causal attention over paged KV with an online softmax. Include math_impl.h before.
+// Causal attention over paged KV with an online softmax. Include attention_tile_impl.h before.
 //
 // The rows of a call share each load of K and V, in blocks that fit the registers. Yet a row's
 // result holds only its own operations in a fixed order: scores over ascending head dimensions, one
@@ -10,132 +10,7 @@
 namespace deinfer::cpu {
 namespace {
 
-inline constexpr int kTileGroups = kKvTile / kLanes;
 inline constexpr int kSplitTiles = kKvSplit / kKvTile;
-
-/// The largest power of two of vectors, up to `most`, that `rows` rows can hold in registers.
-constexpr int vectors_for(int rows, int most) {
-  int vectors = most;
-  while (vectors > 1 && vectors * rows > kAttentionVectors) vectors /= 2;
-  return vectors;
-}
-
-/// Positions [begin, end) of a tile, relative to its first.
-struct Range {
-  int begin;
-  int end;
-};
-
-/// K and V of a tile by groups of 16 positions, and what to fetch meanwhile: while K is read, the
-/// same places of V, and while V is read, those of the next tile's K. Blocks of 16 positions are
-/// too short for the hardware to find the streams. A group that no row sees repeats another one.
-template <typename T>
-struct KvTile {
-  const T* k[kTileGroups];  // [head_dim][16]
-  const T* v[kTileGroups];  // [16][head_dim]
-  const T* next_k[kTileGroups];
-};
-
-template <typename T>
-inline constexpr int kVecsPerLine = 64 / (kLanes * static_cast<int>(sizeof(T)));
-
-/// scores[kRows][kKvTile] = q . k of the groups that hold a position of `seen`, kVecs groups at a
-/// time; the others' are left alone.
-template <typename T, int kRows>
-[[gnu::noinline]] void tile_scores(const float* q, int head_dim, const KvTile<T>& tile, Range seen,
-                                   float* scores) {
-  constexpr int kVecs = vectors_for(kRows, kTileGroups);
-  const int first = seen.begin / (kVecs * kLanes) * kVecs;
-  for (int group = first; group * kLanes < seen.end; group += kVecs) {
-    const T* k[kVecs];
-    Vec acc[kRows][kVecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      k[j] = tile.k[group + j];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][j] = zero();
-    }
-    const float* element = q;
-    for (int d = 0; d < head_dim; ++d, ++element) {
-      asm volatile("" : "+r"(element));  // or the compiler keeps a pointer per row
-      Vec query[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) query[r] = broadcast(element[std::ptrdiff_t{r} * head_dim]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        __builtin_prefetch(tile.v[group + j] + d * kLanes, 0, 2);
-        Vec keys = load(k[j] + d * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) acc[r][j] = fma(keys, query[r], acc[r][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) {
-        store(scores + r * kKvTile + (group + j) * kLanes, acc[r][j]);
-      }
-    }
-  }
-}
-
-/// output[r][d0 ...] += sum over positions of weights[r][position] * v[position][d0 ...] for kVecs
-/// vectors of head dimensions; `lanes` of the only one when kPartial.
-template <typename T, int kRows, int kVecs, bool kPartial>
-[[gnu::noinline]] void add_values(const float* weights, const KvTile<T>& tile, Range range,
-                                  int head_dim, int d0, int lanes, float* output) {
-  Vec acc[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      const float* p = output + r * head_dim + d0 + j * kLanes;
-      acc[r][j] = kPartial ? load_n(p, lanes) : load(p);
-    }
-  }
-  for (int position = range.begin; position < range.end;) {
-    int group = position / kLanes;
-    int stop = range.end < (group + 1) * kLanes ? range.end : (group + 1) * kLanes;
-    const std::ptrdiff_t offset = (position % kLanes) * std::ptrdiff_t{head_dim} + d0;
-    const T* v = tile.v[group] + offset;
-    const T* next_k = tile.next_k[group] + offset;
-    for (; position < stop; ++position, v += head_dim, next_k += head_dim) {
-      Vec weight[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) weight[r] = broadcast(weights[r * kKvTile + position]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) {
-        if (j % kVecsPerLine<T> == 0) __builtin_prefetch(next_k + j * kLanes, 0, 2);
-        Vec value = kPartial ? load_n(v + j * kLanes, lanes) : load(v + j * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) acc[r][j] = fma(value, weight[r], acc[r][j]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      float* p = output + r * head_dim + d0 + j * kLanes;
-      kPartial ? store_n(p, acc[r][j], lanes) : store(p, acc[r][j]);
-    }
-  }
-}
-
-/// All head dimensions from d0 on, with the widest kernels first.
-template <typename T, int kRows, int kVecs = vectors_for(kRows, 8)>
-void add_all_values(const float* weights, const KvTile<T>& tile, Range range, int head_dim, int d0,
-                    float* output) {
-  for (; d0 + kVecs * kLanes <= head_dim; d0 += kVecs * kLanes) {
-    add_values<T, kRows, kVecs, false>(weights, tile, range, head_dim, d0, kLanes, output);
-  }
-  if (d0 == head_dim) return;
-  if constexpr (kVecs > 1) {
-    add_all_values<T, kRows, kVecs / 2>(weights, tile, range, head_dim, d0, output);
-  } else {
-    add_values<T, kRows, 1, true>(weights, tile, range, head_dim, d0, head_dim - d0, output);
-  }
-}
 
 void scale_row(float* row, int n, Vec factor) {
   int j = 0;
@@ -145,7 +20,7 @@ void scale_row(float* row, int n, Vec factor) {
 
 /// Scores of one row, capped if there is a soft_cap, to exp(score - maximum), with the row's state
 /// moved to the new maximum.
-void softmax_row(float* scores, Range visible, float soft_cap, int head_dim, float* maximum,
+void softmax_row(float* scores, Range visible, float soft_cap, int v_dim, float* maximum,
                  float* sum, float* output) {
   Vec s[kTileGroups];
   Vec largest = broadcast(-kInfinity);
@@ -165,7 +40,7 @@ void softmax_row(float* scores, Range visible, float soft_cap, int head_dim, flo
     alignas(64) float first[kLanes];
     store(first, factor);
     *sum *= first[0];
-    scale_row(output, head_dim, factor);
+    scale_row(output, v_dim, factor);
     *maximum = new_maximum;
   }
 #pragma GCC unroll 4
@@ -178,17 +53,22 @@ void softmax_row(float* scores, Range visible, float soft_cap, int head_dim, flo
 
 /// A call's rows and their state.
 struct Rows {
-  const float* q;  // [rows, head_dim], scaled; also by 1 / soft_cap if there is one
-  int group;
+  const float* q;  // [rows, k_dim], scaled; also by 1 / soft_cap if there is one
+  int heads;
+  int k_group;  // heads that share K
+  int v_group;
+  std::ptrdiff_t k_head_stride;
+  std::ptrdiff_t v_head_stride;
   int first_position;
   int window;
   float soft_cap;
-  int head_dim;
+  int k_dim;
+  int v_dim;
   AttentionState state;
 
   /// What a row sees of the tile at `base`; empty when end <= begin.
   Range visible(int row, int base) const {
-    int position = first_position + row / group;
+    int position = first_position + row / heads;
     int begin = window > 0 ? position - window + 1 - base : -base;
     int end = position + 1 - base;
     return {begin > 0 ? begin : 0, end < kKvTile ? end : kKvTile};
@@ -209,33 +89,53 @@ struct Rows {
   Range seen(int begin, int end, int base) const {
     return {visible(begin, base).begin, visible(end - 1, base).end};
   }
+  /// f(first row, rows, head of K or V) for the rows of [begin, end) that share a head with their
+  /// neighbours.
+  template <typename F>
+  void for_each_run(int begin, int end, int group, F f) const {
+    if (group == heads) return f(begin, end - begin, 0);
+    for (int row = begin; row < end;) {
+      const int head = row % heads / group;
+      int count = 1;
+      while (row + count < end && (row + count) % heads / group == head) ++count;
+      f(row, count, head);
+      row += count;
+    }
+  }
 };
 
-/// One tile for the rows [row, row + kRows), which all see some of it.
-template <typename T, int kRows>
-void attend_block(const Rows& rows, int row, int base, const KvTile<T>& tile) {
-  alignas(64) float scores[kRows * kKvTile];  // a row's softmax looks at what it sees only
-  const int head_dim = rows.head_dim;
-  float* output = rows.state.output + std::ptrdiff_t{row} * head_dim;
-  tile_scores<T, kRows>(rows.q + std::ptrdiff_t{row} * head_dim, head_dim, tile,
-                        rows.seen(row, row + kRows, base), scores);
-  for (int r = 0; r < kRows; ++r) {
-    softmax_row(scores + r * kKvTile, rows.visible(row + r, base), rows.soft_cap, head_dim,
-                rows.state.maximum + row + r, rows.state.sum + row + r, output + r * head_dim);
+template <int kRows>
+struct RowCount {};
+
+/// f(RowCount<count>) for a count from 1 to kRows.
+template <int kRows = kAttentionBlock, typename F>
+void with_rows(int count, F f) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) return with_rows<kRows - 1>(count, f);
   }
+  f(RowCount<kRows>{});
+}
+
+/// Adds the values of a tile to the rows [row, row + kRows), which share V and have these weights.
+template <typename T, int kRows>
+void add_rows(const Rows& rows, int row, int base, const KvTile<T>& tile, std::ptrdiff_t v_offset,
+              const float* weights) {
+  const int v_dim = rows.v_dim;
+  float* output = rows.state.output + std::ptrdiff_t{row} * v_dim;
   // Later rows see later positions: the joint part lies between the last begin and the first end.
   Range joint = {rows.visible(row + kRows - 1, base).begin, rows.visible(row, base).end};
   if (joint.end < joint.begin) joint.end = joint.begin;
   auto add_own = [&](int r, Range range) {
     if (range.begin >= range.end) return;
-    add_all_values<T, 1>(scores + r * kKvTile, tile, range, head_dim, 0, output + r * head_dim);
+    add_all_values<T, 1>(weights + r * kKvTile, tile, v_offset, range, v_dim, 0,
+                         output + std::ptrdiff_t{r} * v_dim);
   };
   for (int r = 0; r < kRows - 1; ++r) {
     Range own = rows.visible(row + r, base);
     add_own(r, {own.begin, own.end < joint.begin ? own.end : joint.begin});
   }
   if (joint.begin < joint.end) {
-    add_all_values<T, kRows>(scores, tile, joint, head_dim, 0, output);
+    add_all_values<T, kRows>(weights, tile, v_offset, joint, v_dim, 0, output);
   }
   for (int r = 1; r < kRows; ++r) {
     Range own = rows.visible(row + r, base);
@@ -243,88 +143,120 @@ void attend_block(const Rows& rows, int row, int base, const KvTile<T>& tile) {
   }
 }
 
-template <typename T, int kRows = kAttentionBlock>
-void run_block(int count, const Rows& rows, int row, int base, const KvTile<T>& tile) {
-  if constexpr (kRows > 1) {
-    if (count < kRows) return run_block<T, kRows - 1>(count, rows, row, base, tile);
+/// One tile for up to kAttentionBlock rows, which all see some of it.
+template <typename T>
+void attend_block(const Rows& rows, int begin, int end, int base, const KvTile<T>& tile) {
+  // A row's softmax looks at what it sees only.
+  alignas(64) float scores[kAttentionBlock * kKvTile];
+  rows.for_each_run(begin, end, rows.k_group, [&](int row, int count, int head) {
+    const std::ptrdiff_t v_offset = row % rows.heads / rows.v_group * rows.v_head_stride;
+    with_rows(count, [&]<int kRows>(RowCount<kRows>) {
+      tile_scores<T, kRows>(rows.q + std::ptrdiff_t{row} * rows.k_dim, rows.k_dim, tile,
+                            head * rows.k_head_stride, v_offset, rows.seen(row, row + kRows, base),
+                            scores + (row - begin) * kKvTile);
+    });
+  });
+  for (int row = begin; row < end; ++row) {
+    softmax_row(scores + (row - begin) * kKvTile, rows.visible(row, base), rows.soft_cap,
+                rows.v_dim, rows.state.maximum + row, rows.state.sum + row,
+                rows.state.output + std::ptrdiff_t{row} * rows.v_dim);
   }
-  attend_block<T, kRows>(rows, row, base, tile);
+  rows.for_each_run(begin, end, rows.v_group, [&](int row, int count, int head) {
+    with_rows(count, [&]<int kRows>(RowCount<kRows>) {
+      add_rows<T, kRows>(rows, row, base, tile, head * rows.v_head_stride,
+                         scores + (row - begin) * kKvTile);
+    });
+  });
 }
 
-/// Calls f(group, K and V's offset in the pool) for the groups of the tile at `base` that hold a
-/// position of `range`, and for the others with the offset of the first of these.
+/// Calls f(group, offset in the pool) for the groups of the tile at `base` that hold a position of
+/// `range`, and for the others with the offset of the first of these.
 template <typename F>
-void for_each_group(const KvView& kv, int base, Range range, F f) {
+void for_each_group(const KvSideView& side, int base, Range range, F f) {
   for (int group = 0; group < kTileGroups; ++group) {
     bool seen = (group + 1) * kLanes > range.begin && group * kLanes < range.end;
-    int position = base + (seen ? group : range.begin / kLanes) * kLanes;
-    f(group, kv.block_table[position / kv.block_size] * kv.block_stride +
-                 static_cast<std::ptrdiff_t>(position % kv.block_size) * kv.head_dim);
+    int position = base + (seen ? group : range.begin / kLanes) * kLanes - side.first_position;
+    f(group, side.block_table[position / side.block_size] * side.block_stride +
+                 static_cast<std::ptrdiff_t>(position % side.block_size) * side.dim);
   }
 }
 
-std::size_t attention_scratch(int rows, int head_dim) {
-  auto floats = static_cast<std::size_t>(rows) * static_cast<std::size_t>(head_dim);
+std::size_t attention_scratch(int rows, int k_dim) {
+  auto floats = static_cast<std::size_t>(rows) * static_cast<std::size_t>(k_dim);
   return (floats + kLanes - 1) / kLanes * kLanes;
+}
+
+/// Empty states, and the queries scaled.
+void begin_rows(const QueryView& query, int k_dim, int v_dim, float* scaled,
+                const AttentionState& state) {
+  const float scale = query.soft_cap != 0.0f ? query.scale / query.soft_cap : query.scale;
+  for (int row = 0; row < query.tokens * query.heads; ++row) {
+    const float* q = query.q + row / query.heads * query.token_stride +
+                     std::ptrdiff_t{row % query.heads} * k_dim;
+    float* to = scaled + std::ptrdiff_t{row} * k_dim;
+    float* output = state.output + std::ptrdiff_t{row} * v_dim;
+    for_each_chunk(k_dim, [&](int d, int count) {
+      store_some(to + d, mul(load_some(q + d, count), broadcast(scale)), count);
+    });
+    for_each_chunk(v_dim, [&](int d, int count) { store_some(output + d, zero(), count); });
+    state.maximum[row] = -kInfinity;
+    state.sum[row] = 0.0f;
+  }
 }
 
 template <typename T>
 void attention_split(const QueryView& query, const KvView& kv, int split, float* scratch,
                      const AttentionState& state) {
-  const int head_dim = kv.head_dim;
-  const int num_rows = query.tokens * query.group;
-  const float scale = query.soft_cap != 0.0f ? query.scale / query.soft_cap : query.scale;
-  for (int row = 0; row < num_rows; ++row) {
-    const float* q = query.q + row / query.group * query.token_stride +
-                     std::ptrdiff_t{row % query.group} * head_dim;
-    float* scaled = scratch + std::ptrdiff_t{row} * head_dim;
-    float* output = state.output + std::ptrdiff_t{row} * head_dim;
-    for_each_chunk(head_dim, [&](int d, int count) {
-      store_some(scaled + d, mul(load_some(q + d, count), broadcast(scale)), count);
-      store_some(output + d, zero(), count);
-    });
-    state.maximum[row] = -kInfinity;
-    state.sum[row] = 0.0f;
-  }
-  Rows rows = {scratch,  query.group, query.first_position, query.window, query.soft_cap,
-               head_dim, state};
+  const int num_rows = query.tokens * query.heads;
+  begin_rows(query, kv.k.dim, kv.v.dim, scratch, state);
+  const Rows rows = {scratch,
+                     query.heads,
+                     kv.k.group,
+                     kv.v.group,
+                     kv.k.head_stride,
+                     kv.v.head_stride,
+                     query.first_position,
+                     query.window,
+                     query.soft_cap,
+                     kv.k.dim,
+                     kv.v.dim,
+                     state};
+  const T* k = static_cast<const T*>(kv.k.data);
+  const T* v = static_cast<const T*>(kv.v.data);
   for (int t = 0; t < kSplitTiles; ++t) {
     const int base = split * kKvSplit + t * kKvTile;
     auto [row, end] = rows.seeing(num_rows, base);
     if (row >= end) continue;
     KvTile<T> tile;
-    for_each_group(kv, base, rows.seen(row, end, base), [&](int group, std::ptrdiff_t offset) {
-      tile.k[group] = static_cast<const T*>(kv.k) + offset;
-      tile.v[group] = static_cast<const T*>(kv.v) + offset;
-      tile.next_k[group] = tile.k[group];
+    const Range seen = rows.seen(row, end, base);
+    for_each_group(kv.k, base, seen, [&](int group, std::ptrdiff_t offset) {
+      tile.next_k[group] = tile.k[group] = k + offset;
     });
+    for_each_group(kv.v, base, seen,
+                   [&](int group, std::ptrdiff_t offset) { tile.v[group] = v + offset; });
     const int next = base + kKvTile;
     auto [next_row, next_end] = rows.seeing(num_rows, next);
     if (next_row < next_end) {
-      Range seen = rows.seen(next_row, next_end, next);
-      for_each_group(kv, next, seen, [&](int group, std::ptrdiff_t offset) {
-        tile.next_k[group] = static_cast<const T*>(kv.k) + offset;
-      });
+      for_each_group(kv.k, next, rows.seen(next_row, next_end, next),
+                     [&](int group, std::ptrdiff_t offset) { tile.next_k[group] = k + offset; });
     }
     const int count = end - row;
     const int blocks = (count + kAttentionBlock - 1) / kAttentionBlock;
     for (int block = 0; block < blocks; ++block) {
-      int from = count * block / blocks;
-      int to = count * (block + 1) / blocks;
-      run_block<T>(to - from, rows, row + from, base, tile);
+      attend_block<T>(rows, row + count * block / blocks, row + count * (block + 1) / blocks, base,
+                      tile);
     }
   }
 }
 
-void attention_merge(const AttentionState& from, int rows, int head_dim,
-                     const AttentionState& into) {
+void attention_merge(const AttentionState& from, int rows, int v_dim, const AttentionState& into) {
   for (int row = 0; row < rows; ++row) {
     // An empty side must leave the other's bits alone.
     if (from.sum[row] == 0.0f) continue;
-    const float* source = from.output + std::ptrdiff_t{row} * head_dim;
-    float* target = into.output + std::ptrdiff_t{row} * head_dim;
+    const float* source = from.output + std::ptrdiff_t{row} * v_dim;
+    float* target = into.output + std::ptrdiff_t{row} * v_dim;
     if (into.sum[row] == 0.0f) {
-      for (int d = 0; d < head_dim; ++d) target[d] = source[d];
+      for (int d = 0; d < v_dim; ++d) target[d] = source[d];
       into.maximum[row] = from.maximum[row];
       into.sum[row] = from.sum[row];
       continue;
@@ -337,7 +269,7 @@ void attention_merge(const AttentionState& from, int rows, int head_dim,
     Vec sum = fma(broadcast(into.sum[row]), keep, mul(broadcast(from.sum[row]), take));
     store_n(into.sum + row, sum, 1);
     into.maximum[row] = maximum;
-    for_each_chunk(head_dim, [&](int d, int count) {
+    for_each_chunk(v_dim, [&](int d, int count) {
       Vec added = mul(load_some(source + d, count), take);
       store_some(target + d, fma(load_some(target + d, count), keep, added), count);
     });
@@ -345,13 +277,13 @@ void attention_merge(const AttentionState& from, int rows, int head_dim,
 }
 
 template <typename Out>
-void attention_finish(const AttentionState& state, int tokens, int group, int head_dim, Out* out,
-                      std::ptrdiff_t token_stride) {
-  for (int row = 0; row < tokens * group; ++row) {
-    const float* source = state.output + std::ptrdiff_t{row} * head_dim;
-    Out* target = out + row / group * token_stride + std::ptrdiff_t{row % group} * head_dim;
+void attention_finish(const AttentionState& state, int tokens, int heads, int v_dim, Out* out,
+                      std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) {
+  for (int row = 0; row < tokens * heads; ++row) {
+    const float* source = state.output + std::ptrdiff_t{row} * v_dim;
+    Out* target = out + row / heads * token_stride + row % heads * head_stride;
     Vec sum = broadcast(state.sum[row]);
-    for_each_chunk(head_dim, [&](int d, int count) {
+    for_each_chunk(v_dim, [&](int d, int count) {
       store_some(target + d, div(load_some(source + d, count), sum), count);
     });
   }

@@ -13,8 +13,8 @@
 // q * scale[row] with q in [-127, 127] stored as magnitude and sign (bit 7): both orders are what
 // one table look-up and an unpack turn into two vectors of bf16 pairs.
 //
-// KV cache of one layer. K: [block][kv_head][block_size/16][head_dim][16 tokens], so that a vector
-// holds the same element of 16 consecutive tokens; V: [block][kv_head][block_size][head_dim].
+// KV cache of one layer. K: [block][head][block_size/16][dim][16 tokens], so that a vector holds
+// the same element of 16 consecutive tokens; V: [block][head][block_size][dim].
 #pragma once
 
 #include <cstddef>
@@ -36,28 +36,35 @@ inline constexpr int kKvSplit = 256;
 inline constexpr int kMaximaSpan = 1024;
 /// Elements of a row that share one sum in exp_blocks.
 inline constexpr int kSumBlock = 256;
-/// Rows (query tokens x heads of a group) that one attention call may hold.
+/// Rows (query tokens x heads) that one attention call may hold.
 inline constexpr int kMaxAttentionRows = 64;
 
-/// Paged KV of one layer and kv head as the attention kernels read it.
-struct KvView {
-  const void* k = nullptr;  // pool, offset to the kv head of block 0; float or bf16
-  const void* v = nullptr;
-  std::ptrdiff_t block_stride = 0;            // elements from one block to the next, K and V alike
-  const std::int32_t* block_table = nullptr;  // [ceil(kv_length / block_size)]
+/// K or V of one layer as the attention kernels read it, paged in the layouts above.
+struct KvSideView {
+  const void* data = nullptr;                 // of head 0 in block 0; float or bf16
+  std::ptrdiff_t block_stride = 0;            // elements from one block to the next
+  std::ptrdiff_t head_stride = 0;             // elements from one head to the next
+  const std::int32_t* block_table = nullptr;  // of the blocks from first_position on
+  int first_position = 0;                     // a multiple of kKvTile
   int block_size = 0;                         // tokens, a multiple of 16
-  int head_dim = 0;                           // any positive number
+  int dim = 0;                                // elements of a head, any positive number
+  int group = 0;                              // consecutive heads of the query that share a head
 };
 
-/// The queries of one attention call: rows = tokens x group, row (i, g) at
-/// q + i * token_stride + g * head_dim. Token i stands at position first_position + i and sees
+struct KvView {
+  KvSideView k;
+  KvSideView v;
+};
+
+/// The queries of one attention call: rows = tokens x heads, row (i, h) at
+/// q + i * token_stride + h * k.dim. Token i stands at position first_position + i and sees
 /// the positions [max(0, its position - window + 1), its position]; window 0 means all. Scores are
 /// s = scale q . k, or soft_cap * tanh(s / soft_cap) where soft_cap is not 0.
 struct QueryView {
   const float* q = nullptr;
   std::ptrdiff_t token_stride = 0;
   int tokens = 0;
-  int group = 0;
+  int heads = 0;
   int first_position = 0;
   int window = 0;
   float scale = 1.0f;
@@ -68,7 +75,7 @@ struct QueryView {
 struct AttentionState {
   float* maximum = nullptr;  // [rows]
   float* sum = nullptr;      // [rows]
-  float* output = nullptr;   // [rows, head_dim]
+  float* output = nullptr;   // [rows, v.dim]
 };
 
 /// What the elements that `select` takes are to its bound; NaN is nothing to any bound.
@@ -168,7 +175,7 @@ struct KernelTable {
   // --- attention
   // -----------------------------------------------------------------------------------
   /// Floats of scratch (64-byte aligned) that attention_split needs for `rows` rows.
-  std::size_t (*attention_scratch)(int rows, int head_dim);
+  std::size_t (*attention_scratch)(int rows, int k_dim);
   /// The state of all rows over the KV positions [split * kKvSplit, (split + 1) * kKvSplit): each
   /// row's own visible part of them. A row that sees nothing there gets (-inf, 0, 0).
   void (*attention_split_f32)(const QueryView& query, const KvView& kv, int split, float* scratch,
@@ -177,13 +184,13 @@ struct KernelTable {
                                const AttentionState& state);
   /// into = into combined with from, over the same rows. A side whose sum is 0 is empty and leaves
   /// the bits of the other.
-  void (*attention_merge)(const AttentionState& from, int rows, int head_dim,
+  void (*attention_merge)(const AttentionState& from, int rows, int v_dim,
                           const AttentionState& into);
-  /// out row (i, g) at out + i * token_stride + g * head_dim = output / sum.
-  void (*attention_finish_f32)(const AttentionState& state, int tokens, int group, int head_dim,
-                               float* out, std::ptrdiff_t token_stride);
-  void (*attention_finish_bf16)(const AttentionState& state, int tokens, int group, int head_dim,
-                                bf16* out, std::ptrdiff_t token_stride);
+  /// out row (i, h) at out + i * token_stride + h * head_stride = output / sum.
+  void (*attention_finish_f32)(const AttentionState& state, int tokens, int heads, int v_dim,
+                               float* out, std::ptrdiff_t token_stride, std::ptrdiff_t head_stride);
+  void (*attention_finish_bf16)(const AttentionState& state, int tokens, int heads, int v_dim,
+                                bf16* out, std::ptrdiff_t token_stride, std::ptrdiff_t head_stride);
 
   // --- rows
   // ----------------------------------------------------------------------------------------

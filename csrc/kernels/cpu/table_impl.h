@@ -7,6 +7,7 @@
 #include "kernels/cpu/epilogue_impl.h"
 #include "kernels/cpu/rows_impl.h"
 #include "kernels/cpu/exchange_impl.h"
+#include "kernels/cpu/attention_tile_impl.h"
 #include "kernels/cpu/attention_impl.h"
 // clang-format on
 

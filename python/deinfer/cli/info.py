@@ -79,6 +79,7 @@ def _print(report: dict[str, Any]) -> None:
             ("vocabulary", f"{report['vocab_size']}"),
             ("context", f"{report['max_model_len']} tokens"),
             ("KV cache", f"{report['kv_bytes_per_token']} bytes per token"),
+            *_latents(report),
             *(("has" if i == 0 else "", text) for i, text in enumerate(report["features"])),
         ]
     if low_rank := report["low_rank"]:
@@ -87,6 +88,18 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in rows:
         print(f"{name:14}{value}")
     _print_ranks(report["ranks"])
+
+
+def _latents(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What kv_cache="latent" would take, if some k or v is decomposed."""
+    dense, latent = report["kv_bytes_per_token"], report["latent_kv_bytes_per_token"]
+    if latent == dense:
+        return []
+    tokens = f"{latent} with latents, for {dense / latent:.2f} times the tokens"
+    return [
+        ("", tokens),
+        ("", f"break-even: ranks of k and v below {report['kv_width']} take less memory"),
+    ]
 
 
 def _memory(report: dict[str, Any]) -> str:

@@ -101,6 +101,12 @@ _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("max_num_batched_tokens", int, "most tokens in one step (default: 512)"),
     ("kv_cache_bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
     (
+        "kv_cache",
+        str,
+        "what it keeps: dense (K and V), latent (the inner vectors of decomposed k and v) or auto, "
+        "by predicted throughput (default: dense)",
+    ),
+    (
         "scheduling_policy",
         str,
         "order of the requests: fcfs, hrrn, length_bucket, longest_tail, sjf, static or "

@@ -35,6 +35,7 @@ _FIELDS = {
     "batches": "batch",
     "prefill": "prefill",
     "mix": "mix",
+    "kv_cache": "kv_cache",
 }
 _WIDTH = 100
 
@@ -77,6 +78,12 @@ def add_parser(commands: Commands) -> None:
         ),
         ("--memory", float, "GIB", "of a rank (default: what the hardware has)"),
         ("--context", int, "TOKENS", "per sequence when decoding (default: 1024)"),
+        (
+            "--kv-cache",
+            str,
+            "KIND",
+            "dense, latent or auto, which is for decoding the largest batch (default: dense)",
+        ),
     ):
         parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
     parser.add_argument(
@@ -146,7 +153,8 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         for field in _FIELDS:
             if str(error).startswith(field):
-                raise UsageError(f"--{_FIELDS[field]}: {error}") from error
+                option = _FIELDS[field].replace("_", "-")
+                raise UsageError(f"--{option}: {error}") from error
         raise
     settings = {
         "model": str(options.model),
@@ -156,6 +164,7 @@ def run(options: argparse.Namespace) -> None:
         "dtype": config.dtype,
         "keep": config.keep or None,
         "context": config.context,
+        "kv_cache": config.kv_cache,
         "overlap": options.overlap,
     }
     if options.json:
@@ -196,6 +205,11 @@ def _as_json(report: PlanReport) -> dict[str, Any]:
                 "wire_bytes_per_token": plan.wire_bytes_per_token,
                 "weight_bytes": plan.weight_bytes,
                 "kv_bytes_per_token": plan.kv_bytes_per_token,
+                "dense_kv_bytes_per_token": plan.dense_kv_bytes_per_token,
+                "latent_kv_bytes_per_token": plan.latent_kv_bytes_per_token,
+                "kv_reason": plan.kv_reason,
+                "k_break_even_rank": plan.k_break_even,
+                "v_break_even_rank": plan.v_break_even,
                 "kv_tokens": None if plan.kv_tokens < 0 else plan.kv_tokens,
                 "fits": plan.fits,
                 "phases": {
@@ -283,3 +297,16 @@ def _print(settings: dict[str, Any], report: PlanReport) -> None:
         + ("; /N: in N chunks" if settings["overlap"] else "")
     )
     print("\n" + textwrap.fill(f"choice: {report.reason}", width=_WIDTH))
+    print("\n" + textwrap.fill(_kv_text(report), width=_WIDTH))
+
+
+def _kv_text(report: PlanReport) -> str:
+    """What the KV cache takes under the chosen plan for decoding, or the first."""
+    chosen = [plan for plan in report.plans if plan.plan == report.decode_plan]
+    plan = (chosen or report.plans)[0]
+    return (
+        f"KV cache under {plan.plan}: {plan.dense_kv_bytes_per_token} bytes per token and rank "
+        f"dense, {plan.latent_kv_bytes_per_token} with latents; decoding takes no longer from "
+        f"latents up to rank {plan.k_break_even} of k and {plan.v_break_even} of v. "
+        f"Choice: {plan.kv_reason}."
+    )

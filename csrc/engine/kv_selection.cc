@@ -1,0 +1,52 @@
+#include "engine/kv_selection.h"
+
+#include <algorithm>
+
+#include "base/cpu_features.h"
+#include "engine/calibration.h"
+#include "engine/engine_info.h"
+#include "model/loader.h"
+#include "model/planned_model.h"
+
+namespace deinfer {
+namespace {
+
+constexpr int kContext = 512;  // as plans are chosen for
+
+KvDemand demand_of(const EngineConfig& config, const PlannedModel& model,
+                   const TensorParallelPlan& plan, int max_model_len) {
+  KvDemand demand;
+  demand.context = std::min(kContext, max_model_len);
+  demand.max_sequences = config.max_num_seqs;
+  if (config.num_kv_blocks > 0) {
+    demand.tokens = config.num_kv_blocks * config.block_size;
+    return demand;
+  }
+  const auto ranks = static_cast<std::uint64_t>(plan.size());
+  demand.bytes = config.kv_cache_bytes / ranks;
+  if (demand.bytes > 0) return demand;
+  std::uint64_t weights = 0;
+  for (int rank = 0; rank < plan.size(); ++rank) weights += rank_weight_bytes(model, plan, rank);
+  const std::uint64_t memory = available_memory();
+  demand.bytes = kv_share(memory - std::min(memory, weights)) / ranks;
+  return demand;
+}
+
+}  // namespace
+
+KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
+                         const StepPlans& plans, int threads, int max_model_len) {
+  const DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
+  const PlannedModel planned = planned_model(model, 0.0, dtype_name(dtype));
+  const TensorParallelPlan& plan = *plans[0];
+  Hardware hardware;
+  LinkModel link;
+  if (config.kv_cache == "auto") {
+    link = measure_local_link(plan.size());
+    hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, plan.size(), threads);
+  }
+  return choose_kv_forms(config.kv_cache, planned, plan, hardware, link,
+                         demand_of(config, planned, plan, max_model_len));
+}
+
+}  // namespace deinfer

@@ -1,0 +1,16 @@
+// What an engine's KV cache keeps of every layer.
+#pragma once
+
+#include "deinfer/engine.h"
+#include "engine/plan_choice.h"
+#include "plan/kv_choice.h"
+
+namespace deinfer {
+
+/// The forms that config.kv_cache asks for, or for "auto" those of the best predicted throughput on
+/// this machine, measured in some tenths of a second. Throws as choose_kv_forms(), and where the
+/// two plans that take turns have no latents in common.
+KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
+                         const StepPlans& plans, int threads, int max_model_len);
+
+}  // namespace deinfer

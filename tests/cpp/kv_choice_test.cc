@@ -1,0 +1,129 @@
+// Which latents "auto" keeps, and what the cost model says of them.
+#include "plan/kv_choice.h"
+
+#include <gtest/gtest.h>
+
+#include "deinfer/error.h"
+
+namespace deinfer {
+namespace {
+
+/// 1.1B parameters before the decomposition, multi-head.
+PlannedModel model_of(int kv_heads, int rank, bool rotary) {
+  PlannedModel model;
+  model.shape = {2048, 5632, 32, kv_heads, 64, 32000};
+  model.absorbs_keys = !rotary;
+  const int kv = kv_heads * 64;
+  LayerShape layer{{2048, 2048, 409}, {kv, 2048, rank},  {kv, 2048, rank}, {2048, 2048, 409},
+                   {5632, 2048, 600}, {5632, 2048, 600}, {2048, 5632, 600}};
+  model.layers.assign(22, layer);
+  model.head = {32000, 2048, 0};
+  return model;
+}
+
+/// A CPU, whose attention over a dense cache is bound by memory.
+Hardware cpu_hardware() { return parse_hardware("cpu:20:100"); }
+
+KvChoice choose(const char* kind, const PlannedModel& model, const char* plan, int ranks,
+                const KvDemand& demand, const Hardware& hardware = cpu_hardware()) {
+  return choose_kv_forms(kind, model, *make_plan(plan, model.shape, ranks), hardware,
+                         parse_link_model("nvlink"), demand);
+}
+
+KvDemand demand_of(std::uint64_t bytes) {
+  KvDemand demand;
+  demand.context = 512;
+  demand.bytes = bytes;
+  return demand;
+}
+
+TEST(KvChoice, LatentTakesAllThatCanBeAndSaysWhatCannot) {
+  PlannedModel model = model_of(32, 409, true);
+  model.layers[3].key.rank = 0;
+  const KvChoice choice = choose("latent", model, "hidden_sharded", 2, {});
+  for (std::size_t i = 0; i < 22; ++i) {
+    EXPECT_EQ(choice.forms[i].k, i == 3 ? KvForm::kDense : KvForm::kRebuilt);
+    EXPECT_EQ(choice.forms[i].v, KvForm::kAbsorbed);
+  }
+  EXPECT_EQ(choice.reason, "K dense in 1 layer, rebuilt in 21 layers; V absorbed: asked for");
+  EXPECT_THROW(choose("latent", model, "naive", 2, {}), Error);
+  EXPECT_THROW(choose("latent", model, "dense", 1, {}), Error);
+  EXPECT_NO_THROW(choose("latent", model, "naive", 1, {}));
+  EXPECT_THROW(choose("latent", model_of(32, 0, true), "hidden_sharded", 1, {}), Error);
+}
+
+TEST(KvChoice, AutoKeepsDenseWhatMemoryDoesNotLimit) {
+  // A byte is read in the time of one operation, of which absorbed values take more.
+  const Hardware slow = parse_hardware("cpu:60:60");
+  const PlannedModel model = model_of(32, 409, true);
+  EXPECT_EQ(choose("auto", model, "hidden_sharded", 1, demand_of(0), slow).forms,
+            std::vector<KvForms>(22));
+  KvDemand fixed;  // as many tokens whatever they take
+  fixed.tokens = 2048;
+  EXPECT_EQ(choose("auto", model, "hidden_sharded", 1, fixed, slow).forms,
+            std::vector<KvForms>(22));
+}
+
+TEST(KvChoice, AutoShrinksValuesBeforeRotatedKeysWhereMemoryLimits) {
+  // Dense caches hold 2 sequences of 512 tokens in 200 MB.
+  const PlannedModel model = model_of(32, 409, true);
+  const KvChoice choice = choose("auto", model, "hidden_sharded", 1, demand_of(200'000'000));
+  for (const KvForms& forms : choice.forms) {
+    EXPECT_EQ(forms.k, KvForm::kDense);
+    EXPECT_EQ(forms.v, KvForm::kAbsorbed);
+  }
+  EXPECT_NE(choice.reason.find("K dense; V absorbed"), std::string::npos) << choice.reason;
+}
+
+TEST(KvChoice, AutoAbsorbsBothWhereNothingIsRotated) {
+  const PlannedModel model = model_of(32, 409, false);
+  const KvChoice choice = choose("auto", model, "hidden_sharded", 1, demand_of(200'000'000));
+  for (const KvForms& forms : choice.forms) {
+    EXPECT_EQ(forms, (KvForms{KvForm::kAbsorbed, KvForm::kAbsorbed}));
+  }
+}
+
+TEST(KvChoice, AutoNeverTakesLatentsThatAreWiderThanARanksHeads) {
+  // On 8 ranks a dense side has 4 heads of 64, a latent 409 elements on every rank.
+  const KvChoice choice =
+      choose("auto", model_of(32, 409, false), "hidden_sharded", 8, demand_of(20'000'000));
+  EXPECT_EQ(choice.forms, std::vector<KvForms>(22));
+}
+
+TEST(KvChoice, ValuesAreRebuiltWhereManyHeadsShareFewElements) {
+  const KvTraits many{64, 16, true, false};
+  EXPECT_EQ(latent_value_form(many, 40), KvForm::kRebuilt);  // 64 x (40 - 16) > 16 x 40
+  EXPECT_EQ(latent_value_form(many, 20), KvForm::kAbsorbed);
+  EXPECT_EQ(latent_key_form(many, 40), KvForm::kRebuilt);
+  EXPECT_EQ(latent_key_form(many, 20), KvForm::kAbsorbed);
+  const KvTraits rotary{64, 16, false, false};
+  EXPECT_EQ(latent_key_form(rotary, 20), KvForm::kRebuilt);
+  const KvTraits odd{1, 15, true, false};
+  EXPECT_EQ(latent_key_form(odd, 4), KvForm::kRebuilt);
+}
+
+TEST(KvBreakEven, IsWhereDecodingTakesAsLongAsWithADenseCache) {
+  const Hardware gpu = parse_hardware("h100");
+  const Phase phase{false, 1, 4096};
+  for (bool rotary : {false, true}) {
+    const PlannedModel model = model_of(32, 1, rotary);
+    auto plan = make_plan("hidden_sharded", model.shape, 1);
+    const KvBreakEven even = kv_break_even(model, *plan, gpu);
+    auto seconds = [&](int rank) {
+      LayerShape layer;
+      layer.key.rank = rank;
+      return attention_seconds(model, *plan, gpu, phase, layer,
+                               {latent_key_form(model.kv_traits(), rank), KvForm::kDense});
+    };
+    const double dense = attention_seconds(model, *plan, gpu, phase, {}, {});
+    EXPECT_LE(seconds(even.k), dense);
+    EXPECT_GT(seconds(even.k + 1), dense);
+    // A rotated key costs 2 x 2048 operations per element of its latent, at some 200 operations in
+    // the time in which a byte is read.
+    EXPECT_EQ(even.k < 600, rotary);
+    EXPECT_GE(even.v, 2048);
+  }
+}
+
+}  // namespace
+}  // namespace deinfer

@@ -1,0 +1,247 @@
+// Engines that cache latents compute what those with a dense cache do.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#include "deinfer/engine.h"
+#include "tiny_kinds.h"
+
+namespace deinfer {
+namespace {
+
+using test::Kind;
+
+struct Outcome {
+  std::vector<float> logits;  // of the prompts of some requests
+  std::vector<TokenId> tokens;
+  std::vector<float> logprobs;
+  bool operator==(const Outcome&) const = default;
+};
+
+EngineConfig config_of(const test::TinyModel& model, const std::string& kv_cache) {
+  EngineConfig config;
+  config.model = model.path();
+  config.dtype = "float32";
+  config.kv_cache = kv_cache;
+  config.tensor_parallel_plan = "hidden_sharded";
+  config.num_threads = 1;
+  config.max_num_batched_tokens = 64;
+  config.num_kv_blocks = 128;
+  return config;
+}
+
+const std::vector<int> kShort = {1, 9, 40, 23};
+const std::vector<int> kLong = {1, 9, 40, 23, 300, 310};
+
+/// Greedy and sampled requests with prompts of these lengths, of which 310 has 300 as its prefix.
+Outcome run(const EngineConfig& config, const std::vector<int>& lengths, int max_tokens = 8,
+            std::int64_t* preemptions = nullptr) {
+  Engine engine(config);
+  std::mt19937 random(7);
+  std::vector<RequestId> ids;
+  std::vector<TokenId> prompt;
+  for (int length : lengths) {
+    if (length != 310) prompt.clear();
+    while (static_cast<int>(prompt.size()) < length) {
+      prompt.push_back(static_cast<TokenId>(random() % 97));
+    }
+    SamplingParams params;
+    params.temperature = length == 23 ? 0.8f : 0.0f;
+    params.seed = 3;
+    params.max_tokens = max_tokens;
+    params.ignore_eos = true;
+    params.prompt_logits = length == 40 || length == 300;
+    if (length == 23) params.logprobs = 2;
+    ids.push_back(engine.submit(prompt, params));
+  }
+  std::vector<Outcome> runs(ids.size());
+  while (engine.has_unfinished_requests()) {
+    for (RequestOutput& output : engine.step()) {
+      Outcome& request = runs[static_cast<std::size_t>(
+          std::find(ids.begin(), ids.end(), output.request_id) - ids.begin())];
+      request.logits.insert(request.logits.end(), output.prompt_logits.begin(),
+                            output.prompt_logits.end());
+      for (const SequenceOutput& sample : output.outputs) {
+        request.tokens.insert(request.tokens.end(), sample.new_token_ids.begin(),
+                              sample.new_token_ids.end());
+        for (const auto& entries : sample.logprobs) {
+          for (const TokenLogprob& entry : entries) request.logprobs.push_back(entry.logprob);
+        }
+      }
+    }
+  }
+  if (preemptions != nullptr) *preemptions = engine.stats().num_preemptions;
+  Outcome all;
+  for (const Outcome& one : runs) {
+    all.logits.insert(all.logits.end(), one.logits.begin(), one.logits.end());
+    all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
+    all.logprobs.insert(all.logprobs.end(), one.logprobs.begin(), one.logprobs.end());
+  }
+  return all;
+}
+
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() != b.size() || a.empty()) return 1.0;
+  double difference = 0.0, size = 0.0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
+    size += std::pow(b[i], 2);
+  }
+  return std::sqrt(difference / size);
+}
+
+test::TinyConfig base_config() {
+  test::TinyConfig config;
+  config.hidden = 64;
+  config.intermediate = 80;
+  config.heads = 8;
+  config.kv_heads = 4;
+  config.max_position = 512;  // beyond one KV split
+  config.all_low_rank = true;
+  return config;
+}
+
+/// Every way in which K and V come from latents.
+std::vector<Kind> kinds() {
+  std::vector<Kind> all;
+  auto add = [&](const std::string& name, auto change) {
+    test::TinyConfig config = base_config();
+    change(config);
+    all.push_back({name, config});
+  };
+  add("llama_gqa", [](auto&) {});
+  add("llama_mha", [](auto& c) { c.kv_heads = 8, c.k_rank = 33, c.v_rank = 17; });
+  add("rank_1", [](auto& c) { c.k_rank = c.v_rank = 1; });
+  add("full_rank", [](auto& c) { c.kv_heads = 8, c.k_rank = c.v_rank = 64; });
+  add("odd_heads", [](auto& c) { c.head_dim = 12, c.kv_heads = 2; });
+  add("mixed_layers",
+      [](auto& c) { c.layers = 3, c.dense_key_layer = 0, c.dense_value_layer = 1; });
+  add("values_rebuilt", [](auto& c) { c.heads = 16, c.head_dim = 4, c.kv_heads = 1; });
+  add("mistral", [](auto& c) { c.family = "mistral", c.window = 11; });
+  add("qwen2", [](auto& c) { c.family = "qwen2"; });
+  add("qwen3", [](auto& c) { c.family = "qwen3"; });
+  add("olmo2", [](auto& c) { c.family = "olmo2"; });
+  add("gemma2", [](auto& c) { c.family = "gemma2", c.window = 9; });
+  add("gemma3", [](auto& c) { c.family = "gemma3_text", c.window = 70, c.k_rank = 6; });
+  add("opt", [](auto& c) { c.family = "opt"; });
+  add("opt_mixed", [](auto& c) {
+    c.family = "opt", c.layers = 3, c.dense_key_layer = 1, c.dense_value_layer = 2, c.k_rank = 64;
+  });
+  return all;
+}
+
+class LatentKv : public testing::TestWithParam<Kind> {};
+
+TEST_P(LatentKv, ComputesWhatADenseCacheDoes) {
+  test::TinyModel model(GetParam().config);
+  const Outcome dense = run(config_of(model, "dense"), kLong);
+  EngineConfig config = config_of(model, "latent");
+  const Outcome latent = run(config, kLong);
+  EXPECT_LE(distance(latent.logits, dense.logits), 1e-5);
+  EXPECT_LE(distance(latent.logprobs, dense.logprobs), 1e-4);
+  EXPECT_EQ(latent.tokens, dense.tokens);
+  // K and V that are rebuilt have the bits of dense ones, here as no norm is over all heads.
+  if (GetParam().name == "values_rebuilt") {
+    EXPECT_EQ(latent, dense);
+  }
+}
+
+TEST_P(LatentKv, BitsDoNotDependOnThreadsBatchesAndPreemption) {
+  test::TinyModel model(GetParam().config);
+  EngineConfig config = config_of(model, "latent");
+  for (const char* dtype : {"float32", "bfloat16"}) {
+    config.dtype = dtype;
+    const Outcome expected = run(config, kLong, 30);
+    EngineConfig other = config;
+    other.num_threads = 2;
+    other.max_num_batched_tokens = 300;
+    other.enable_prefix_caching = false;
+    EXPECT_EQ(run(other, kLong, 30), expected) << dtype;
+    other = config;
+    other.max_num_batched_tokens = 17;
+    other.num_kv_blocks = 40;  // the two long ones need 42
+    other.enable_prefix_caching = false;
+    other.admission = "prompt";
+    other.max_pause = 0;
+    other.kv_watermark = 0.0;
+    std::int64_t preemptions = 0;
+    EXPECT_EQ(run(other, kLong, 30, &preemptions), expected) << dtype;
+    EXPECT_GT(preemptions, 0);
+  }
+}
+
+TEST_P(LatentKv, SeveralRanksComputeWhatOneDoes) {
+  test::TinyModel model(GetParam().config);
+  const Outcome one = run(config_of(model, "dense"), kShort);
+  for (const char* plan : {"hidden_sharded", "rank_gather", "two_collective", "token_sharded"}) {
+    for (int ranks : {2, 3}) {
+      if (ranks == 3 && plan != std::string("hidden_sharded")) continue;
+      SCOPED_TRACE(std::string(plan) + ", " + std::to_string(ranks) + " ranks");
+      EngineConfig config = config_of(model, "latent");
+      config.tensor_parallel_plan = plan;
+      config.tensor_parallel_size = ranks;
+      config.exchange_chunks = 2;
+      const Outcome many = run(config, kShort);
+      EXPECT_LE(distance(many.logits, one.logits), 1e-5);
+      EXPECT_EQ(many.tokens, one.tokens);
+    }
+  }
+}
+
+TEST_P(LatentKv, IsAsExactInBfloat16AsADenseCache) {
+  for (const char* dtype : {"bfloat16", "int8"}) {
+    double dense = 0, latent = 0;
+    for (std::uint32_t seed = 1; seed <= 4; ++seed) {
+      test::TinyConfig tiny = GetParam().config;
+      tiny.bfloat16 = true;  // float32 runs have the same weights
+      tiny.max_position = 384;
+      test::TinyModel model(tiny, seed);
+      const std::vector<int> prompts = {40, 300};
+      const std::vector<float> exact = run(config_of(model, "dense"), prompts, 1).logits;
+      EngineConfig config = config_of(model, "dense");
+      config.dtype = dtype;
+      dense += distance(run(config, prompts, 1).logits, exact);
+      config.kv_cache = "latent";
+      latent += distance(run(config, prompts, 1).logits, exact);
+    }
+    EXPECT_LE(latent, 1.2 * dense) << dtype;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, LatentKv, testing::ValuesIn(kinds()),
+                         [](const auto& kind) { return kind.param.name; });
+
+TEST(LatentKvErrors, NameWhatIsMissing) {
+  auto message = [](const EngineConfig& config) -> std::string {
+    try {
+      Engine engine(config);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      return error.what();
+    }
+    return "none";
+  };
+  test::TinyModel model(base_config());
+  EngineConfig config = config_of(model, "compressed");
+  EXPECT_NE(message(config).find("kv_cache=\"compressed\" is unknown"), std::string::npos);
+  for (const char* plan : {"naive", "dense"}) {
+    config = config_of(model, "latent");
+    config.tensor_parallel_size = 2;
+    config.tensor_parallel_plan = plan;
+    EXPECT_NE(message(config).find(std::string("under the plan ") + plan), std::string::npos);
+    config.kv_cache = "auto";
+    Engine engine(config);
+    for (const KvLayerInfo& layer : engine.model_info().kv_layers) {
+      EXPECT_EQ(layer.k + layer.v, "densedense");
+    }
+  }
+  test::TinyConfig dense = base_config();
+  dense.all_low_rank = false;
+  test::TinyModel undecomposed(dense);
+  EXPECT_NE(message(config_of(undecomposed, "latent")).find("is decomposed"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace deinfer

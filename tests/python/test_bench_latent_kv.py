@@ -1,0 +1,57 @@
+"""The judgement of bench/latent_kv.py; nothing is timed here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import latent_kv as bench  # noqa: E402
+from deinfer import _C  # noqa: E402
+
+
+def test_the_formula_is_what_engines_report(tmp_path: Path) -> None:
+    for shape in ("rotary", "plain"):
+        path = bench.write_shape(tmp_path, shape, 1)
+        described = _C.describe_config(str(path))
+        # An odd rank of k has a zero behind it where K is rebuilt.
+        padding = 2 * (bench.RANK % 2) if shape == "rotary" else 0
+        assert 2 * described.latent_kv_elements_per_token == bench.formula_bytes(1) + padding
+        row = bench.capacity(path, 1)
+        assert bench.capacity_check(shape, row).ok
+        assert row["of_dense"] > 4.9
+
+
+def test_checks_apply_where_they_belong() -> None:
+    def row(context: int, ratio: float, shape: str = "plain") -> dict:
+        return {
+            "shape": shape,
+            "context": context,
+            "rebuild_all_over_latent": {"median": ratio},
+            "rebuild_all_over_v_latent": {"median": 30.0},
+        }
+
+    assert bench.attention_checks(row(512, 1.0)) == []
+    assert [check.ok for check in bench.attention_checks(row(4096, 2.9))] == [False]
+    assert [check.ok for check in bench.attention_checks(row(4096, 3.1))] == [True]
+
+    rotary = bench.attention_checks(row(4096, 1.8, "rotary"))
+    assert [check.ok for check in rotary] == [False, True]
+
+    def case(budget: str, ratio: float) -> dict:
+        return {"shape": "plain", "budget": budget, "auto": {"of_dense": {"median": ratio}}}
+
+    assert not bench.throughput_checks(case("small", 1.4))[0].ok
+    assert bench.throughput_checks(case("small", 1.6))[0].ok
+    assert bench.throughput_checks(case("ample", 0.96))[0].ok
+    assert not bench.throughput_checks(case("ample", 0.9))[0].ok
+
+
+def test_every_request_fits_the_small_budget() -> None:
+    trace = bench.make_trace(np.array([5, 5000]), 50)
+    assert max(prompt + answer for prompt, answer in trace) + 16 <= bench.SMALL_TOKENS
+    assert {answer for _, answer in trace} == {5, bench.MOST}
