@@ -1,32 +1,15 @@
 #include "engine/engine_info.h"
 
 #include <algorithm>
-#include <fstream>
-#include <string>
 
 #include "base/check.h"
 
 namespace deinfer {
-namespace {
-
-/// What the kernel says can be taken without swapping; 0 where it does not say.
-std::uint64_t available_memory() {
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key;
-  std::uint64_t kib = 0;
-  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
-    if (key == "MemAvailable:") return kib * 1024;
-  }
-  return 0;
-}
-
-}  // namespace
-
-std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
-                              int max_model_len) {
+std::int64_t choose_kv_blocks(const EngineConfig& config, RankGroup& ranks, int max_model_len) {
   if (config.num_kv_blocks > 0) return config.num_kv_blocks;
+  const std::uint64_t block_bytes = ranks.kv_block_bytes();
   std::uint64_t bytes = config.kv_cache_bytes;
-  if (bytes == 0) bytes = available_memory() / 4;
+  if (bytes == 0) bytes = ranks.rank(0).kv_memory();
   auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
   if (config.kv_cache_bytes > 0 && blocks == 0) {
     fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
@@ -40,7 +23,7 @@ ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_mod
                          std::int64_t num_kv_blocks) {
   Worker& worker = ranks.rank(0);
   ModelInfo info;
-  const DecoderWeights& weights = worker.decoder().weights();
+  const WeightsInfo weights = worker.weights_info();
   info.architecture = model.model_type;
   info.dtype = dtype_name(weights.dtype);
   info.isa = isa_name(worker.kernels().isa);
@@ -49,21 +32,18 @@ ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_mod
   info.vocab_size = model.vocab_size;
   info.max_model_len = max_model_len;
   info.num_threads = worker.num_threads();
-  info.parameters = worker.parameters();
+  info.parameters = weights.parameters;
   info.tensor_parallel_size = ranks.size();
   info.decode_plan = ranks.plans()[0]->name();
   info.prefill_plan = ranks.plans()[1]->name();
   for (int rank = 0; rank < ranks.size(); ++rank) {
-    info.rank_weight_bytes.push_back(ranks.rank(rank).decoder().weights().bytes());
+    info.rank_weight_bytes.push_back(ranks.rank(rank).weights_info().bytes);
     info.weight_bytes += info.rank_weight_bytes.back();
   }
   info.num_kv_blocks = num_kv_blocks;
   info.kv_cache_bytes = ranks.kv_block_bytes() * static_cast<std::uint64_t>(num_kv_blocks);
-  for (const DecoderLayer& layer : weights.layers) {
-    for (const LowRankLinear* linear : layer.linears()) {
-      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
-    }
-  }
+  info.lowrank_matrices = weights.lowrank_matrices;
+  info.dense_matrices = weights.dense_matrices;
   return info;
 }
 

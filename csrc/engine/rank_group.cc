@@ -36,7 +36,7 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
     // Threads inherit the cores of the one that creates them, and memory comes from where it is
     // first touched.
     CoreBinding binding(rank, size, threads);
-    workers_[index] = std::make_unique<Worker>(
+    workers_[index] = std::make_unique<CpuWorker>(
         config, model, RankShare(plans_, rank), choice.chunks, std::move(communicators_[index]),
         threads, max_model_len, rank == 0 ? progress : LoadProgress{});
   });

@@ -1,6 +1,8 @@
 #include "engine/worker.h"
 
 #include <algorithm>
+#include <fstream>
+#include <string>
 
 #include "base/check.h"
 
@@ -10,11 +12,22 @@ namespace {
 constexpr int kNormedElements = 4096;
 constexpr int kMaxNormedRows = 8;
 
+/// What the kernel says can be taken without swapping; 0 where it does not say.
+std::uint64_t available_memory() {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  std::uint64_t kib = 0;
+  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
+    if (key == "MemAvailable:") return kib * 1024;
+  }
+  return 0;
+}
+
 }  // namespace
 
-Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-               const StepChunks& chunks, std::unique_ptr<Communicator> communicator, int threads,
-               int max_model_len, const LoadProgress& progress)
+CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
+                     const StepChunks& chunks, std::unique_ptr<Communicator> communicator,
+                     int threads, int max_model_len, const LoadProgress& progress)
     : block_size_(config.block_size),
       chunks_(chunks),
       kernels_(cpu::kernels_for(select_isa())),
@@ -47,17 +60,30 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
   }
 }
 
-void Worker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
+void CpuWorker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
 
-std::uint64_t Worker::kv_block_bytes() const {
+std::uint64_t CpuWorker::kv_block_bytes() const {
   return decoder_->kv_cache_config(block_size_, 0).block_bytes();
 }
 
-void Worker::allocate_kv_cache(std::int64_t num_blocks) {
+std::uint64_t CpuWorker::kv_memory() const { return available_memory() / 4; }
+
+WeightsInfo CpuWorker::weights_info() const {
+  const DecoderWeights& weights = decoder_->weights();
+  WeightsInfo info{weights.dtype, parameters_, weights.bytes()};
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const LowRankLinear* linear : layer.linears()) {
+      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
+    }
+  }
+  return info;
+}
+
+void CpuWorker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
 }
 
-std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
+std::span<const TokenId> CpuWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
   decoder_->plan(batch);
   most_likely_.resize(batch.argmax_rows.size());
   auto* logits = logits_.as<float>();
