@@ -86,6 +86,7 @@ format: $(VENV)/.ready
 cuda-compile: build
 	cmake --preset cuda
 	cmake --build --preset cuda
+	$(PY) bench/ptxas.py report build/cuda bench/results/cuda-ptxas.json
 
 asan tsan: build
 	cmake --preset $@
