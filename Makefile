@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 MODEL := build/smollm2-135m-instruct
-CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.c' 'examples/*.cc' 'bench/*.cc' 'bench/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.cuh' 'tests/*.c' 'examples/*.cc' 'bench/*.cc' 'bench/*.h')
 PY_FILES := python tests bench setup.py
 
 .PHONY: demo test test-cpp test-python consumer packages build lint format bench bench-peers cuda-compile asan tsan clean
@@ -86,6 +86,7 @@ format: $(VENV)/.ready
 cuda-compile: build
 	cmake --preset cuda
 	cmake --build --preset cuda
+	$(PY) bench/ptxas.py report build/cuda bench/results/cuda-ptxas.json
 
 asan tsan: build
 	cmake --preset $@

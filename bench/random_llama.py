@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from deinfer.decompose.writer import Layout, write_safetensors
@@ -35,9 +36,20 @@ _TEMPLATE = (
 )
 
 
-def write_random_llama(path: Path, seed: int = 0, **changes: int) -> Path:
-    """Write the checkpoint unless it is there; `changes` are fields of the config."""
-    config = {**CONFIG, **changes}
+def write_random_llama(path: Path, seed: int = 0, keep: float = 0.0, **changes: int) -> Path:
+    """Write the checkpoint unless it is there; `changes` are fields of the config.
+
+    With `keep`, the linears of the layers are factors of so many of their parameters.
+    """
+    config: dict[str, Any] = {**CONFIG, **changes}
+    if keep:
+        ranks = {
+            name: rank_of(n, k, keep)
+            for layer in range(config["num_hidden_layers"])
+            for name, (n, k) in layer_linears(config, layer).items()
+        }
+        low_rank = {"version": 1, "base_model_type": "llama", "ranks": ranks}
+        config |= {"model_type": "lowrank_llama", "low_rank": low_rank}
     if (path / "config.json").is_file():
         return path
     path.mkdir(parents=True, exist_ok=True)
@@ -58,28 +70,44 @@ def write_random_llama(path: Path, seed: int = 0, **changes: int) -> Path:
     return path
 
 
-def _layout(config: dict) -> Layout:
+def rank_of(n: int, k: int, keep: float) -> int:
+    """The rank at which the factors of W[n, k] have at most `keep` of its parameters."""
+    return max(1, int(keep * n * k / (n + k)))
+
+
+def layer_linears(config: dict[str, Any], layer: int) -> dict[str, tuple[int, int]]:
+    """Name and shape (n, k) of the linears of a layer."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     queries = config["num_attention_heads"] * config["head_dim"]
     shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return {f"model.layers.{layer}.{leaf}": shape for leaf, shape in shapes.items()}
+
+
+def _layout(config: dict[str, Any]) -> Layout:
+    hidden = config["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens": (config["vocab_size"], hidden),
         "model.norm": (hidden,),
         "lm_head": (config["vocab_size"], hidden),
     }
+    ranks = config.get("low_rank", {}).get("ranks", {})
     for i in range(config["num_hidden_layers"]):
-        for leaf, shape in {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }.items():
-            shapes[f"model.layers.{i}.{leaf}"] = shape
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{i}.{norm}"] = (hidden,)
+        for name, (n, k) in layer_linears(config, i).items():
+            if name in ranks:
+                shapes |= {f"{name}.v": (ranks[name], k), f"{name}.u": (n, ranks[name])}
+            else:
+                shapes[name] = (n, k)
     return {f"{name}.weight": (torch.bfloat16, shapes[name]) for name in sorted(shapes)}
 
 

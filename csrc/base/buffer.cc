@@ -3,7 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdint>
+#include <fstream>
+#include <string>
 
 #include "base/check.h"
 
@@ -13,6 +14,16 @@ namespace {
 constexpr std::size_t kHuge = std::size_t{2} << 20;
 
 }  // namespace
+
+std::uint64_t available_memory() {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  std::uint64_t kib = 0;
+  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
+    if (key == "MemAvailable:") return kib * 1024;
+  }
+  return 0;
+}
 
 Buffer::Buffer(std::size_t bytes) {
   if (bytes == 0) return;

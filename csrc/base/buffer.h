@@ -2,10 +2,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <utility>
 
 namespace deinfer {
+
+/// What the kernel says can be taken without swapping, bytes; 0 where it does not say.
+std::uint64_t available_memory();
 
 /// Zero-filled memory from the OS, 64-byte aligned, 2 MiB aligned with huge pages from 2 MiB on
 /// (a weight stream is about 15 % faster on them). Pages are taken when first touched.

@@ -110,7 +110,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
     kv_reason = std::move(kv.reason);
   }
   ranks = std::make_unique<RankGroup>(config, model, choice, threads, max_model_len, progress);
-  std::int64_t blocks = choose_kv_blocks(config, ranks->kv_block_bytes(), max_model_len);
+  std::int64_t blocks = choose_kv_blocks(config, *ranks, max_model_len);
   ranks->allocate_kv_cache(blocks);
   counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading
 

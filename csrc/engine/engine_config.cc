@@ -3,27 +3,14 @@
 #include "base/check.h"
 #include "comm/link_model.h"
 #include "deinfer/engine.h"
-#include "kernels/cuda/devices.h"
+#include "engine/device.h"
 #include "scheduler/scheduling_policy.h"
 
 namespace deinfer {
-namespace {
-
-void check_device(const std::string& device) {
-  if (device == "cpu") return;
-  check_argument(device == "cuda" || device.starts_with("cuda:"), "device=\"", device,
-                 "\" is unknown; use \"cpu\"");
-  fail(ErrorCode::kUnsupported, "device=\"", device,
-       "\": this version runs on the CPU only (CUDA sources ",
-       cuda::is_compiled() ? "compiled in, " : "not compiled in, ", cuda::devices().size(),
-       " CUDA devices visible)");
-}
-
-}  // namespace
 
 void EngineConfig::validate() const {
   check_argument(!model.empty(), "model is empty: it names a checkpoint directory");
-  check_device(device);
+  choose_device(device);
   check_argument(dtype == "auto" || dtype == "float32" || dtype == "bfloat16" || dtype == "int8",
                  "dtype=\"", dtype,
                  "\" is unknown; use \"auto\", \"float32\", \"bfloat16\" or \"int8\"");

@@ -1,27 +1,16 @@
 #include "engine/engine_info.h"
 
 #include <algorithm>
-#include <fstream>
-#include <string>
 
 #include "base/check.h"
 
 namespace deinfer {
-std::uint64_t available_memory() {
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key;
-  std::uint64_t kib = 0;
-  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
-    if (key == "MemAvailable:") return kib * 1024;
-  }
-  return 0;
-}
 
-std::int64_t choose_kv_blocks(const EngineConfig& config, std::uint64_t block_bytes,
-                              int max_model_len) {
+std::int64_t choose_kv_blocks(const EngineConfig& config, RankGroup& ranks, int max_model_len) {
   if (config.num_kv_blocks > 0) return config.num_kv_blocks;
+  const std::uint64_t block_bytes = ranks.kv_block_bytes();
   std::uint64_t bytes = config.kv_cache_bytes;
-  if (bytes == 0) bytes = kv_share(available_memory());
+  if (bytes == 0) bytes = ranks.rank(0).kv_memory();
   auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
   if (config.kv_cache_bytes > 0 && blocks == 0) {
     fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
@@ -35,7 +24,7 @@ ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_mod
                          std::int64_t num_kv_blocks) {
   Worker& worker = ranks.rank(0);
   ModelInfo info;
-  const DecoderWeights& weights = worker.decoder().weights();
+  const WeightsInfo weights = worker.weights_info();
   info.architecture = model.model_type;
   info.dtype = dtype_name(weights.dtype);
   info.isa = isa_name(worker.kernels().isa);
@@ -44,34 +33,24 @@ ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_mod
   info.vocab_size = model.vocab_size;
   info.max_model_len = max_model_len;
   info.num_threads = worker.num_threads();
-  info.parameters = worker.parameters();
+  info.parameters = weights.parameters;
   info.tensor_parallel_size = ranks.size();
   info.decode_plan = ranks.plans()[0]->name();
   info.prefill_plan = ranks.plans()[1]->name();
   for (int rank = 0; rank < ranks.size(); ++rank) {
-    info.rank_weight_bytes.push_back(ranks.rank(rank).decoder().weights().bytes());
+    info.rank_weight_bytes.push_back(ranks.rank(rank).weights_info().bytes);
     info.weight_bytes += info.rank_weight_bytes.back();
   }
   info.num_kv_blocks = num_kv_blocks;
   for (int rank = 0; rank < ranks.size(); ++rank) {
-    Worker& one = ranks.rank(rank);
-    info.kv_cache_bytes += one.kv_pool_bytes();
-    info.kv_bytes_per_token += one.kv_cache().config().token_bytes();
-    const int kv_heads = one.decoder().share().heads.kv_heads.size();
-    info.dense_kv_bytes_per_token += std::uint64_t{2} * dtype_size(weights.activations) *
-                                     static_cast<std::uint64_t>(model.num_layers) *
-                                     static_cast<std::uint64_t>(kv_heads * model.head_dim);
+    KvInfo kv = ranks.rank(rank).kv_info();
+    info.kv_cache_bytes += kv.pool_bytes;
+    info.kv_bytes_per_token += kv.bytes_per_token;
+    info.dense_kv_bytes_per_token += kv.dense_bytes_per_token;
+    if (rank == 0) info.kv_layers = std::move(kv.layers);
   }
-  const KvCacheConfig& cache = worker.kv_cache().config();
-  for (const KvLayerShape& layer : cache.layers) {
-    info.kv_layers.push_back({kv_form_name(layer.k.form), kv_form_name(layer.v.form),
-                              cache.token_bytes(layer.k), cache.token_bytes(layer.v)});
-  }
-  for (const DecoderLayer& layer : weights.layers) {
-    for (const LowRankLinear* linear : layer.linears()) {
-      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
-    }
-  }
+  info.lowrank_matrices = weights.lowrank_matrices;
+  info.dense_matrices = weights.dense_matrices;
   return info;
 }
 

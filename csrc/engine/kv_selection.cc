@@ -2,9 +2,12 @@
 
 #include <algorithm>
 
+#include "base/buffer.h"
+#include "base/check.h"
 #include "base/cpu_features.h"
 #include "engine/calibration.h"
-#include "engine/engine_info.h"
+#include "engine/device.h"
+#include "engine/worker.h"
 #include "model/loader.h"
 #include "model/planned_model.h"
 
@@ -36,6 +39,12 @@ KvDemand demand_of(const EngineConfig& config, const PlannedModel& model,
 
 KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
                          const StepPlans& plans, int threads, int max_model_len) {
+  if (choose_device(config.device).is_cuda) {
+    if (config.kv_cache == "latent") {
+      fail(ErrorCode::kUnsupported, "kv_cache=\"latent\": on CUDA devices K and V are kept so far");
+    }
+    return {{}, "dense: on CUDA devices K and V are kept so far"};
+  }
   const DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
   const PlannedModel planned = planned_model(model, 0.0, dtype_name(dtype));
   const TensorParallelPlan& plan = *plans[0];

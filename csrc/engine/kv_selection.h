@@ -9,7 +9,7 @@ namespace deinfer {
 
 /// The forms that config.kv_cache asks for, or for "auto" those of the best predicted throughput on
 /// this machine, measured in some tenths of a second. Throws as choose_kv_forms(), and where the
-/// two plans that take turns have no latents in common.
+/// two plans that take turns have no latents in common; kUnsupported for latents on a CUDA device.
 KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
                          const StepPlans& plans, int threads, int max_model_len);
 

@@ -3,6 +3,8 @@
 #include "base/core_binding.h"
 #include "comm/emulated_link.h"
 #include "comm/local.h"
+#include "engine/cuda_worker.h"
+#include "engine/device.h"
 
 namespace deinfer {
 
@@ -31,15 +33,22 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
       communicators_.push_back(std::move(communicator));
     }
   }
+  const DeviceChoice device = choose_device(config.device);
   on_all([&](int rank) {
     auto index = static_cast<std::size_t>(rank);
+    const LoadProgress& reports = rank == 0 ? progress : LoadProgress{};
+    if (device.is_cuda) {
+      workers_[index] = std::make_unique<CudaWorker>(config, model, RankShare(plans_, rank),
+                                                     device.index, std::move(communicators_[index]),
+                                                     threads, max_model_len, reports);
+      return;
+    }
     // Threads inherit the cores of the one that creates them, and memory comes from where it is
     // first touched.
     CoreBinding binding(rank, size, threads);
-    workers_[index] =
-        std::make_unique<Worker>(config, model, RankShare(plans_, rank), choice.chunks,
-                                 choice.kv_forms, std::move(communicators_[index]), threads,
-                                 max_model_len, rank == 0 ? progress : LoadProgress{});
+    workers_[index] = std::make_unique<CpuWorker>(
+        config, model, RankShare(plans_, rank), choice.chunks, choice.kv_forms,
+        std::move(communicators_[index]), threads, max_model_len, reports);
   });
   on_all([&](int index) { rank(index).share_norm_terms(); });
 }

@@ -1,6 +1,8 @@
 #include "engine/worker.h"
 
 #include <algorithm>
+#include <fstream>
+#include <string>
 
 #include "base/check.h"
 
@@ -12,10 +14,10 @@ constexpr int kMaxNormedRows = 8;
 
 }  // namespace
 
-Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-               const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
-               std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
-               const LoadProgress& progress)
+CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
+                     const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
+                     std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+                     const LoadProgress& progress)
     : block_size_(config.block_size),
       chunks_(chunks),
       kernels_(cpu::kernels_for(select_isa())),
@@ -48,25 +50,47 @@ Worker::Worker(const EngineConfig& config, const ModelConfig& model, const RankS
   }
 }
 
-void Worker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
+void CpuWorker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
 
-std::uint64_t Worker::kv_block_bytes() const {
+std::uint64_t CpuWorker::kv_block_bytes() const {
   return decoder_->kv_cache_config(block_size_, 0).block_bytes();
 }
 
-std::uint64_t Worker::kv_pool_bytes() const {
-  std::uint64_t bytes = 0;
-  for (int i = 0; i < decoder_->config().num_layers; ++i) {
-    bytes += cache_->k_bytes(i) + cache_->v_bytes(i);
+std::uint64_t CpuWorker::kv_memory() const { return kv_share(available_memory()); }
+
+KvInfo CpuWorker::kv_info() const {
+  const ModelConfig& model = decoder_->config();
+  const KvCacheConfig& cache = cache_->config();
+  KvInfo info;
+  info.bytes_per_token = cache.token_bytes();
+  info.dense_bytes_per_token =
+      std::uint64_t{2} * dtype_size(cache.dtype) * static_cast<std::uint64_t>(model.num_layers) *
+      static_cast<std::uint64_t>(decoder_->share().heads.kv_heads.size() * model.head_dim);
+  for (int i = 0; i < model.num_layers; ++i) {
+    const KvLayerShape& layer = cache.layers[static_cast<std::size_t>(i)];
+    info.pool_bytes += cache_->k_bytes(i) + cache_->v_bytes(i);
+    info.layers.push_back({kv_form_name(layer.k.form), kv_form_name(layer.v.form),
+                           cache.token_bytes(layer.k), cache.token_bytes(layer.v)});
   }
-  return bytes;
+  return info;
 }
 
-void Worker::allocate_kv_cache(std::int64_t num_blocks) {
+WeightsInfo CpuWorker::weights_info() const {
+  const DecoderWeights& weights = decoder_->weights();
+  WeightsInfo info{weights.dtype, parameters_, weights.bytes()};
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const LowRankLinear* linear : layer.linears()) {
+      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
+    }
+  }
+  return info;
+}
+
+void CpuWorker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
 }
 
-std::span<const TokenId> Worker::execute(const Batch& batch, const LogitsConsumer& consume) {
+std::span<const TokenId> CpuWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
   decoder_->plan(batch);
   most_likely_.resize(batch.argmax_rows.size());
   auto* logits = logits_.as<float>();

@@ -13,20 +13,37 @@
 
 namespace deinfer {
 
+/// Of the weights that a rank holds.
+struct WeightsInfo {
+  DType dtype = DType::kFloat32;
+  std::uint64_t parameters = 0;  // of the whole checkpoint
+  std::uint64_t bytes = 0;
+  int lowrank_matrices = 0;
+  int dense_matrices = 0;
+};
+
+/// Of a rank's KV cache.
+struct KvInfo {
+  std::uint64_t pool_bytes = 0;
+  std::uint64_t bytes_per_token = 0;
+  std::uint64_t dense_bytes_per_token = 0;  // if no layer kept latents
+  std::vector<KvLayerInfo> layers;
+};
+
+/// The part of the free memory that the KV pool takes on a CPU unless told otherwise.
+constexpr std::uint64_t kv_share(std::uint64_t memory) { return memory / 4; }
+
+/// What runs a rank's part of every batch.
 class Worker {
  public:
-  /// Loads this rank's weights. `threads` is the size of its team; kv_forms as load_decoder().
-  Worker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-         const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
-         std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
-         const LoadProgress& progress);
+  virtual ~Worker() = default;
 
   /// Completes the weights by what the other ranks know of theirs. All ranks must call it once all
   /// are there, so that none waits for one that has failed to load.
-  void share_norm_terms();
+  virtual void share_norm_terms() {}
 
   /// Sizes the KV cache; call it once before execute().
-  void allocate_kv_cache(std::int64_t num_blocks);
+  virtual void allocate_kv_cache(std::int64_t num_blocks) = 0;
 
   /// Receives logits[count, vocab] of the batch's logit rows first .. first + count. Called on
   /// every thread of rank 0's team; may overwrite the logits of its own share of the rows.
@@ -36,20 +53,45 @@ class Worker {
   /// Runs one batch, which all ranks must do, and returns the most likely tokens of its argmax_rows
   /// (on rank 0), valid until the next call. Errors of any thread surface here;
   /// CommunicatorAborted when another rank has failed.
-  std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume);
+  virtual std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) = 0;
 
   /// Of the last batch, on rank 0; see Decoder.
-  std::span<const float> hidden_states() const { return decoder_->hidden_states(); }
+  virtual std::span<const float> hidden_states() const = 0;
 
-  std::uint64_t kv_block_bytes() const;
-  /// Of the pools that are allocated.
-  std::uint64_t kv_pool_bytes() const;
+  virtual std::uint64_t kv_block_bytes() const = 0;
+  /// Of what is free, so much may be taken for the KV cache.
+  virtual std::uint64_t kv_memory() const = 0;
+  /// Of the cache that is allocated.
+  virtual KvInfo kv_info() const = 0;
+  virtual WeightsInfo weights_info() const = 0;
+  /// Of the host, for sampling.
+  virtual const cpu::KernelTable& kernels() const = 0;
+  virtual int num_threads() const = 0;
+  virtual Communicator& communicator() = 0;
+};
+
+/// A rank on CPU cores.
+class CpuWorker final : public Worker {
+ public:
+  /// Loads this rank's weights. `threads` is the size of its team; kv_forms as load_decoder().
+  CpuWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
+            const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
+            std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+            const LoadProgress& progress);
+
+  void share_norm_terms() override;
+  void allocate_kv_cache(std::int64_t num_blocks) override;
+  std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
+  std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
+  std::uint64_t kv_block_bytes() const override;
+  std::uint64_t kv_memory() const override;
+  KvInfo kv_info() const override;
+  WeightsInfo weights_info() const override;
+  const cpu::KernelTable& kernels() const override { return kernels_; }
+  int num_threads() const override { return team_.size(); }
+  Communicator& communicator() override { return *communicator_; }
   KvCache& kv_cache() { return *cache_; }
-  std::uint64_t parameters() const { return parameters_; }
   const Decoder& decoder() const { return *decoder_; }
-  const cpu::KernelTable& kernels() const { return kernels_; }
-  int num_threads() const { return team_.size(); }
-  Communicator& communicator() { return *communicator_; }
 
  private:
   int block_size_;

@@ -7,7 +7,6 @@
 #include "ops/lowrank_linear.h"
 
 namespace deinfer {
-namespace {
 
 Norm load_norm(const ModelConfig& config, const std::string& prefix, const std::string& name, int n,
                WeightLoader& loader) {
@@ -23,7 +22,6 @@ Norm load_norm(const ModelConfig& config, const std::string& prefix, const std::
   return norm;
 }
 
-/// The norm of q or k, of which this rank has some heads.
 Norm load_head_norm(const ModelConfig& config, const std::string& prefix, const std::string& name,
                     int heads, Range own, WeightLoader& loader) {
   const int head_dim = config.head_dim;
@@ -35,6 +33,8 @@ Norm load_head_norm(const ModelConfig& config, const std::string& prefix, const 
   norm.gain = std::vector<float>(begin, begin + std::ptrdiff_t{own.size()} * head_dim);
   return norm;
 }
+
+namespace {
 
 DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
                         const std::string& prefix, WeightLoader& loader) {

@@ -45,6 +45,14 @@ struct DecoderWeights {
 /// Whether q and k are rotated where they are computed: nothing comes between product and rotation.
 bool rotates_tiles(const ModelConfig& config);
 
+/// The norm called `prefix` + `name` of n numbers; none where `name` is empty.
+Norm load_norm(const ModelConfig& config, const std::string& prefix, const std::string& name, int n,
+               WeightLoader& loader);
+
+/// The norm of q or k with so many heads, of which this rank has `own`.
+Norm load_head_norm(const ModelConfig& config, const std::string& prefix, const std::string& name,
+                    int heads, Range own, WeightLoader& loader);
+
 /// Loads the weights of `config` in `dtype` (set on the loader). `kv_forms` of every layer, or none
 /// for dense ones; latents only of linears that are low-rank and whose whole z every rank has.
 DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,

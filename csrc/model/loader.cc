@@ -116,10 +116,8 @@ cpu::PackedMatrix WeightLoader::multiply_out(const std::string& v, const std::st
   return packed;
 }
 
-LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int n, int k,
-                                   const std::vector<std::int32_t>& row_map) {
-  LowRankLinear linear;
-  linear.name = name;
+LinearTensors WeightLoader::linear_tensors(const std::string& name, int k) const {
+  LinearTensors tensors;
   std::string dense = name + ".weight";
   std::string v = name + ".v.weight";
   std::string u = name + ".u.weight";
@@ -127,21 +125,38 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   bool is_low_rank = source_.contains(v) || source_.contains(u);
   check_argument(is_dense || is_low_rank, "checkpoint lacks ", dense, " (or ", v, " and ", u, ")");
   check_argument(!is_dense || !is_low_rank, "checkpoint has both ", dense, " and its factors");
-  int rank = 0;
   if (is_low_rank) {
     check_argument(source_.contains(v) && source_.contains(u), "checkpoint has only one of ", v,
                    " and ", u);
     const auto& shape = source_.info(v).shape;
     check_argument(shape.size() == 2 && shape[0] > 0 && shape[0] <= 1 << 24, v,
                    ": expected shape [rank, ", k, "], file has ", shape_text(shape));
-    rank = static_cast<int>(shape[0]);
+    tensors.rank = static_cast<int>(shape[0]);
+    tensors.v = v;
+    tensors.u = u;
+  } else {
+    tensors.w = dense;
   }
   auto declared = config_.lowrank_ranks.find(name);
   int declared_rank = declared == config_.lowrank_ranks.end() ? 0 : declared->second;
-  check_argument(declared_rank == rank, name, ": config.json's low_rank.ranks says ",
+  check_argument(declared_rank == tensors.rank, name, ": config.json's low_rank.ranks says ",
                  declared_rank == 0 ? "dense" : std::to_string(declared_rank), ", the tensors say ",
-                 rank == 0 ? "dense" : std::to_string(rank));
+                 tensors.rank == 0 ? "dense" : std::to_string(tensors.rank));
+  for (const std::string& bias : {name + ".bias", name + ".u.bias"}) {
+    if (!source_.contains(bias)) continue;
+    check_argument(tensors.bias.empty(), "checkpoint has both ", name, ".bias and ", bias);
+    tensors.bias = bias;
+  }
+  return tensors;
+}
 
+LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int n, int k,
+                                   const std::vector<std::int32_t>& row_map) {
+  const LinearTensors tensors = linear_tensors(name, k);
+  const int rank = tensors.rank;
+  const bool is_low_rank = rank > 0;
+  LowRankLinear linear;
+  linear.name = name;
   bool multiplied = is_low_rank && share_.plans[0]->multiplies_out();
   LinearShape shape{n, k, multiplied ? 0 : rank};
   LinearPlacement place = share_.place(StepKind::kDecode, role, shape);
@@ -154,26 +169,24 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   const std::vector<std::int32_t>& packed_map = exchanged ? in_order : row_map;
   if (exchanged) linear.y_map = row_map;
   if (multiplied) {
-    linear.w = multiply_out(v, u, n, k, rank, place, packed_map);
+    linear.w = multiply_out(tensors.v, tensors.u, n, k, rank, place, packed_map);
   } else if (is_low_rank) {
     linear.rank = rank;
-    linear.v = pack(dtype_, v, rank, k, place.v_rows, place.v_cols, {});
-    linear.u = pack(dtype_, u, n, rank, place.u_rows, place.u_cols, packed_map);
+    linear.v = pack(dtype_, tensors.v, rank, k, place.v_rows, place.v_cols, {});
+    linear.u = pack(dtype_, tensors.u, n, rank, place.u_rows, place.u_cols, packed_map);
     for (int r = 0; r < share_.size; ++r) {
       linear.v_shares.push_back(share_.plans[0]->place(role, shape, r).v_rows);
     }
   } else {
-    linear.w = pack(dtype_, dense, n, k, place.u_rows, place.u_cols, packed_map);
+    linear.w = pack(dtype_, tensors.w, n, k, place.u_rows, place.u_cols, packed_map);
   }
   bool scattered = place.after_u == Exchange::kReduceScatter && !share_.hidden.empty();
   linear.y_share = scattered ? share_.hidden[static_cast<std::size_t>(share_.rank)] : place.u_rows;
   // A linear that all-reduces its output while all ranks attend to all heads reads a replicated x.
   bool whole_input = !share_.plans[0]->merges_exchanges() && share_.size > 1;
   if (!is_low_rank && whole_input) linear.x_col = place.u_cols.begin;
-  for (const std::string& bias : {name + ".bias", name + ".u.bias"}) {
-    if (!source_.contains(bias)) continue;
-    check_argument(!linear.has_bias(), "checkpoint has both ", name, ".bias and ", bias);
-    std::vector<float> values = vector(bias, n);
+  if (!tensors.bias.empty()) {
+    std::vector<float> values = vector(tensors.bias, n);
     int rows = scattered ? linear.y_share.size() : linear.output_factor().n;
     if (!linear.y_map.empty()) rows = static_cast<int>(linear.y_map.size());
     linear.bias = Buffer(static_cast<std::size_t>(rows + 2 * cpu::kPanelRows) * sizeof(float));

@@ -24,6 +24,14 @@ io::WeightSource open_weights(const std::filesystem::path& directory, const Mode
 DType resolve_dtype(const std::string& dtype, const io::WeightSource& source,
                     const ModelConfig& config);
 
+/// Where a linear's weights are in a checkpoint.
+struct LinearTensors {
+  std::string w;     // dense; or
+  std::string v, u;  // factors
+  std::string bias;  // or empty
+  int rank = 0;      // of the factors; 0: dense
+};
+
 /// Reads one rank's part of a checkpoint, one tensor at a time: resident memory stays near the
 /// packed weights plus one tensor.
 class WeightLoader {
@@ -44,6 +52,12 @@ class WeightLoader {
   /// contradicts config.json's ranks.
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
                        const std::vector<std::int32_t>& row_map = {});
+
+  /// The tensors of the linear called `name`, checked as linear() says.
+  LinearTensors linear_tensors(const std::string& name, int k) const;
+
+  /// Says that a tensor of so many elements has been read and is not needed any more.
+  void used(const std::string& tensor, std::uint64_t elements);
 
   /// The rows of this rank's share of an embedding table [vocabulary, k]. The caller chooses the
   /// type, as a table whose rows are only looked up would lose bits in int8 and gain no time.
@@ -67,7 +81,6 @@ class WeightLoader {
                               const std::vector<std::int32_t>& row_map);
   cpu::PackedMatrix pack(DType dtype, const std::string& tensor, int n, int k, Range rows,
                          Range cols, const std::vector<std::int32_t>& row_map);
-  void used(const std::string& tensor, std::uint64_t elements);
 
   io::WeightSource source_;
   const ModelConfig& config_;

@@ -200,7 +200,7 @@ TEST_P(TensorParallelBits, LargeVocabulariesTravelRowByRow) {
     EngineConfig engine = config_for(model, GetParam(), size);
     engine.max_num_batched_tokens = 8;
     auto ranks = test::make_ranks(engine);
-    Worker& worker = ranks->rank(0);
+    auto& worker = static_cast<CpuWorker&>(ranks->rank(0));
     EXPECT_EQ(worker.decoder().logit_rows(worker.communicator().max_bytes()), 1);
     expect_near(all_logits(*ranks, work.batch), expected, std::to_string(size) + " ranks");
   }

@@ -120,7 +120,7 @@ TEST_P(TensorParallelTraffic, OfEveryRankIsWhatThePlanLists) {
         auto ranks = test::make_ranks(config_for(model, GetParam(), size, work.chunks, dtype));
         ranks->execute(work.batch.batch, [](TeamMember&, int, int, float*) {});
         for (int rank = 0; rank < size; ++rank) {
-          Worker& worker = ranks->rank(rank);
+          auto& worker = static_cast<CpuWorker&>(ranks->rank(rank));
           Traffic expected =
               planned(*ranks->plans()[0], shapes, work, rank,
                       worker.decoder().logit_rows(worker.communicator().max_bytes()));

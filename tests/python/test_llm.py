@@ -106,6 +106,12 @@ def test_unknown_engine_argument(tiny_model: Path) -> None:
         LLM(tiny_model, nm_threads=2)
 
 
+def test_a_device_that_is_not_there_is_an_error(tiny_model: Path) -> None:
+    assert LLM(tiny_model, device="auto", dtype="bfloat16").generate([1, 2])
+    with pytest.raises((NotImplementedError, ValueError), match=r'device="cuda:999"'):
+        LLM(tiny_model, device="cuda:999")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -119,6 +125,7 @@ def test_unknown_engine_argument(tiny_model: Path) -> None:
         ("dtype", "int4", ValueError),
         ("dtype", 16, TypeError),
         ("device", "tpu", ValueError),
+        ("device", "cuda:one", ValueError),
         ("scheduling_policy", "random", ValueError),
         ("admission", "all", ValueError),
         ("safety", 1.5, ValueError),

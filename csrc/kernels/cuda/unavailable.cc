@@ -1,10 +1,48 @@
-// Stands for kernels/cuda in builds without CUDA.
+// Stands for kernels/cuda in builds without CUDA: there is no device, and whatever needs one says
+// why.
+#include "base/check.h"
 #include "kernels/cuda/devices.h"
+#include "kernels/cuda/runtime.h"
 
 namespace deinfer::cuda {
+namespace {
+
+[[noreturn]] void unavailable() {
+  fail(ErrorCode::kUnsupported,
+       "this build of deinfer has no CUDA; configure with DEINFER_CUDA=ON");
+}
+
+}  // namespace
 
 bool is_compiled() { return false; }
-
 std::vector<DeviceInfo> devices() { return {}; }
+
+void use_device(int) { unavailable(); }
+std::uint64_t free_memory() { unavailable(); }
+void check_launch(int, const char*) { unavailable(); }
+
+DeviceBuffer::DeviceBuffer(std::size_t) { unavailable(); }
+DeviceBuffer::~DeviceBuffer() = default;
+PinnedBuffer::PinnedBuffer(std::size_t) { unavailable(); }
+PinnedBuffer::~PinnedBuffer() = default;
+Graph::~Graph() = default;
+
+DeviceStream::DeviceStream() { unavailable(); }
+DeviceStream::~DeviceStream() = default;
+void DeviceStream::upload(void*, const void*, std::size_t) { unavailable(); }
+void DeviceStream::download(void*, const void*, std::size_t) { unavailable(); }
+void DeviceStream::clear(const DeviceBuffer&) { unavailable(); }
+void DeviceStream::begin_capture() { unavailable(); }
+Graph DeviceStream::end_capture() { unavailable(); }
+void DeviceStream::launch(const Graph&) { unavailable(); }
+void DeviceStream::synchronize() { unavailable(); }
+
+int launch_linear(const LinearLaunch&, Stream) { unavailable(); }
+int launch_norm(const NormLaunch&, Stream) { unavailable(); }
+int launch_embed(const EmbedLaunch&, Stream) { unavailable(); }
+int launch_rope(const RopeLaunch&, Stream) { unavailable(); }
+int launch_qk_norm(const QkNormLaunch&, Stream) { unavailable(); }
+int launch_attention(const AttentionLaunch&, Stream) { unavailable(); }
+int launch_argmax(const ArgmaxLaunch&, Stream) { unavailable(); }
 
 }  // namespace deinfer::cuda

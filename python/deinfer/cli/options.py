@@ -83,7 +83,7 @@ def integers(text: str) -> list[int]:
 
 # Fields of EngineConfig that are options: name, type, help; --its-name is the flag.
 _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
-    ("device", str, 'where to run, "cpu" or "cuda" (default: cpu)'),
+    ("device", str, "where to run: cpu, cuda, cuda:N or auto (default: cpu)"),
     (
         "dtype",
         str,

@@ -1,0 +1,88 @@
+#include "engine/cuda_worker.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "kernels/cuda/devices.h"
+
+namespace deinfer {
+
+CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
+                       int device, std::unique_ptr<Communicator> communicator, int threads,
+                       int max_model_len, const LoadProgress& progress)
+    : device_(device),
+      block_size_(config.block_size),
+      kernels_(cpu::kernels_for(select_isa())),
+      communicator_(std::move(communicator)),
+      team_(threads) {
+  if (share.size > 1) {
+    fail(ErrorCode::kUnsupported, "tensor_parallel_size=", share.size,
+         ": on CUDA devices there is one rank so far");
+  }
+  if (config.dtype != "auto" && config.dtype != "bfloat16") {
+    fail(ErrorCode::kUnsupported, "dtype=\"", config.dtype,
+         "\": CUDA devices compute in bfloat16 only");
+  }
+  if (share.plans[0]->multiplies_out()) {
+    fail(ErrorCode::kUnsupported, "tensor_parallel_plan=\"", share.plans[0]->name(),
+         "\": on CUDA devices factors stay factors");
+  }
+  cuda::use_device(device_);
+  stream_ = std::make_unique<cuda::DeviceStream>();
+  WeightLoader loader(config.model, model, share, team_, progress);
+  CudaWeights weights = load_cuda_weights(model, loader, team_, *stream_);
+  parameters_ = loader.parameters();
+  const int max_sequences = std::min(config.max_num_seqs, config.max_num_batched_tokens);
+  const BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
+                           max_sequences};
+  decoder_ = std::make_unique<CudaDecoder>(
+      model, std::move(weights), limits, max_sequences, config.block_size,
+      cuda::devices()[static_cast<std::size_t>(device_)].multiprocessors, *stream_);
+}
+
+void CudaWorker::allocate_kv_cache(std::int64_t num_blocks) {
+  cuda::use_device(device_);
+  decoder_->allocate_kv_cache(num_blocks);
+  num_kv_blocks_ = num_blocks;
+}
+
+std::uint64_t CudaWorker::kv_memory() const {
+  cuda::use_device(device_);
+  // Graphs and the driver take some more later.
+  return cuda::free_memory() / 10 * 9;
+}
+
+KvInfo CudaWorker::kv_info() const {
+  const std::uint64_t block_bytes = kv_block_bytes();
+  const std::uint64_t token_bytes = block_bytes / static_cast<std::uint64_t>(block_size_);
+  const auto layers = decoder_->weights().layers.size();
+  const std::uint64_t side = token_bytes / 2 / layers;
+  return {block_bytes * static_cast<std::uint64_t>(num_kv_blocks_), token_bytes, token_bytes,
+          std::vector<KvLayerInfo>(layers, {"dense", "dense", side, side})};
+}
+
+WeightsInfo CudaWorker::weights_info() const {
+  const CudaWeights& weights = decoder_->weights();
+  WeightsInfo info{DType::kBFloat16, parameters_, weights.bytes()};
+  for (const CudaLayer& layer : weights.layers) {
+    for (const CudaLinear* linear : layer.linears()) {
+      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
+    }
+  }
+  return info;
+}
+
+std::span<const TokenId> CudaWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
+  cuda::use_device(device_);
+  decoder_->forward(batch);
+  const int rows = static_cast<int>(batch.logit_rows.size());
+  for (int first = 0; first < rows; first += CudaDecoder::kLogitRows) {
+    const int count = std::min(CudaDecoder::kLogitRows, rows - first);
+    float* logits = decoder_->logits(first, count);
+    team_.run([&](TeamMember& member) { consume(member, first, count, logits); });
+  }
+  decoder_->finish();
+  return decoder_->most_likely();
+}
+
+}  // namespace deinfer

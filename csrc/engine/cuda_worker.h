@@ -1,0 +1,47 @@
+// A rank on a CUDA device.
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "engine/worker.h"
+#include "kernels/cuda/runtime.h"
+#include "model/cuda_decoder.h"
+
+namespace deinfer {
+
+/// Computes in bf16. Sampling other than the most likely token is the host's, by `threads` threads,
+/// from logits that are copied there.
+class CudaWorker final : public Worker {
+ public:
+  /// Loads all weights onto device `device`. Throws kUnsupported for what the CUDA engine does not
+  /// do: several ranks, dtypes but bfloat16, the plan that multiplies factors out.
+  CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
+             int device, std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
+             const LoadProgress& progress);
+
+  void allocate_kv_cache(std::int64_t num_blocks) override;
+  std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
+  std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
+  std::uint64_t kv_block_bytes() const override { return decoder_->kv_block_bytes(); }
+  std::uint64_t kv_memory() const override;
+  KvInfo kv_info() const override;
+  WeightsInfo weights_info() const override;
+  const cpu::KernelTable& kernels() const override { return kernels_; }
+  int num_threads() const override { return team_.size(); }
+  Communicator& communicator() override { return *communicator_; }
+  const CudaDecoder& decoder() const { return *decoder_; }
+
+ private:
+  int device_;
+  int block_size_;
+  std::int64_t num_kv_blocks_ = 0;
+  const cpu::KernelTable& kernels_;
+  std::unique_ptr<Communicator> communicator_;
+  ThreadTeam team_;
+  std::uint64_t parameters_ = 0;
+  std::unique_ptr<cuda::DeviceStream> stream_;
+  std::unique_ptr<CudaDecoder> decoder_;
+};
+
+}  // namespace deinfer

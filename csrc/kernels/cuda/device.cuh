@@ -1,0 +1,86 @@
+// Small things that kernels share.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/kernels.h"
+
+namespace deinfer::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+__device__ __forceinline__ void store_bf16(void* data, std::int64_t index, float value) {
+  static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value);
+}
+
+__device__ __forceinline__ float load_bf16(const void* data, std::int64_t index) {
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+}
+
+/// Two values as the halves of a register, the first in the lower.
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  unsigned bits = 0;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+/// The sum over a warp, the same in every lane.
+__device__ __forceinline__ float warp_sum(float value) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, lanes);
+  }
+  return value;
+}
+
+/// The sum over a block of kThreads, the same in every thread.
+template <int kThreads>
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float parts[kThreads / kWarp];
+  value = warp_sum(value);
+  __syncthreads();  // the sum before has been read
+  if (lane_id() == 0) parts[warp_id()] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  for (int i = 0; i < kThreads / kWarp; ++i) sum += parts[i];
+  return sum;
+}
+
+__device__ __forceinline__ float soft_capped(float value, float cap) {
+  return cap > 0.0f ? cap * tanhf(value / cap) : value;
+}
+
+/// Elements before K of a slot in a layer's pool; dimensions follow one another.
+__device__ __forceinline__ std::int64_t key_offset(const KvPool& pool, int slot, int head) {
+  const std::int64_t page = std::int64_t{slot / pool.block_size} * pool.kv_heads + head;
+  return (page * pool.block_size + slot % pool.block_size) * pool.head_width;
+}
+
+/// Elements before element `d` of V of a slot; in a page, positions follow one another.
+__device__ __forceinline__ std::int64_t value_offset(const KvPool& pool, int slot, int head,
+                                                     int d) {
+  const std::int64_t page = std::int64_t{slot / pool.block_size} * pool.kv_heads + head;
+  return (page * pool.head_width + d) * pool.block_size + slot % pool.block_size;
+}
+
+/// Launches a kernel and says how that went, as a cudaError_t.
+template <typename... Params, typename... Args>
+int launch(Stream stream, dim3 grid, int threads, void (*kernel)(Params...), const Args&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3{static_cast<unsigned>(threads), 1, 1};
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+/// A grid of one dimension; or two.
+inline dim3 grid_of(int x, int y = 1) {
+  return dim3{static_cast<unsigned>(x), static_cast<unsigned>(y), 1};
+}
+
+}  // namespace deinfer::cuda

@@ -1,0 +1,205 @@
+// The kernels of the CUDA engine, as host code launches them. Every launch_*() puts one kernel (or
+// two that belong together) into the stream and returns a cudaError_t; check_launch() in runtime.h
+// turns it into an Error. bf16 data is void*, all else as typed. Nothing is checked here.
+//
+// What changes from step to step lies in device memory, so that a captured graph can be replayed.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/layout.h"
+
+namespace deinfer::cuda {
+
+using Stream = struct StreamTag*;  // a cudaStream_t
+
+/// K and V of one layer: k[block, kv_head, position, head_width] and v[block, kv_head, head_width,
+/// position], bf16. Elements of a head beyond head_dim are zero.
+struct KvPool {
+  void* k = nullptr;
+  void* v = nullptr;
+  int block_size = 16;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int head_width = 0;
+};
+
+/// cos and sin of the rotation of every token, [m, half] each.
+struct Rotation {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  int half = 0;  // head_dim / 2
+};
+
+/// What becomes of a product y[m, n] in fp32, its bias added.
+enum class LinearEpilogue {
+  kActivation,   // out = y, activations of `out_chunks`, padded rows included
+  kRelu,         // out = max(y, 0), likewise
+  kGatedSilu,    // out = silu(y) * y2, likewise; y2 is the product of `second`
+  kGatedGelu,    // out = gelu(y) * y2 in its tanh form
+  kAdd,          // out[m, n] += y, fp32, rows ld apart
+  kFloat,        // out[m, n] = y, fp32, rows ld apart; soft-capped
+  kQuery,        // out[m, heads, head_width] = y, bf16
+  kRotaryQuery,  // likewise, rotated; rows in the order of rotary_tiles()
+  kKey,          // K of the tokens' slots
+  kRotaryKey,    // likewise, rotated
+  kValue,        // V of the tokens' slots
+};
+
+/// A product x[m, k] W[n, k]^T.
+struct LinearFactor {
+  const void* w = nullptr;      // in the order of weight_offset()
+  const void* x = nullptr;      // activations
+  int chunks = 0;               // tiles of k
+  int x_chunks = 0;             // tiles of columns from one row of tiles of x to the next
+  const float* bias = nullptr;  // [rows of all tiles]; or null
+};
+
+struct LinearSegment {
+  LinearFactor first;
+  LinearFactor second;  // of the gated epilogues
+  LinearEpilogue epilogue = LinearEpilogue::kActivation;
+  int n = 0;      // rows of W
+  int tiles = 0;  // tiles of rows of W
+  void* out = nullptr;
+  int out_chunks = 0;
+  std::int64_t ld = 0;
+  float soft_cap = 0.0f;
+};
+
+/// Linears of the same m tokens that run side by side.
+struct LinearLaunch {
+  static constexpr int kMaxSegments = 3;
+  LinearSegment segments[kMaxSegments];
+  int num_segments = 0;
+  int m = 0;
+  int heads = 0;  // of kQuery and kRotaryQuery
+  Rotation rotation;
+  KvPool kv;
+  const int* slots = nullptr;  // [m]: block * block_size + offset; -1: nowhere
+};
+
+/// Up to so many tokens, blocks share the sum over k of a few rows; beyond, they have many.
+inline constexpr int kFewTokens = 64;
+
+int launch_linear(const LinearLaunch& args, Stream stream);
+
+/// Normalisation of rows: kind as NormKind of plan/norms.h (0 none, 1 RMS, 2 layer).
+struct NormLaunch {
+  const float* x = nullptr;  // [., n], rows ld apart
+  std::int64_t ld = 0;
+  const int* rows = nullptr;  // [m] rows of x; null: 0, 1, ..
+  int m = 0;
+  int n = 0;
+  int kind = 0;
+  float eps = 0.0f;
+  const float* gain = nullptr;  // [n]
+  const float* bias = nullptr;
+  void* out = nullptr;  // activations of out_chunks; or
+  int out_chunks = 0;
+  float* out_float = nullptr;  // [m, n], contiguous; or
+  float* add_to = nullptr;     // [m, n], rows ld apart: the result is added
+};
+int launch_norm(const NormLaunch& args, Stream stream);
+
+/// x[i] = scale * table[tokens[i]] + positions_table[positions[i] + offset].
+struct EmbedLaunch {
+  const int* tokens = nullptr;     // [m]
+  const int* positions = nullptr;  // [m]
+  int m = 0;
+  int hidden = 0;
+  const void* table = nullptr;  // weights [vocabulary, hidden] in the order of weight_offset()
+  int chunks = 0;
+  float scale = 1.0f;
+  const void* positions_table = nullptr;  // likewise; or null
+  int offset = 0;
+  float* x = nullptr;  // [m, hidden]
+};
+int launch_embed(const EmbedLaunch& args, Stream stream);
+
+/// cos[i, j], sin[i, j] = those of positions[i] * frequencies[j], times scaling.
+struct RopeLaunch {
+  const int* positions = nullptr;  // [m]
+  int m = 0;
+  const float* frequencies = nullptr;  // [half]
+  int half = 0;
+  float scaling = 1.0f;
+  float* cos = nullptr;  // [m, half]
+  float* sin = nullptr;
+};
+int launch_rope(const RopeLaunch& args, Stream stream);
+
+/// Normalises q and k (RMS), rotates them, stores them as the epilogues do.
+struct QkNormLaunch {
+  const float* q = nullptr;  // [m, heads * head_dim]
+  const float* k = nullptr;  // [m, kv_heads * head_dim]
+  int m = 0;
+  int heads = 0;
+  const float* query_gain = nullptr;  // [head_dim], or [heads * head_dim] where all_heads
+  const float* key_gain = nullptr;
+  bool all_heads = false;  // one norm over all heads
+  float query_eps = 0.0f;
+  float key_eps = 0.0f;
+  Rotation rotation;
+  void* out = nullptr;  // [m, heads, head_width]
+  KvPool kv;
+  const int* slots = nullptr;  // [m]
+};
+int launch_qk_norm(const QkNormLaunch& args, Stream stream);
+
+/// Rows of one sequence in the batch; the KV of all positions before is cached.
+struct AttentionSequence {
+  int first_row = 0;
+  int num_rows = 0;
+  int first_position = 0;
+  int table = 0;  // place of its block table in the pool of tables
+};
+
+/// What one warp does for every kv head: 16 query rows (token and head of the group, tokens first)
+/// of a sequence, over KV splits. `partial` >= 0: it leaves a state per split, kv head and row from
+/// that row of the partial states on; else it does all splits and writes the result.
+struct AttentionTask {
+  int sequence = 0;
+  int tile = 0;
+  int first_split = 0;
+  int num_splits = 0;
+  int partial = -1;
+};
+
+/// What attention reads of a step, in device memory.
+struct AttentionStep {
+  const int* num_tasks = nullptr;
+  const int* num_combines = nullptr;
+  const AttentionTask* tasks = nullptr;
+  const AttentionTask* combines = nullptr;  // tiles whose splits are to be combined
+  const AttentionSequence* sequences = nullptr;
+  const int* tables = nullptr;
+};
+
+struct AttentionLaunch {
+  AttentionStep step;
+  const void* q = nullptr;  // [m, heads, head_width]
+  KvPool kv;
+  int heads = 0;
+  int window = 0;  // positions a token sees, itself included; 0: all
+  float scale = 1.0f;
+  float soft_cap = 0.0f;
+  float* partial_sums = nullptr;   // [partial rows, head_width]
+  float* partial_stats = nullptr;  // [partial rows, 2]
+  void* out = nullptr;             // activations [m, heads * head_dim]
+  int out_chunks = 0;
+  int blocks = 0;  // of the grid: what is there to do is known on the device only
+};
+int launch_attention(const AttentionLaunch& args, Stream stream);
+
+/// tokens[i] = the place of the largest of logits[i, vocabulary], the lowest of equal ones; NaN is
+/// never the largest.
+struct ArgmaxLaunch {
+  const float* logits = nullptr;
+  int rows = 0;
+  int vocabulary = 0;
+  int* tokens = nullptr;
+};
+int launch_argmax(const ArgmaxLaunch& args, Stream stream);
+
+}  // namespace deinfer::cuda

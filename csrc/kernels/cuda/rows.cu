@@ -1,0 +1,160 @@
+// What happens to rows of tokens between products: embedding, norms, angles, q and k with norms,
+// the most likely token.
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/kernels.h"
+
+namespace deinfer::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// A block per row.
+__global__ void __launch_bounds__(kThreads) norm_kernel(const NormLaunch args) {
+  const int i = static_cast<int>(blockIdx.x);
+  const float* x = args.x + (args.rows != nullptr ? args.rows[i] : i) * args.ld;
+  const int first = static_cast<int>(threadIdx.x);
+  float mean = 0.0f;
+  float scale = 1.0f;
+  if (args.kind == 2) {
+    float sum = 0.0f;
+    for (int j = first; j < args.n; j += kThreads) sum += x[j];
+    mean = block_sum<kThreads>(sum) / static_cast<float>(args.n);
+  }
+  if (args.kind != 0) {
+    float sum = 0.0f;
+    for (int j = first; j < args.n; j += kThreads) sum += (x[j] - mean) * (x[j] - mean);
+    const float square = block_sum<kThreads>(sum) / static_cast<float>(args.n);
+    scale = 1.0f / sqrtf(square + args.eps);
+  }
+  for (int j = first; j < args.n; j += kThreads) {
+    float y = (x[j] - mean) * scale;
+    if (args.gain != nullptr) y *= args.gain[j];
+    if (args.bias != nullptr) y += args.bias[j];
+    const std::int64_t row = i;
+    if (args.out != nullptr) store_bf16(args.out, activation_offset(i, j, args.out_chunks), y);
+    if (args.out_float != nullptr) args.out_float[row * args.n + j] = y;
+    if (args.add_to != nullptr) args.add_to[row * args.ld + j] += y;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) embed_kernel(const EmbedLaunch args) {
+  const int i = static_cast<int>(blockIdx.x);
+  const int token = args.tokens[i];
+  float* x = args.x + std::int64_t{i} * args.hidden;
+  for (int j = static_cast<int>(threadIdx.x); j < args.hidden; j += kThreads) {
+    float value = args.scale * load_bf16(args.table, weight_offset(token, j, args.chunks));
+    if (args.positions_table != nullptr) {
+      const int row = args.positions[i] + args.offset;
+      value += load_bf16(args.positions_table, weight_offset(row, j, args.chunks));
+    }
+    x[j] = value;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) rope_kernel(const RopeLaunch args) {
+  const int i = static_cast<int>(blockIdx.x);
+  const auto position = static_cast<float>(args.positions[i]);
+  for (int j = static_cast<int>(threadIdx.x); j < args.half; j += kThreads) {
+    const float angle = position * args.frequencies[j];
+    const std::int64_t at = std::int64_t{i} * args.half + j;
+    args.cos[at] = cosf(angle) * args.scaling;
+    args.sin[at] = sinf(angle) * args.scaling;
+  }
+}
+
+/// A block per token: first the queries' heads, then the keys'; a warp per head.
+__global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch args) {
+  const int token = static_cast<int>(blockIdx.x);
+  const KvPool& kv = args.kv;
+  const int half = args.rotation.half;
+  for (int side = 0; side < 2; ++side) {
+    const bool keys = side == 1;
+    const int heads = keys ? kv.kv_heads : args.heads;
+    const float* x = (keys ? args.k : args.q) + std::int64_t{token} * heads * kv.head_dim;
+    const float* gain = keys ? args.key_gain : args.query_gain;
+    const float eps = keys ? args.key_eps : args.query_eps;
+    float scale = 1.0f;
+    if (args.all_heads) {
+      const int n = heads * kv.head_dim;
+      float sum = 0.0f;
+      for (int j = static_cast<int>(threadIdx.x); j < n; j += kThreads) sum += x[j] * x[j];
+      scale = 1.0f / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(n) + eps);
+    }
+    const int slot = args.slots[token];
+    for (int head = warp_id(); head < heads; head += kThreads / kWarp) {
+      const float* row = x + head * kv.head_dim;
+      const float* weights = args.all_heads ? gain + head * kv.head_dim : gain;
+      if (!args.all_heads) {
+        float sum = 0.0f;
+        for (int j = lane_id(); j < kv.head_dim; j += kWarp) sum += row[j] * row[j];
+        scale = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(kv.head_dim) + eps);
+      }
+      if (keys && slot < 0) continue;
+      void* out = keys ? kv.k : args.out;
+      const std::int64_t place =
+          keys ? key_offset(kv, slot, head) : (std::int64_t{token} * heads + head) * kv.head_width;
+      for (int j = lane_id(); j < half; j += kWarp) {
+        const std::int64_t at = std::int64_t{token} * half + j;
+        const float cos = args.rotation.cos[at];
+        const float sin = args.rotation.sin[at];
+        const float low = row[j] * scale * weights[j];
+        const float high = row[j + half] * scale * weights[j + half];
+        store_bf16(out, place + j, low * cos - high * sin);
+        store_bf16(out, place + j + half, high * cos + low * sin);
+      }
+    }
+  }
+}
+
+struct Best {
+  float value;
+  int index;
+};
+
+__device__ __forceinline__ Best better(Best a, Best b) {
+  const bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
+  return second ? b : a;
+}
+
+/// A block per row.
+__global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxLaunch args) {
+  __shared__ Best parts[kThreads / kWarp];
+  const float* logits = args.logits + std::int64_t{blockIdx.x} * args.vocabulary;
+  Best best = {-INFINITY, 0};
+  for (int j = static_cast<int>(threadIdx.x); j < args.vocabulary; j += kThreads) {
+    if (logits[j] > best.value) best = {logits[j], j};
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    best = better(best, {__shfl_xor_sync(kAllLanes, best.value, lanes),
+                         __shfl_xor_sync(kAllLanes, best.index, lanes)});
+  }
+  if (lane_id() == 0) parts[warp_id()] = best;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < kThreads / kWarp; ++i) best = better(best, parts[i]);
+  args.tokens[blockIdx.x] = best.index;
+}
+
+}  // namespace
+
+int launch_norm(const NormLaunch& args, Stream stream) {
+  return launch(stream, grid_of(args.m), kThreads, norm_kernel, args);
+}
+
+int launch_embed(const EmbedLaunch& args, Stream stream) {
+  return launch(stream, grid_of(args.m), kThreads, embed_kernel, args);
+}
+
+int launch_rope(const RopeLaunch& args, Stream stream) {
+  return launch(stream, grid_of(args.m), kThreads, rope_kernel, args);
+}
+
+int launch_qk_norm(const QkNormLaunch& args, Stream stream) {
+  return launch(stream, grid_of(args.m), kThreads, qk_norm_kernel, args);
+}
+
+int launch_argmax(const ArgmaxLaunch& args, Stream stream) {
+  return launch(stream, grid_of(args.rows), kThreads, argmax_kernel, args);
+}
+
+}  // namespace deinfer::cuda

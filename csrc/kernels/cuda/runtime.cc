@@ -1,0 +1,122 @@
+#include "kernels/cuda/runtime.h"
+
+#include <cuda_runtime.h>
+
+#include "base/check.h"
+
+namespace deinfer::cuda {
+namespace {
+
+/// Throws kInternal, the text of CUDA's error included.
+void check(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  fail(ErrorCode::kInternal, "CUDA: ", call, ": ", cudaGetErrorString(status));
+}
+
+cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
+cudaGraphExec_t native(const Graph& graph) {
+  return static_cast<cudaGraphExec_t>(graph.executable());
+}
+
+}  // namespace
+
+void use_device(int device) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  check_argument(status == cudaSuccess || count > 0,
+                 "device=\"cuda\": ", cudaGetErrorString(status));
+  check_argument(device >= 0 && device < count, "device=\"cuda:", device, "\": there are ", count,
+                 " CUDA devices");
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
+
+std::uint64_t free_memory() {
+  std::size_t free = 0;
+  std::size_t total = 0;
+  check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return free;
+}
+
+void check_launch(int status, const char* kernel) {
+  check(static_cast<cudaError_t>(status), kernel);
+}
+
+DeviceBuffer::DeviceBuffer(std::size_t bytes) : size_(bytes) {
+  if (bytes == 0) return;
+  const cudaError_t status = cudaMalloc(&data_, bytes);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it is reported here
+    fail(ErrorCode::kOutOfMemory, "CUDA: no ", bytes, " bytes of device memory: ", free_memory(),
+         " are free");
+  }
+  check(status, "cudaMalloc");
+}
+
+// Errors of work that is under way are reported by synchronize().
+DeviceBuffer::~DeviceBuffer() {
+  if (data_ != nullptr) cudaFree(data_);
+}
+
+PinnedBuffer::PinnedBuffer(std::size_t bytes) : size_(bytes) {
+  if (bytes == 0) return;
+  if (cudaMallocHost(&data_, bytes) != cudaSuccess) {
+    cudaGetLastError();
+    fail(ErrorCode::kOutOfMemory, "CUDA: no ", bytes, " bytes of pinned host memory");
+  }
+}
+
+PinnedBuffer::~PinnedBuffer() {
+  if (data_ != nullptr) cudaFreeHost(data_);
+}
+
+Graph::~Graph() {
+  if (executable_ != nullptr) cudaGraphExecDestroy(native(*this));
+}
+
+DeviceStream::DeviceStream() {
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  stream_ = reinterpret_cast<Stream>(stream);
+}
+
+DeviceStream::~DeviceStream() { cudaStreamDestroy(native(stream_)); }
+
+void DeviceStream::upload(void* to, const void* from, std::size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, native(stream_)),
+        "cudaMemcpyAsync to the device");
+}
+
+void DeviceStream::download(void* to, const void* from, std::size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, native(stream_)),
+        "cudaMemcpyAsync to the host");
+}
+
+void DeviceStream::clear(const DeviceBuffer& buffer) {
+  if (buffer.size() == 0) return;
+  check(cudaMemsetAsync(buffer.as<void>(), 0, buffer.size(), native(stream_)), "cudaMemsetAsync");
+}
+
+void DeviceStream::begin_capture() {
+  check(cudaStreamBeginCapture(native(stream_), cudaStreamCaptureModeThreadLocal),
+        "cudaStreamBeginCapture");
+}
+
+Graph DeviceStream::end_capture() {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamEndCapture(native(stream_), &graph), "cudaStreamEndCapture");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check(status, "cudaGraphInstantiate");
+  return Graph(executable);
+}
+
+void DeviceStream::launch(const Graph& graph) {
+  check(cudaGraphLaunch(native(graph), native(stream_)), "cudaGraphLaunch");
+}
+
+void DeviceStream::synchronize() {
+  check(cudaStreamSynchronize(native(stream_)), "cudaStreamSynchronize");
+}
+
+}  // namespace deinfer::cuda

@@ -1,0 +1,122 @@
+// The CUDA runtime as host code uses it: memory, one stream, graphs, errors. Builds without CUDA
+// have the same names, which throw (unavailable.cc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels/cuda/kernels.h"
+
+namespace deinfer::cuda {
+
+/// Makes `device` the one that the calling thread uses. Throws kInvalidArgument when there is none.
+void use_device(int device);
+
+/// Bytes of the thread's device that nobody has allocated.
+std::uint64_t free_memory();
+
+/// The one place where the results of launches go: throws kInternal naming the kernel.
+void check_launch(int status, const char* kernel);
+
+/// Device memory; what it holds at first is undefined. Made at load time only: steps allocate
+/// nothing.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  /// Throws kOutOfMemory naming the size and what is left.
+  explicit DeviceBuffer(std::size_t bytes);
+  ~DeviceBuffer();
+  DeviceBuffer(DeviceBuffer&& other) noexcept { swap(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  std::size_t size() const { return size_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void swap(DeviceBuffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+/// Host memory that the device reads and writes while the host goes on.
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  /// Throws kOutOfMemory naming the size.
+  explicit PinnedBuffer(std::size_t bytes);
+  ~PinnedBuffer();
+  PinnedBuffer(PinnedBuffer&& other) noexcept { swap(other); }
+  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  std::size_t size() const { return size_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void swap(PinnedBuffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+  }
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+/// A recorded sequence of launches and copies.
+class Graph {
+ public:
+  Graph() = default;
+  explicit Graph(void* executable) : executable_(executable) {}
+  ~Graph();
+  Graph(Graph&& other) noexcept { std::swap(executable_, other.executable_); }
+  Graph& operator=(Graph&& other) noexcept {
+    std::swap(executable_, other.executable_);
+    return *this;
+  }
+  void* executable() const { return executable_; }
+
+ private:
+  void* executable_ = nullptr;
+};
+
+/// A queue of work of the device that was the thread's when it was made. All but synchronize()
+/// return before the work is done. Errors of the device surface in synchronize(), as kInternal.
+class DeviceStream {
+ public:
+  DeviceStream();
+  ~DeviceStream();
+  DeviceStream(const DeviceStream&) = delete;
+  DeviceStream& operator=(const DeviceStream&) = delete;
+
+  /// `from` must stay as it is until the copy is done.
+  void upload(void* to, const void* from, std::size_t bytes);
+  void download(void* to, const void* from, std::size_t bytes);
+  void clear(const DeviceBuffer& buffer);
+
+  /// From here to end_capture() work is recorded and not done.
+  void begin_capture();
+  Graph end_capture();
+  void launch(const Graph& graph);
+
+  void synchronize();
+  Stream get() const { return stream_; }
+
+ private:
+  Stream stream_ = nullptr;
+};
+
+}  // namespace deinfer::cuda

@@ -1,0 +1,151 @@
+#include "model/cuda_step.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace deinfer {
+namespace {
+
+using cuda::AttentionSequence;
+using cuda::AttentionTask;
+using cuda::kSplitPositions;
+using cuda::tiles_of;
+
+constexpr int kQueryRows = 16;
+constexpr int kTaskWords = sizeof(AttentionTask) / 4;
+constexpr int kSequenceWords = sizeof(AttentionSequence) / 4;
+
+/// The splits that the rows of a tile see.
+struct TileSplits {
+  int first = 0;
+  int count = 0;
+  int rows = 0;
+};
+
+TileSplits splits_of(const BatchSequence& sequence, int tile, int group, int window) {
+  const int first_row = tile * kQueryRows;
+  const int last_row = std::min(first_row + kQueryRows, sequence.num_rows * group) - 1;
+  const int last_position = sequence.first_position + last_row / group;
+  const int first_position = sequence.first_position + first_row / group;
+  const int begin = window > 0 ? std::max(0, first_position - window + 1) : 0;
+  const int first = begin / kSplitPositions;
+  return {first, last_position / kSplitPositions + 1 - first, last_row - first_row + 1};
+}
+
+}  // namespace
+
+int graph_bucket(int m) {
+  if (m > 256) return 0;
+  if (m > 64) return tiles_of(m, 32) * 32;
+  if (m > 4) return tiles_of(m, 8) * 8;
+  return m > 2 ? 4 : m;
+}
+
+CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
+  std::int64_t next = 0;
+  auto take = [&](std::int64_t words) {
+    const std::int64_t at = next;
+    next += (words + 3) / 4 * 4;
+    return at;
+  };
+  const int group = limits.heads / limits.kv_heads;
+  const int tokens = tiles_of(limits.max_tokens, cuda::kTokenPadding) * cuda::kTokenPadding;
+  // A sequence's last tile may be half empty; every partial task has its own rows.
+  const std::int64_t tiles =
+      std::int64_t{limits.max_tokens} * group / kQueryRows + limits.max_sequences;
+  const std::int64_t tasks = tiles + limits.partial_rows / limits.kv_heads;
+  offsets_.tokens = take(tokens);
+  offsets_.positions = take(tokens);
+  offsets_.slots = take(tokens);
+  offsets_.argmax_rows = take(tokens);
+  offsets_.logit_rows = take(tokens);
+  offsets_.state_rows = take(tokens);
+  offsets_.sequences = take(std::int64_t{limits.max_sequences} * kSequenceWords);
+  for (std::size_t kind = 0; kind < limits.windows.size(); ++kind) {
+    AttentionOffsets at{};
+    at.num_tasks = take(1);
+    at.num_combines = take(1);
+    at.tasks = take(tasks * kTaskWords);
+    at.combines = take(tiles * kTaskWords);
+    offsets_.attention.push_back(at);
+  }
+  offsets_.tables =
+      take(std::int64_t{limits.max_sequences} * tiles_of(limits.max_model_len, limits.block_size));
+  offsets_.end = next;
+}
+
+std::size_t CudaStep::build(const Batch& batch, int tokens, std::byte* block) const {
+  auto* words = reinterpret_cast<std::int32_t*>(block);
+  auto copy_padded = [&](std::span<const int> from, std::int64_t at) {
+    std::copy(from.begin(), from.end(), words + at);
+    std::fill(words + at + from.size(), words + at + tokens, 0);
+  };
+  copy_padded(batch.token_ids, offsets_.tokens);
+  copy_padded(batch.positions, offsets_.positions);
+  for (int i = 0; i < tokens; ++i) {
+    const bool real = i < batch.num_tokens();
+    const KvSlot slot = real ? batch.slots[static_cast<std::size_t>(i)] : KvSlot{};
+    words[offsets_.slots + i] = real ? slot.block * limits_.block_size + slot.offset : -1;
+  }
+  copy_padded(batch.argmax_rows, offsets_.argmax_rows);
+  copy_padded(batch.logit_rows, offsets_.logit_rows);
+  copy_padded(batch.state_rows, offsets_.state_rows);
+
+  std::int64_t table = offsets_.tables;
+  for (std::size_t i = 0; i < batch.sequences.size(); ++i) {
+    const BatchSequence& sequence = batch.sequences[i];
+    const AttentionSequence out{sequence.first_row, sequence.num_rows, sequence.first_position,
+                                static_cast<int>(table - offsets_.tables)};
+    std::memcpy(words + offsets_.sequences + static_cast<std::int64_t>(i) * kSequenceWords, &out,
+                sizeof out);
+    const int blocks = tiles_of(sequence.first_position + sequence.num_rows, limits_.block_size);
+    std::copy_n(sequence.block_table, blocks, words + table);
+    table += blocks;
+  }
+  for (std::size_t kind = 0; kind < limits_.windows.size(); ++kind) {
+    plan_attention(batch, limits_.windows[kind], offsets_.attention[kind], words);
+  }
+  return static_cast<std::size_t>(table) * 4;
+}
+
+void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOffsets& at,
+                              std::int32_t* words) const {
+  const int group = limits_.heads / limits_.kv_heads;
+  auto* tasks = reinterpret_cast<AttentionTask*>(words + at.tasks);
+  auto* combines = reinterpret_cast<AttentionTask*>(words + at.combines);
+  int num_tiles = 0;
+  for (const BatchSequence& sequence : batch.sequences) {
+    num_tiles += tiles_of(sequence.num_rows * group, kQueryRows);
+  }
+  // Tiles alone keep the device busy, or splits must. The result has the same bits.
+  const bool divides = num_tiles * limits_.kv_heads < limits_.parallel_warps;
+  int num_tasks = 0;
+  int num_combines = 0;
+  int partial = 0;
+  for (std::size_t i = 0; i < batch.sequences.size(); ++i) {
+    const BatchSequence& sequence = batch.sequences[i];
+    for (int tile = 0; tile < tiles_of(sequence.num_rows * group, kQueryRows); ++tile) {
+      const TileSplits splits = splits_of(sequence, tile, group, window);
+      AttentionTask task{static_cast<int>(i), tile, splits.first, splits.count, -1};
+      const int rows = limits_.kv_heads * splits.rows;
+      const std::int64_t end = partial + std::int64_t{rows} * splits.count;
+      if (!divides || splits.count == 1 || end > limits_.partial_rows) {
+        tasks[num_tasks++] = task;
+        continue;
+      }
+      task.partial = partial;
+      combines[num_combines++] = task;
+      task.num_splits = 1;
+      for (int split = 0; split < splits.count; ++split) {
+        task.first_split = splits.first + split;
+        task.partial = partial + split * rows;
+        tasks[num_tasks++] = task;
+      }
+      partial = static_cast<int>(end);
+    }
+  }
+  words[at.num_tasks] = num_tasks;
+  words[at.num_combines] = num_combines;
+}
+
+}  // namespace deinfer

@@ -1,0 +1,62 @@
+// A step's inputs as the CUDA decoder's kernels read them: one block of memory, uploaded at once,
+// with everything at fixed places, so that captured graphs find it. Host logic only.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/cuda/kernels.h"
+#include "ops/batch.h"
+
+namespace deinfer {
+
+/// The smallest of the sizes for which decode steps have graphs that holds m >= 1 tokens: 1, 2, 4,
+/// 8, then multiples of 8 up to 64 and of 32 up to 256; 0 beyond.
+int graph_bucket(int m);
+
+struct CudaStepLimits {
+  int max_tokens = 0;     // of a batch
+  int max_sequences = 0;  // likewise
+  int max_model_len = 0;
+  int block_size = 16;
+  int heads = 0;
+  int kv_heads = 0;
+  std::vector<int> windows;  // of the kinds of attention; 0: none
+  int partial_rows = 0;      // room for states of splits
+  int parallel_warps = 0;    // that attention should have work for
+};
+
+/// Lays out a batch. Offsets are in 32-bit words from the block's beginning.
+class CudaStep {
+ public:
+  /// Of one kind of attention.
+  struct AttentionOffsets {
+    std::int64_t num_tasks, num_combines, tasks, combines;
+  };
+  struct Offsets {
+    std::int64_t tokens, positions, slots, argmax_rows, logit_rows, state_rows, sequences;
+    std::vector<AttentionOffsets> attention;
+    std::int64_t tables;
+    std::int64_t end;
+  };
+
+  explicit CudaStep(const CudaStepLimits& limits);
+
+  const Offsets& offsets() const { return offsets_; }
+  std::size_t capacity_bytes() const { return static_cast<std::size_t>(offsets_.end) * 4; }
+
+  /// Writes `batch`, filled up to `tokens` tokens that have no slot, into `block`
+  /// (capacity_bytes()), and returns how many bytes of it are used. Tokens' rows of KV must be
+  /// covered by their block tables.
+  std::size_t build(const Batch& batch, int tokens, std::byte* block) const;
+
+ private:
+  void plan_attention(const Batch& batch, int window, const AttentionOffsets& at,
+                      std::int32_t* words) const;
+
+  CudaStepLimits limits_;
+  Offsets offsets_;
+};
+
+}  // namespace deinfer

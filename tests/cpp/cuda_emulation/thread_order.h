@@ -1,0 +1,15 @@
+// Orders in which an emulated device runs threads: results that differ have a data race.
+#pragma once
+
+#include "fibers.h"
+
+namespace deinfer::test {
+
+inline constexpr int kThreadOrders = 3;
+
+/// Of grids that begin from now on; 0 is the usual one.
+inline void set_thread_order(int order) {
+  emulation::set_schedule(static_cast<emulation::Schedule>(order));
+}
+
+}  // namespace deinfer::test

@@ -1,0 +1,115 @@
+// The CUDA engine, where only the emulated device can tell: what it does with threads, graphs,
+// memory and failures.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "cuda_engine_fixture.h"
+#include "thread_order.h"
+
+namespace deinfer {
+namespace {
+
+using test::Answer;
+using test::config_for;
+using test::generate;
+using test::greedy;
+using test::Request;
+
+TEST(CudaEngineDevice, TheOrderOfThreadsDoesNotMatter) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  config.family = "qwen3";
+  test::TinyModel model(config);
+  const std::vector<Request> requests = {greedy(20, 1, 3), greedy(5, 2, 4)};
+  std::vector<std::vector<Answer>> all;
+  for (int order = 0; order < test::kThreadOrders; ++order) {
+    test::set_thread_order(order);
+    Engine engine(config_for(model, "cuda"));
+    all.push_back(generate(engine, requests));
+  }
+  test::set_thread_order(0);
+  EXPECT_EQ(all[1], all[0]);
+  EXPECT_EQ(all[2], all[0]);
+}
+
+TEST(CudaEngineDevice, DecodesByGraphsWithoutAllocations) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  EngineConfig engine_config = config_for(model, "cuda");
+  engine_config.hidden_state_layers.clear();
+  Engine engine(engine_config);
+  emulation::DeviceState& device = emulation::device_state();
+  const int graphs = device.graphs;
+  generate(engine, {greedy(4, 1, 12)});
+  EXPECT_EQ(device.graphs - graphs, 1) << "one size";
+  const std::size_t used = device.used_bytes;
+  const int launches = device.graph_launches;
+  const int waits = device.synchronizations;
+  generate(engine, {greedy(4, 1, 12)});
+  EXPECT_EQ(device.graphs - graphs, 1) << "captured once";
+  EXPECT_EQ(device.graph_launches - launches, 11) << "all but the prompt";
+  EXPECT_EQ(device.synchronizations - waits, 12) << "one read-back per step";
+  EXPECT_EQ(device.used_bytes, used);
+  generate(engine, {greedy(4, 1, 4), greedy(4, 2, 4), greedy(4, 3, 4)});
+  EXPECT_EQ(device.graphs - graphs, 2);
+}
+
+void expect_error(ErrorCode code, const std::string& text, const std::function<void()>& f) {
+  try {
+    f();
+    ADD_FAILURE() << "no error; expected: " << text;
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+  }
+}
+
+TEST(CudaEngineDevice, RefusesWhatItCannotDo) {
+  test::TinyModel model;
+  const auto make = [&](auto change) {
+    return [&model, change] {
+      EngineConfig config = config_for(model, "cuda");
+      change(config);
+      Engine engine(config);
+    };
+  };
+  using C = EngineConfig;
+  expect_error(ErrorCode::kInvalidArgument, "device=\"cuda:3\": there is 1 CUDA device",
+               make([](C& c) { c.device = "cuda:3"; }));
+  expect_error(ErrorCode::kInvalidArgument, "device=\"cuda:x\"",
+               make([](C& c) { c.device = "cuda:x"; }));
+  expect_error(ErrorCode::kInvalidArgument, "device=\"gpu\" is unknown",
+               make([](C& c) { c.device = "gpu"; }));
+  expect_error(ErrorCode::kUnsupported, "dtype=\"int8\"", make([](C& c) { c.dtype = "int8"; }));
+  expect_error(ErrorCode::kUnsupported, "tensor_parallel_size=2",
+               make([](C& c) { c.tensor_parallel_size = 2; }));
+  expect_error(ErrorCode::kUnsupported, "tensor_parallel_plan=\"dense\"",
+               make([](C& c) { c.tensor_parallel_plan = "dense"; }));
+  expect_error(ErrorCode::kOutOfMemory, "of device memory",
+               make([](C& c) { c.num_kv_blocks = 1 << 28; }));
+  emulation::device_state().count = 0;
+  expect_error(ErrorCode::kUnsupported, "no CUDA device is visible", make([](C&) {}));
+  EngineConfig config = config_for(model, "auto");
+  Engine engine(config);
+  EXPECT_EQ(emulation::device_state().used_bytes, 0u) << "auto without a device is the CPU";
+  emulation::device_state().count = 1;
+}
+
+TEST(CudaEngineDevice, AFailedKernelFailsTheEngine) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  Engine engine(config_for(model, "cuda"));
+  Request request = greedy(4, 1, 4);
+  engine.submit(request.prompt, request.params);
+  emulation::device_state().fails = true;
+  EXPECT_THROW(engine.step(), Error);
+  emulation::device_state().fails = false;
+  EXPECT_THROW(engine.step(), Error) << "for good";
+}
+
+}  // namespace
+}  // namespace deinfer

@@ -1,0 +1,175 @@
+// The CUDA engine against the CPU engine.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "cuda_engine_fixture.h"
+#include "cuda_fixture.h"
+#include "tiny_kinds.h"
+
+namespace deinfer {
+namespace {
+
+using test::Answer;
+using test::config_for;
+using test::generate;
+using test::greedy;
+using test::Kind;
+using test::Request;
+
+class CudaEngine : public test::CudaDeviceTest {};
+
+/// Every kind of model: each family, with factors in some linears, in all, and in none.
+std::vector<Kind> kinds() {
+  std::vector<Kind> all;
+  for (std::string family :
+       {"llama", "mistral", "opt", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text"}) {
+    test::TinyConfig config;
+    config.family = family;
+    config.window = 11;
+    config.bfloat16 = true;
+    config.tied = family == "opt" || family.starts_with("gemma");
+    config.all_low_rank = true;
+    all.push_back({family + "_low_rank", config});
+    config.all_low_rank = false;
+    config.biases = family == "llama";
+    config.heads = 4;
+    config.head_dim = 12;  // half a head is no multiple of 8
+    all.push_back({family + "_mixed", config});
+    config.low_rank = false;
+    config.kv_heads = 1;
+    all.push_back({family + "_dense", config});
+  }
+  return all;
+}
+
+double root_mean_square(const std::vector<float>& a, const std::vector<float>& b) {
+  EXPECT_EQ(a.size(), b.size());
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return std::sqrt(sum / static_cast<double>(a.size()));
+}
+
+TEST_F(CudaEngine, ComputesTheLogitsOfTheCpuEngine) {
+  for (const Kind& kind : kinds()) {
+    SCOPED_TRACE(kind.name);
+    test::TinyModel model(kind.config);
+    Request request = greedy(40, 1, 1);
+    request.params.prompt_logits = true;
+    std::vector<std::vector<float>> logits;
+    for (auto [device, dtype] :
+         {std::pair{"cuda", "bfloat16"}, {"cpu", "bfloat16"}, {"cpu", "float32"}}) {
+      EngineConfig config = config_for(model, device);
+      config.dtype = dtype;
+      Engine engine(config);
+      logits.push_back(generate(engine, {request})[0].prompt_logits);
+    }
+    ASSERT_EQ(logits[0].size(), std::size_t{40} * 97);
+    const double own = root_mean_square(logits[0], logits[2]);
+    const double cpu = root_mean_square(logits[1], logits[2]);
+    EXPECT_LE(own, 1.4 * cpu + 1e-3) << "farther from fp32 than the CPU's bf16";
+    EXPECT_LE(root_mean_square(logits[0], logits[1]), 2 * cpu + 1e-3);
+  }
+}
+
+/// Greedy tokens are the CPU's, or the first other one is a tie: both engines give the two tokens
+/// nearly the same probability.
+TEST_F(CudaEngine, GeneratesTheTokensOfTheCpuEngine) {
+  for (const Kind& kind : kinds()) {
+    SCOPED_TRACE(kind.name);
+    test::TinyModel model(kind.config);
+    std::vector<Request> requests;
+    for (int i = 0; i < 4; ++i) requests.push_back(greedy(3 + 9 * i, i, 6));
+    Engine cuda(config_for(model, "cuda")), cpu(config_for(model, "cpu"));
+    const std::vector<Answer> got = generate(cuda, requests);
+    const std::vector<Answer> expected = generate(cpu, requests);
+    int equal = 0;
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      ASSERT_EQ(got[i].tokens.size(), 6u);
+      const auto [mine, theirs] =
+          std::mismatch(got[i].tokens.begin(), got[i].tokens.end(), expected[i].tokens.begin());
+      equal += mine == got[i].tokens.end() ? 1 : 0;
+      if (mine == got[i].tokens.end()) continue;
+      Request request = requests[i];
+      request.prompt.insert(request.prompt.end(), got[i].tokens.begin(), mine);
+      request.params.max_tokens = 1;
+      request.params.prompt_logits = true;
+      const std::vector<float> logits = generate(cpu, {request})[0].prompt_logits;
+      const float* last = logits.data() + (request.prompt.size() - 1) * 97;
+      EXPECT_NEAR(last[*mine], last[*theirs], 0.06 * std::abs(last[*theirs]) + 0.05)
+          << "request " << i;
+    }
+    EXPECT_GE(equal, 2);
+  }
+}
+
+TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  config.all_low_rank = true;
+  test::TinyModel model(config);
+  std::vector<Request> requests;
+  for (int i = 0; i < 12; ++i) {
+    Request request = greedy(2 + 11 * i % 70, i, 6 + i % 3);
+    if (i % 3 == 1) {  // sampled on the host
+      request.params.temperature = 0.8f;
+      request.params.top_p = 0.9f;
+      request.params.logprobs = 2;
+    }
+    requests.push_back(request);
+  }
+  EngineConfig engine_config = config_for(model, "cuda");
+  Engine together(engine_config), alone(engine_config);
+  const std::vector<Answer> all = generate(together, requests, true);
+  EXPECT_EQ(generate(alone, requests, false), all);
+  engine_config.enable_prefix_caching = false;
+  engine_config.max_num_batched_tokens = 32;
+  engine_config.num_kv_blocks = 14;
+  Engine crowded(engine_config);
+  EXPECT_EQ(generate(crowded, requests, true), all) << "other chunks, preemptions";
+}
+
+TEST_F(CudaEngine, TellsHiddenStates) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  Request request = greedy(9, 1, 3);
+  request.params.hidden_states = 1;
+  std::vector<std::vector<float>> states;
+  for (const char* device : {"cuda", "cpu"}) {
+    Engine engine(config_for(model, device));
+    engine.submit(request.prompt, request.params);
+    std::vector<float> last;
+    while (engine.has_unfinished_requests()) {
+      for (RequestOutput& output : engine.step()) {
+        for (SequenceOutput& sample : output.outputs) {
+          if (!sample.hidden_states.empty()) last = sample.hidden_states;
+        }
+      }
+    }
+    states.push_back(last);
+  }
+  ASSERT_EQ(states[0].size(), std::size_t{2 * 3 * 48});
+  EXPECT_LE(root_mean_square(states[0], states[1]), 0.02);
+}
+
+TEST_F(CudaEngine, DescribesItself) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  EngineConfig engine_config = config_for(model, "auto");
+  engine_config.dtype = "auto";
+  engine_config.num_kv_blocks = 0;
+  Engine engine(engine_config);
+  const ModelInfo& info = engine.model_info();
+  EXPECT_EQ(info.dtype, "bfloat16");
+  EXPECT_EQ(info.num_kv_blocks, 16 * 16) << "what all seats can fill";
+  engine_config.device = "cpu";
+  Engine cpu(engine_config);
+  EXPECT_EQ(info.parameters, cpu.model_info().parameters);
+  EXPECT_EQ(info.lowrank_matrices, cpu.model_info().lowrank_matrices);
+  EXPECT_EQ(info.dense_matrices, cpu.model_info().dense_matrices);
+}
+
+}  // namespace
+}  // namespace deinfer

@@ -1,0 +1,300 @@
+// The CUDA products and their epilogues.
+#include "cuda_fixture.h"
+#include "model/cuda_weights.h"
+
+namespace deinfer {
+namespace {
+
+using cuda::DeviceBuffer;
+using cuda::kTileCols;
+using cuda::LinearEpilogue;
+using cuda::LinearLaunch;
+using cuda::tiles_of;
+using test::kNan;
+
+/// A product of random matrices.
+struct Case {
+  Case(int tokens, int rows, int cols, unsigned seed = 1) : m(tokens), n(rows), k(cols) {
+    test::Random random(seed);
+    w = random.vector<bf16>(static_cast<std::size_t>(n * k));
+    x = random.vector<bf16>(static_cast<std::size_t>(m * k));
+    bias = random.vector(static_cast<std::size_t>(n));
+  }
+  double exact(int token, int row) const {
+    double sum = bias[static_cast<std::size_t>(row)];
+    for (int j = 0; j < k; ++j) {
+      sum += test::wide(w[static_cast<std::size_t>(row * k + j)]) *
+             test::wide(x[static_cast<std::size_t>(token * k + j)]);
+    }
+    return sum;
+  }
+  /// Of sums of k products.
+  double tolerance() const { return 2e-6 * std::sqrt(k) * 4; }
+
+  int m, n, k;
+  std::vector<bf16> w, x;
+  std::vector<float> bias;
+};
+
+class CudaLinear : public test::CudaTest {
+ protected:
+  /// A segment whose operands live as long as the test.
+  cuda::LinearFactor factor(const Case& c) {
+    const int chunks = tiles_of(c.k, kTileCols);
+    std::vector<float> bias = c.bias;
+    bias.resize(static_cast<std::size_t>(tiles_of(c.n, kTileCols) * kTileCols), 0.0f);
+    return {keep(weights(c.w, c.n, c.k, tiles_of(c.n, 32) * 2)),
+            keep(activations(c.x, c.m, c.k, chunks + 1)), chunks, chunks + 1,
+            static_cast<const float*>(keep(on_device(bias)))};
+  }
+  cuda::LinearSegment segment(const Case& c, LinearEpilogue epilogue) {
+    cuda::LinearSegment out;
+    out.first = factor(c);
+    out.epilogue = epilogue;
+    out.n = c.n;
+    out.tiles = tiles_of(c.n, 16);
+    return out;
+  }
+  void* keep(DeviceBuffer buffer) { return kept_.emplace_back(std::move(buffer)).as<void>(); }
+
+  /// y[m, n] in fp32; `before` is what it held.
+  std::vector<float> product(const Case& c, LinearEpilogue epilogue = LinearEpilogue::kFloat,
+                             float before = kNan, float soft_cap = 0.0f) {
+    DeviceBuffer y = on_device(std::vector<float>(static_cast<std::size_t>(c.m * c.n), before));
+    LinearLaunch launch;
+    launch.m = c.m;
+    launch.num_segments = 1;
+    launch.segments[0] = segment(c, epilogue);
+    launch.segments[0].out = y.as<void>();
+    launch.segments[0].ld = c.n;
+    launch.segments[0].soft_cap = soft_cap;
+    cuda::check_launch(cuda::launch_linear(launch, stream_->get()), "linear");
+    return on_host<float>(y);
+  }
+  /// What an epilogue that writes activations leaves, padding of rows included.
+  std::vector<bf16> activation(LinearLaunch launch, int rows) {
+    const int chunks = tiles_of(rows, kTileCols);
+    const int tokens = tiles_of(launch.m, cuda::kTokenPadding) * cuda::kTokenPadding;
+    DeviceBuffer y = on_device(
+        std::vector<bf16>(static_cast<std::size_t>(tokens * chunks * kTileCols), to_bf16(kNan)));
+    launch.num_segments = 1;
+    launch.segments[0].out = y.as<void>();
+    launch.segments[0].out_chunks = chunks;
+    launch.segments[0].tiles = chunks * 2;
+    cuda::check_launch(cuda::launch_linear(launch, stream_->get()), "linear");
+    std::vector<bf16> tiled = on_host<bf16>(y);
+    std::vector<bf16> out;
+    for (int i = 0; i < launch.m; ++i) {
+      for (int j = 0; j < chunks * kTileCols; ++j) {
+        out.push_back(tiled[static_cast<std::size_t>(cuda::activation_offset(i, j, chunks))]);
+      }
+    }
+    return out;
+  }
+
+  std::vector<DeviceBuffer> kept_;
+};
+
+TEST_F(CudaLinear, IsAProductForAnyShape) {
+  for (int m : {1, 7, 8, 9, 16, 30, 33, 64, 65, 130}) {
+    for (auto [n, k] : {std::pair{1, 1}, {16, 32}, {17, 33}, {40, 100}, {50, 300}}) {
+      Case c(m, n, k);
+      const std::vector<float> y = product(c);
+      for (int i = 0; i < m; ++i) {
+        for (int j = 0; j < n; ++j) {
+          ASSERT_NEAR(y[static_cast<std::size_t>(i * n + j)], c.exact(i, j), c.tolerance())
+              << m << " x " << n << " x " << k << " at " << i << ", " << j;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaLinear, ATokenHasTheSameBitsInAnyBatch) {
+  const Case all(130, 37, 700);
+  const std::vector<float> expected = product(all);
+  for (int m : {1, 8, 9, 31, 64, 66, 129}) {
+    Case some = all;
+    some.m = m;
+    const std::vector<float> y = product(some);
+    ASSERT_TRUE(test::same_bits(y.data(), expected.data(), y.size() * sizeof(float))) << m;
+  }
+}
+
+TEST_F(CudaLinear, HasNoRace) {
+  for (int m : {3, 20, 70}) {
+    const Case c(m, 40, 300);
+    test::in_every_order<float>([&] { return product(c); });
+  }
+}
+
+TEST_F(CudaLinear, AddsToTheResidualStreamAndCapsLogits) {
+  for (int m : {2, 66}) {
+    const Case c(m, 21, 40);
+    const std::vector<float> plain = product(c);
+    const std::vector<float> added = product(c, LinearEpilogue::kAdd, 3.0f);
+    const std::vector<float> capped = product(c, LinearEpilogue::kFloat, kNan, 2.0f);
+    for (std::size_t i = 0; i < plain.size(); ++i) {
+      EXPECT_EQ(added[i], 3.0f + plain[i]);
+      EXPECT_NEAR(capped[i], 2.0f * std::tanh(plain[i] / 2.0f), 1e-6);
+    }
+  }
+}
+
+TEST_F(CudaLinear, WritesActivationsWithTheirPadding) {
+  for (int m : {5, 70}) {
+    const Case c(m, 41, 50);
+    const std::vector<float> plain = product(c);
+    LinearLaunch launch;
+    launch.m = m;
+    for (LinearEpilogue epilogue : {LinearEpilogue::kActivation, LinearEpilogue::kRelu}) {
+      launch.segments[0] = segment(c, epilogue);
+      const std::vector<bf16> y = activation(launch, c.n);
+      for (int i = 0; i < m; ++i) {
+        for (int j = 0; j < 64; ++j) {
+          float expected = j < c.n ? plain[static_cast<std::size_t>(i * c.n + j)] : 0.0f;
+          if (epilogue == LinearEpilogue::kRelu) expected = std::max(expected, 0.0f);
+          EXPECT_EQ(test::wide(y[static_cast<std::size_t>(i * 64 + j)]),
+                    to_float(to_bf16(expected)));
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaLinear, GatesOneProductByAnother) {
+  for (int m : {5, 40, 70}) {
+    const Case gate(m, 33, 50, 2);
+    const Case up(m, 33, 100, 3);
+    const std::vector<float> g = product(gate);
+    const std::vector<float> u = product(up);
+    LinearLaunch launch;
+    launch.m = m;
+    for (LinearEpilogue epilogue : {LinearEpilogue::kGatedSilu, LinearEpilogue::kGatedGelu}) {
+      launch.segments[0] = segment(gate, epilogue);
+      launch.segments[0].second = factor(up);
+      const std::vector<bf16> y = activation(launch, gate.n);
+      for (int i = 0; i < m; ++i) {
+        for (int j = 0; j < gate.n; ++j) {
+          const auto at = static_cast<std::size_t>(i * gate.n + j);
+          const double act =
+              epilogue == LinearEpilogue::kGatedSilu ? test::silu(g[at]) : test::gelu_tanh(g[at]);
+          const double expected = act * u[at];
+          EXPECT_NEAR(test::wide(y[static_cast<std::size_t>(i * 64 + j)]), expected,
+                      4e-3 * std::abs(expected) + 1e-6);
+        }
+      }
+    }
+  }
+}
+
+/// q, k and v of several heads: rotated or not.
+class CudaQkv : public CudaLinear, public testing::WithParamInterface<int> {};
+
+TEST_P(CudaQkv, AreStoredForAttention) {
+  const int head_dim = GetParam();
+  const int half = head_dim / 2, heads = 3, kv_heads = 2, block_size = 16;
+  const int width = cuda::head_width(head_dim);
+  for (int m : {3, 66}) {
+    for (bool rotates : {false, true}) {
+      const Case q(m, heads * head_dim, 40, 4), k(m, kv_heads * head_dim, 40, 5),
+          v(m, kv_heads * head_dim, 72, 6);
+      const std::vector<float> plain[] = {product(q), product(k), product(v)};
+      test::Random random(7);
+      const std::vector<float> cos = random.vector(static_cast<std::size_t>(m * half));
+      const std::vector<float> sin = random.vector(static_cast<std::size_t>(m * half));
+      std::vector<int> slots;  // backwards from a high one; one token has none
+      for (int i = 0; i < m; ++i) slots.push_back(i == 1 ? -1 : 95 - i);
+      const std::size_t pool = static_cast<std::size_t>(6 * kv_heads * block_size * width);
+      DeviceBuffer k_pool = on_device(std::vector<bf16>(pool));
+      DeviceBuffer v_pool = on_device(std::vector<bf16>(pool));
+      DeviceBuffer query =
+          on_device(std::vector<bf16>(static_cast<std::size_t>(m * heads * width)));
+      DeviceBuffer cos_device = on_device(cos), sin_device = on_device(sin),
+                   slots_device = on_device(slots);
+      LinearLaunch launch;
+      launch.m = m;
+      launch.num_segments = 3;
+      launch.heads = heads;
+      launch.rotation = {cos_device.as<float>(), sin_device.as<float>(), half};
+      launch.kv = {k_pool.as<void>(), v_pool.as<void>(), block_size, kv_heads, head_dim, width};
+      launch.slots = slots_device.as<int>();
+      launch.segments[0] =
+          segment(q, rotates ? LinearEpilogue::kRotaryQuery : LinearEpilogue::kQuery);
+      launch.segments[0].out = query.as<void>();
+      launch.segments[1] = segment(k, rotates ? LinearEpilogue::kRotaryKey : LinearEpilogue::kKey);
+      launch.segments[2] = segment(v, LinearEpilogue::kValue);
+      if (rotates) {
+        int of_heads[] = {heads, kv_heads};
+        const Case* cases[] = {&q, &k};
+        for (int i = 0; i < 2; ++i) {
+          const std::vector<std::int32_t> map = cuda_rotary_row_map(of_heads[i], head_dim);
+          Case permuted = *cases[i];
+          permuted.n = static_cast<int>(map.size());
+          permuted.w.assign(map.size() * static_cast<std::size_t>(permuted.k), bf16{});
+          permuted.bias.assign(map.size(), 0.0f);
+          for (std::size_t row = 0; row < map.size(); ++row) {
+            if (map[row] < 0) continue;
+            const auto from = static_cast<std::size_t>(map[row]);
+            permuted.bias[row] = cases[i]->bias[from];
+            for (std::size_t j = 0; j < 40; ++j) {
+              permuted.w[row * 40 + j] = cases[i]->w[from * 40 + j];
+            }
+          }
+          launch.segments[i].first = factor(permuted);
+          launch.segments[i].n = permuted.n;
+          launch.segments[i].tiles = tiles_of(permuted.n, 16);
+        }
+      }
+      cuda::check_launch(cuda::launch_linear(launch, stream_->get()), "linear");
+      const std::vector<bf16> got_q = on_host<bf16>(query);
+      const std::vector<bf16> got_k = on_host<bf16>(k_pool);
+      const std::vector<bf16> got_v = on_host<bf16>(v_pool);
+      auto rotated = [&](const std::vector<float>& y, int of, int i, int head, int d) {
+        const auto row = static_cast<std::size_t>((i * of + head) * head_dim);
+        const auto at = static_cast<std::size_t>(d);
+        if (!rotates) return y[row + at];
+        const auto j = static_cast<std::size_t>(d % half);
+        const float c = cos[static_cast<std::size_t>(i * half) + j];
+        const float s = sin[static_cast<std::size_t>(i * half) + j];
+        const float low = y[row + j], high = y[row + j + static_cast<std::size_t>(half)];
+        return d < half ? low * c - high * s : high * c + low * s;
+      };
+      auto expect = [&](bf16 got, float expected) {
+        EXPECT_NEAR(test::wide(got), expected, 5e-3 * std::abs(expected) + 1e-4);
+      };
+      std::size_t written = 0;
+      for (int i = 0; i < m; ++i) {
+        for (int d = 0; d < head_dim; ++d) {
+          for (int head = 0; head < heads; ++head) {
+            expect(got_q[static_cast<std::size_t>((i * heads + head) * width + d)],
+                   rotated(plain[0], heads, i, head, d));
+          }
+          const int slot = slots[static_cast<std::size_t>(i)];
+          if (slot < 0) continue;
+          for (int head = 0; head < kv_heads; ++head) {
+            const int page = slot / block_size * kv_heads + head;
+            expect(got_k[static_cast<std::size_t>((page * block_size + slot % block_size) * width +
+                                                  d)],
+                   rotated(plain[1], kv_heads, i, head, d));
+            expect(got_v[static_cast<std::size_t>((page * width + d) * block_size +
+                                                  slot % block_size)],
+                   plain[2][static_cast<std::size_t>((i * kv_heads + head) * head_dim + d)]);
+            ++written;
+          }
+        }
+      }
+      auto nonzero = [](const std::vector<bf16>& all) {
+        return static_cast<std::size_t>(
+            std::count_if(all.begin(), all.end(), [](bf16 x) { return x.bits != 0; }));
+      };
+      EXPECT_EQ(nonzero(got_k), written) << "nothing else is written";
+      EXPECT_EQ(nonzero(got_v), written);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(HeadDims, CudaQkv, testing::Values(8, 20, 64, 96));
+
+}  // namespace
+}  // namespace deinfer

@@ -1,0 +1,94 @@
+"""The GPU benchmark where there is no GPU: its refusal, its table, its steps on the CPU."""
+
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import gpu
+import random_llama
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+}
+
+
+def answer(code: int, out: str = "", err: str = "") -> Any:
+    return lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
+
+
+def test_without_a_device_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert gpu.main([]) == 2
+    assert "no NVIDIA GPU here: nvidia-smi is not installed" in capsys.readouterr().err
+    with pytest.raises(gpu.NoDeviceError, match="driver is not loaded"):
+        gpu.find_device(answer(9, err="driver is not loaded"))
+    found = gpu.find_device(answer(0, "NVIDIA H200, 580.1\nNVIDIA H200, 580.1\n"))
+    assert found == {"name": "NVIDIA H200", "driver_version": "580.1"}
+    name = gpu.result_name(found["name"], datetime.date(2026, 1, 2))
+    assert name == "gpu-nvidia-h200-2026-01-02"
+
+
+def test_products_have_the_models_parameters() -> None:
+    dense = gpu.products(gpu.LLAMA_7B, 0)
+    assert len(dense) == 32 * 7 + 1
+    parameters = sum(n * k for n, k in dense)
+    assert parameters == 6_607_077_376
+    factors = gpu.products(gpu.LLAMA_7B, 0.5)
+    head = 32000 * 4096
+    assert sum(n * k for n, k in factors) - head == pytest.approx(
+        0.5 * (parameters - head), rel=1e-3
+    )
+
+
+def measured(**changes: float) -> dict[str, Any]:
+    engine = {"decode 1": 3.0, "decode 16": 4.0, "decode 64": 6.0, "decode 128": 8.0}
+    engine |= {"prefill": 50.0} | changes
+    torch_ms = {"decode 1": 5.0, "decode 16": 3.9, "decode 128": 7.9, "prefill": 49.0}
+    return {
+        "failed_tests": 0,
+        "engine_ms": {name: [value] for name, value in engine.items()},
+        "torch_ms": {name: [value] for name, value in torch_ms.items()},
+        "outside_model": {"decode 64": 0.01},
+        "ceilings": {"read_gb_per_s": 4000.0},
+        "weight_bytes": 7_000_000_000,
+    }
+
+
+def test_the_table_knows_the_targets() -> None:
+    checks = {check.name: check for check in gpu.judge(measured())}
+    assert all(check.ok for check in checks.values())
+    assert checks["decode of 1 / torch"].value == pytest.approx(0.6)
+    assert checks["bandwidth bound / decode of 1"].value == pytest.approx(7 / 4 / 3)
+    slow = {c.name for c in gpu.judge(measured(**{"decode 1": 5.0, "prefill": 60.0})) if not c.ok}
+    assert slow == {
+        "decode of 1 [ms]",
+        "decode of 1 / torch",
+        "bandwidth bound / decode of 1",
+        "torch's products / prefill",
+    }
+
+
+def test_steps_are_timed(tmp_path: Path) -> None:
+    model = random_llama.write_random_llama(tmp_path / "model", keep=0.5, **TINY)
+    stepper = gpu.Stepper(model, "cpu", 3, 20)
+    assert stepper.engine.model_info.lowrank_matrices == 14
+    for batch in (1, 3):
+        times, outside = stepper.decode(batch)
+        assert len(times) == gpu.STEPS - 8
+        assert all(time > 0 for time in times)
+        assert 0 <= outside < 1
+    assert len(gpu.Stepper(model, "cpu", 1, 64).prefill()) == 5
