@@ -294,7 +294,7 @@ TEST(EngineRobustness, AFailingWorkerThreadReleasesTheOthers) {
   EngineConfig config = config_for(model);
   ModelConfig parsed = read_model_config(config.model);
   RankShare share(make_step_plans("naive", model_shape(parsed), 1), 0);
-  Worker worker(config, parsed, share, {}, make_single_communicator(0), 3, 256, {});
+  Worker worker(config, parsed, share, {}, {}, make_single_communicator(0), 3, 256, {});
   worker.allocate_kv_cache(4);
   std::int32_t blocks[] = {0};
   Batch batch;

@@ -164,7 +164,7 @@ TEST(TensorParallelLoading, TakesTheWeightsAndOneTensorPerRank) {
 
   std::uint64_t one = peak_growth([&] {
     LocalGroup group(kRanks, 1 << 20);
-    Worker worker(engine, parsed, RankShare(plans, 2), {}, group.communicator(2), 1, 256, {});
+    Worker worker(engine, parsed, RankShare(plans, 2), {}, {}, group.communicator(2), 1, 256, {});
   });
   EXPECT_GT(one, weights / kRanks);
   EXPECT_LT(one, weights / kRanks + largest + kPerRank);
