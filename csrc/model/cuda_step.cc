@@ -49,7 +49,7 @@ CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
     return at;
   };
   const int group = limits.heads / limits.kv_heads;
-  const int tokens = tiles_of(limits.max_tokens, cuda::kTokenPadding) * cuda::kTokenPadding;
+  const int tokens = padded_tokens(limits.max_tokens);
   // A sequence's last tile may be half empty; every partial task has its own rows.
   const std::int64_t tiles =
       std::int64_t{limits.max_tokens} * group / kQueryRows + limits.max_sequences;

@@ -11,6 +11,11 @@
 
 namespace deinfer {
 
+/// Rows that activations of so many tokens have.
+constexpr int padded_tokens(int tokens) {
+  return cuda::tiles_of(tokens, cuda::kTokenPadding) * cuda::kTokenPadding;
+}
+
 /// The smallest of the sizes for which decode steps have graphs that holds m >= 1 tokens: 1, 2, 4,
 /// 8, then multiples of 8 up to 64 and of 32 up to 256; 0 beyond.
 int graph_bucket(int m);

@@ -84,12 +84,12 @@ TEST_P(TensorParallelMemory, WeightsAreThoseThatThePlanPredicts) {
           auto ranks = test::make_ranks(config_for(model, GetParam(), size, dtype));
           std::uint64_t elements = 0;
           for (int rank = 0; rank < size; ++rank) {
-            Held held = held_by(ranks->rank(rank).decoder().weights());
+            Held held = held_by(static_cast<CpuWorker&>(ranks->rank(rank)).decoder().weights());
             elements += held.elements;
             EXPECT_EQ(held.bytes + norms * sizeof(float),
                       rank_weight_bytes(planned, *ranks->plans()[0], rank));
           }
-          std::uint64_t all = ranks->rank(0).parameters() - norms;
+          std::uint64_t all = ranks->rank(0).weights_info().parameters - norms;
           if (GetParam() == "hidden_sharded") {
             EXPECT_EQ(elements, all) << "each exactly once";
           } else if (GetParam() != "dense" && GetParam() != "naive") {

@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_kernel(const Atten
   // Where registers suffice; else they come from the cache for every chunk of keys.
   constexpr bool kKeepsQueries = kWidth <= 128;
   constexpr int kDimKept = kKeepsQueries ? kDimChunks : 1;
-  constexpr int kChunksAtOnce = kDimKept;
   // Sums over the splits so far: each lane has its own.
   __shared__ float4 totals[kWarps][kDimTiles][kWarp];
   const int lane = lane_id();
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_kernel(const Atten
         }
         // Where queries are not kept, a loop that is one: else the compiler loads all of them
         // before the loop over keys, for which there are no registers.
-#pragma unroll kChunksAtOnce
+#pragma unroll kDimKept
         for (int c = 0; c < kDimChunks; ++c) {
           const uint4 low = kKeepsQueries ? kept[c % kDimKept][0] : queries[0][c * 4];
           const uint4 high = kKeepsQueries ? kept[c % kDimKept][1] : queries[1][c * 4];
