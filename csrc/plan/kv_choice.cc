@@ -127,6 +127,8 @@ KvChoice choose_automatically(PlannedModel model, const TensorParallelPlan& plan
     // Sides of one price go together.
     if (i + 1 < sides.size() && sides[i + 1].price == sides[i].price) continue;
     const Prediction after = predict(model, plan, hardware, link, demand);
+    // What only promises time is not worth the risk of a prediction: latents are for room.
+    if (after.sequences <= before.sequences) continue;
     if (after.rate() > best.rate() && after.rate() >= kLeastGain * before.rate()) {
       best = after;
       choice.forms = model.kv_forms;

@@ -31,8 +31,8 @@ std::vector<KvForms> latent_kv_forms(const PlannedModel& model, const TensorPara
 
 /// `kind`: "dense", "latent": latent_kv_forms(), or "auto": sides become latent in the order of
 /// time added per byte saved, as many as give the best decoding throughput that the cost model
-/// predicts, and none for less than 2 %. Throws kInvalidArgument for another kind, and for "latent"
-/// where nothing can be latent.
+/// predicts, and none for less than 2 % or where no further sequence finds room. Throws
+/// kInvalidArgument for another kind, and for "latent" where nothing can be latent.
 KvChoice choose_kv_forms(std::string_view kind, const PlannedModel& model,
                          const TensorParallelPlan& plan, const Hardware& hardware,
                          const LinkModel& link, const KvDemand& demand);
