@@ -8,8 +8,9 @@
 namespace deinfer {
 
 /// The forms that config.kv_cache asks for, or for "auto" those of the best predicted throughput on
-/// this machine, measured in some tenths of a second. Throws as choose_kv_forms(), and where the
-/// two plans that take turns have no latents in common; kUnsupported for latents on a CUDA device.
+/// this machine, measured in some tenths of a second. (Plans that take turns have the same weights,
+/// and either both or none have latents.) Throws as choose_kv_forms(), and kUnsupported for latents
+/// on a CUDA device.
 KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
                          const StepPlans& plans, int threads, int max_model_len);
 

@@ -1,8 +1,6 @@
 #include "engine/worker.h"
 
 #include <algorithm>
-#include <fstream>
-#include <string>
 
 #include "base/check.h"
 

@@ -90,7 +90,6 @@ class CpuWorker final : public Worker {
   const cpu::KernelTable& kernels() const override { return kernels_; }
   int num_threads() const override { return team_.size(); }
   Communicator& communicator() override { return *communicator_; }
-  KvCache& kv_cache() { return *cache_; }
   const Decoder& decoder() const { return *decoder_; }
 
  private:

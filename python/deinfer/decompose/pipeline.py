@@ -66,7 +66,7 @@ def decompose_model(
             its own text.
         calibration_tokens: Tokens to calibrate on.
         recover_minutes: Minutes of training on the dense model's outputs afterwards, sampling of
-            its text included; holds both models in memory.
+            its text included; holds the decomposed model in memory, in float32, with gradients.
         recover_steps: Instead: steps of about 512 tokens.
         seed: Seed of the sampling.
         sampler: Source of self-sampled sequences; the native runtime by default.
