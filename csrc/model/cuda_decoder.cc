@@ -45,10 +45,6 @@ int max_z_chunks(const CudaWeights& weights) {
   return chunks;
 }
 
-bool has_output_norms(const ModelConfig& config) {
-  return !config.names.attention_output_norm.empty() || !config.names.mlp_output_norm.empty();
-}
-
 }  // namespace
 
 CudaDecoder::CudaDecoder(const ModelConfig& config, CudaWeights weights, const BatchLimits& limits,
@@ -72,29 +68,24 @@ CudaDecoder::CudaDecoder(const ModelConfig& config, CudaWeights weights, const B
   };
   host_inputs_ = cuda::PinnedBuffer(step_.capacity_bytes());
   inputs_ = zeroed(step_.capacity_bytes());
-  if (config.positions == PositionKind::kRotary) {
-    std::vector<RopeConfig> distinct;
-    for (const AttentionKind& kind : config.attention) {
-      auto found = std::find(distinct.begin(), distinct.end(), kind.rope);
-      kind_rope_.push_back(static_cast<std::size_t>(found - distinct.begin()));
-      if (found == distinct.end()) distinct.push_back(kind.rope);
-    }
-    for (const RopeConfig& rope : distinct) {
-      const std::vector<float>& values =
-          ropes_.emplace_back(rope, config.head_dim, limits.max_model_len).frequencies();
-      cuda::DeviceBuffer& own = frequencies_.emplace_back(values.size() * sizeof(float));
-      std::memcpy(host_inputs_.as<void>(), values.data(), own.size());
-      stream_.upload(own.as<void>(), host_inputs_.as<void>(), own.size());
-      stream_.synchronize();
-    }
-    const int angles = static_cast<int>(distinct.size()) * (config.head_dim / 2);
-    cos_ = float_rows(angles);
-    sin_ = float_rows(angles);
-  } else {
-    kind_rope_.assign(config.attention.size(), 0);
+  const std::vector<RopeConfig> ropes = config.distinct_ropes();
+  for (const AttentionKind& kind : config.attention) {
+    auto found = std::find(ropes.begin(), ropes.end(), kind.rope);
+    kind_rope_.push_back(static_cast<std::size_t>(found - ropes.begin()));
   }
+  for (const RopeConfig& rope : ropes) {
+    const std::vector<float>& values =
+        ropes_.emplace_back(rope, config.head_dim, limits.max_model_len).frequencies();
+    cuda::DeviceBuffer& own = frequencies_.emplace_back(values.size() * sizeof(float));
+    std::memcpy(host_inputs_.as<void>(), values.data(), own.size());
+    stream_.upload(own.as<void>(), host_inputs_.as<void>(), own.size());
+    stream_.synchronize();
+  }
+  const int angles = static_cast<int>(ropes.size()) * (config.head_dim / 2);
+  cos_ = float_rows(angles);
+  sin_ = float_rows(angles);
   residual_ = float_rows(config.hidden_size);
-  if (has_output_norms(config)) branch_ = float_rows(config.hidden_size);
+  if (config.has_output_norms()) branch_ = float_rows(config.hidden_size);
   normed_ = activations(config.hidden_size);
   z_ = activations(max_z_chunks(weights_) * cuda::kTileCols);
   attended_ = activations(config.num_heads * config.head_dim);
@@ -153,14 +144,9 @@ void CudaDecoder::head(const int* rows, int count) {
   normalize(count, weights_.final_norm, rows, normed_);
   const CudaLinear* const linears[] = {&weights_.head};
   inner(count, normed_, linears);
-  LinearLaunch launch;
-  launch.m = count;
-  launch.num_segments = 1;
+  LinearLaunch launch = outer_launch(count, weights_.head, normed_, 0);
   cuda::LinearSegment& segment = launch.segments[0];
-  segment.first = outer(weights_.head, normed_, 0);
   segment.epilogue = LinearEpilogue::kFloat;
-  segment.n = config_.vocab_size;
-  segment.tiles = weights_.head.u.tiles;
   segment.out = logits_.as<void>();
   segment.ld = config_.vocab_size;
   segment.soft_cap = config_.logit_soft_cap;

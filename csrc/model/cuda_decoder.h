@@ -70,6 +70,11 @@ class CudaDecoder {
   void argmax(int rows);
   /// A segment of a linear that reads x, or z at `z_chunk` where it is low-rank.
   cuda::LinearFactor outer(const CudaLinear& linear, const Activations& x, int z_chunk) const;
+  /// The product of one linear; its epilogue and output are left to fill in.
+  cuda::LinearLaunch outer_launch(int m, const CudaLinear& linear, const Activations& x,
+                                  int z_chunk) const;
+  /// A norm of m rows of x[., hidden]; where they go is left to fill in.
+  cuda::NormLaunch norm_launch(int m, const CudaNorm& norm, const cuda::DeviceBuffer& x) const;
   /// z of the linears that have factors, one after another. They read x.
   void inner(int m, const Activations& x, std::span<const CudaLinear* const> linears);
   void run_linear(const cuda::LinearLaunch& launch) const;

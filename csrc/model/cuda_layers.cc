@@ -1,6 +1,5 @@
 // What CudaDecoder launches for the layers of a model.
 #include <algorithm>
-#include <cmath>
 
 #include "base/bf16.h"
 #include "model/cuda_decoder.h"
@@ -30,17 +29,23 @@ void CudaDecoder::run_linear(const LinearLaunch& launch) const {
   check_launch(cuda::launch_linear(launch, stream_.get()), "linear");
 }
 
-void CudaDecoder::normalize(int m, const CudaNorm& norm, const int* rows, const Activations& out) {
+cuda::NormLaunch CudaDecoder::norm_launch(int m, const CudaNorm& norm,
+                                          const cuda::DeviceBuffer& x) const {
   cuda::NormLaunch launch;
-  launch.x = residual_.as<float>();
+  launch.x = x.as<float>();
   launch.ld = config_.hidden_size;
-  launch.rows = rows;
   launch.m = m;
   launch.n = config_.hidden_size;
   launch.kind = static_cast<int>(norm.kind);
   launch.eps = norm.eps;
   launch.gain = norm.gain.as<float>();
   launch.bias = norm.bias.as<float>();
+  return launch;
+}
+
+void CudaDecoder::normalize(int m, const CudaNorm& norm, const int* rows, const Activations& out) {
+  cuda::NormLaunch launch = norm_launch(m, norm, residual_);
+  launch.rows = rows;
   launch.out = out.data.as<void>();
   launch.out_chunks = out.chunks;
   check_launch(cuda::launch_norm(launch, stream_.get()), "norm");
@@ -76,32 +81,31 @@ cuda::LinearFactor CudaDecoder::outer(const CudaLinear& linear, const Activation
   return {linear.u.data.as<void>(), from, linear.u.chunks(), chunks, linear.u.bias.as<float>()};
 }
 
+LinearLaunch CudaDecoder::outer_launch(int m, const CudaLinear& linear, const Activations& x,
+                                       int z_chunk) const {
+  LinearLaunch launch;
+  launch.m = m;
+  launch.num_segments = 1;
+  cuda::LinearSegment& segment = launch.segments[0];
+  segment.first = outer(linear, x, z_chunk);
+  segment.n = linear.u.n;
+  segment.tiles = linear.u.tiles;
+  return launch;
+}
+
 void CudaDecoder::add_to_residual(int m, const Activations& x, const CudaLinear& linear,
                                   const CudaNorm& norm) {
   const CudaLinear* const linears[] = {&linear};
   inner(m, x, linears);
   const bool normalizes = norm.kind != NormKind::kNone;
-  LinearLaunch launch;
-  launch.m = m;
-  launch.num_segments = 1;
+  LinearLaunch launch = outer_launch(m, linear, x, 0);
   cuda::LinearSegment& segment = launch.segments[0];
-  segment.first = outer(linear, x, 0);
   segment.epilogue = normalizes ? LinearEpilogue::kFloat : LinearEpilogue::kAdd;
-  segment.n = linear.u.n;
-  segment.tiles = linear.u.tiles;
   segment.out = normalizes ? branch_.as<void>() : residual_.as<void>();
   segment.ld = config_.hidden_size;
   run_linear(launch);
   if (!normalizes) return;
-  cuda::NormLaunch add;
-  add.x = branch_.as<float>();
-  add.ld = config_.hidden_size;
-  add.m = m;
-  add.n = config_.hidden_size;
-  add.kind = static_cast<int>(norm.kind);
-  add.eps = norm.eps;
-  add.gain = norm.gain.as<float>();
-  add.bias = norm.bias.as<float>();
+  cuda::NormLaunch add = norm_launch(m, norm, branch_);
   add.add_to = residual_.as<float>();
   check_launch(cuda::launch_norm(add, stream_.get()), "norm of a block's output");
 }
@@ -176,8 +180,7 @@ void CudaDecoder::attention_block(int m, const CudaLayer& layer, const cuda::KvP
   launch.kv = kv;
   launch.heads = config_.num_heads;
   launch.window = attention.window;
-  launch.scale = config_.attention_scale;
-  if (launch.scale == 0.0f) launch.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  launch.scale = config_.score_scale();
   launch.soft_cap = config_.attention_soft_cap;
   launch.partial_sums = partial_sums_.as<float>();
   launch.partial_stats = partial_stats_.as<float>();
@@ -193,11 +196,8 @@ void CudaDecoder::mlp_block(int m, const CudaLayer& layer) {
   const bool has_gate = is_gated(config_.mlp);
   const CudaLinear* const linears[] = {&layer.up, &layer.gate};
   inner(m, normed_, std::span(linears, has_gate ? 2 : 1));
-  LinearLaunch launch;
-  launch.m = m;
-  launch.num_segments = 1;
+  LinearLaunch launch = outer_launch(m, layer.up, normed_, 0);
   cuda::LinearSegment& segment = launch.segments[0];
-  segment.first = outer(layer.up, normed_, 0);
   segment.epilogue = LinearEpilogue::kRelu;
   if (has_gate) {
     segment.second = segment.first;
@@ -205,8 +205,6 @@ void CudaDecoder::mlp_block(int m, const CudaLayer& layer) {
     segment.epilogue = config_.mlp == MlpKind::kGatedSilu ? LinearEpilogue::kGatedSilu
                                                           : LinearEpilogue::kGatedGelu;
   }
-  segment.n = layer.up.u.n;
-  segment.tiles = layer.up.u.tiles;
   segment.out = inner_.data.as<void>();
   segment.out_chunks = inner_.chunks;
   run_linear(launch);
@@ -216,18 +214,10 @@ void CudaDecoder::mlp_block(int m, const CudaLayer& layer) {
 void CudaDecoder::keep_states(int layer, int rows) {
   auto found = std::find(limits_.state_layers.begin(), limits_.state_layers.end(), layer);
   if (found == limits_.state_layers.end() || rows == 0) return;
-  cuda::NormLaunch launch;
-  launch.x = residual_.as<float>();
-  launch.ld = config_.hidden_size;
+  const CudaNorm none;
+  const bool is_last = layer == config_.num_layers;
+  cuda::NormLaunch launch = norm_launch(rows, is_last ? weights_.final_norm : none, residual_);
   launch.rows = inputs(step_.offsets().state_rows);
-  launch.m = rows;
-  launch.n = config_.hidden_size;
-  if (layer == config_.num_layers) {
-    launch.kind = static_cast<int>(weights_.final_norm.kind);
-    launch.eps = weights_.final_norm.eps;
-    launch.gain = weights_.final_norm.gain.as<float>();
-    launch.bias = weights_.final_norm.bias.as<float>();
-  }
   launch.out_float = state_memory_.as<float>() + (found - limits_.state_layers.begin()) * rows *
                                                      std::ptrdiff_t{config_.hidden_size};
   check_launch(cuda::launch_norm(launch, stream_.get()), "hidden states");

@@ -1,7 +1,6 @@
 #include "model/decoder.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <map>
 
@@ -42,8 +41,7 @@ AttentionShape attention_shape(const ModelConfig& config, const RankShare& share
   shape.kv_heads = share.heads.kv_heads.size();
   shape.head_dim = config.head_dim;
   shape.window = kind.window;
-  shape.scale = config.attention_scale;
-  if (shape.scale == 0.0f) shape.scale = 1.0f / std::sqrt(static_cast<float>(config.head_dim));
+  shape.scale = config.score_scale();
   shape.soft_cap = config.attention_soft_cap;
   return shape;
 }
@@ -52,20 +50,6 @@ AttentionShape attention_shape(const ModelConfig& config, const RankShare& share
 float embedding_scale(const ModelConfig& config, DType activations) {
   if (activations == DType::kFloat32) return config.embedding_scale;
   return to_float(to_bf16(config.embedding_scale));
-}
-
-/// The rotations that kinds of attention have, each once; none with learned positions.
-std::vector<RopeConfig> distinct_ropes(const ModelConfig& config) {
-  std::vector<RopeConfig> ropes;
-  if (config.positions != PositionKind::kRotary) return ropes;
-  for (const AttentionKind& kind : config.attention) {
-    if (std::find(ropes.begin(), ropes.end(), kind.rope) == ropes.end()) ropes.push_back(kind.rope);
-  }
-  return ropes;
-}
-
-bool has_output_norms(const ModelConfig& config) {
-  return !config.names.attention_output_norm.empty() || !config.names.mlp_output_norm.empty();
 }
 
 bool shards_residual(const RankShare& share) {
@@ -86,7 +70,7 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
       key_(float_bytes(config.qk_norm == QkNormKind::kNone ? 0 : limits.max_tokens,
                        share.heads.kv_heads.size() * config.head_dim)),
       residual_(config.hidden_size, share.hidden, weights_.activations,
-                {limits.max_tokens, kLogitRows, has_output_norms(config), shards_residual(share)}),
+                {limits.max_tokens, kLogitRows, config.has_output_norms(), shards_residual(share)}),
       attended_(weights_.activations, limits.max_tokens,
                 share.heads.heads.size() * config.head_dim),
       inner_(weights_.activations, limits.max_tokens, std::max(share.intermediate, 1)),
@@ -96,7 +80,7 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
       state_layers_(limits.state_layers),
       state_memory_(float_bytes(static_cast<int>(state_layers_.size()) * limits.max_state_rows,
                                 config.hidden_size)) {
-  const std::vector<RopeConfig> ropes = distinct_ropes(config);
+  const std::vector<RopeConfig> ropes = config.distinct_ropes();
   for (const RopeConfig& rope : ropes) {
     ropes_.emplace_back(rope, config.head_dim, limits.max_model_len);
   }
@@ -115,7 +99,7 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
 }
 
 void Decoder::make_attention(int num_threads) {
-  const std::vector<RopeConfig> ropes = distinct_ropes(config_);
+  const std::vector<RopeConfig> ropes = config_.distinct_ropes();
   for (int i = 0; i < config_.num_layers; ++i) {
     const DecoderLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
     const int kind = config_.attention_of(i);

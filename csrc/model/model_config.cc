@@ -251,6 +251,19 @@ void check_heads(const ModelConfig& model) {
                  " heads on ", model.num_kv_heads, " kv heads: at most 64 heads may share one");
 }
 
+float ModelConfig::score_scale() const {
+  return attention_scale != 0.0f ? attention_scale : 1.0f / std::sqrt(static_cast<float>(head_dim));
+}
+
+std::vector<RopeConfig> ModelConfig::distinct_ropes() const {
+  std::vector<RopeConfig> ropes;
+  if (positions != PositionKind::kRotary) return ropes;
+  for (const AttentionKind& kind : attention) {
+    if (std::find(ropes.begin(), ropes.end(), kind.rope) == ropes.end()) ropes.push_back(kind.rope);
+  }
+  return ropes;
+}
+
 ModelConfig read_model_config(const std::filesystem::path& path) {
   const bool is_file = std::filesystem::is_regular_file(path);
   const std::filesystem::path file = is_file ? path : path / "config.json";

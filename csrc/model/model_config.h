@@ -101,6 +101,14 @@ struct ModelConfig {
   int attention_of(int layer) const {
     return layer_attention.empty() ? 0 : layer_attention[static_cast<std::size_t>(layer)];
   }
+  /// What q . k is multiplied with.
+  float score_scale() const;
+  /// Whether what blocks add to the residual stream is normalised.
+  bool has_output_norms() const {
+    return !names.attention_output_norm.empty() || !names.mlp_output_norm.empty();
+  }
+  /// The rotations that kinds of attention have, each once; none with learned positions.
+  std::vector<RopeConfig> distinct_ropes() const;
 };
 
 /// Reads config.json (and generation_config.json beside it) and lets the registered architecture

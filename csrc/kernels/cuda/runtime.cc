@@ -41,32 +41,27 @@ void check_launch(int status, const char* kernel) {
   check(static_cast<cudaError_t>(status), kernel);
 }
 
-DeviceBuffer::DeviceBuffer(std::size_t bytes) : size_(bytes) {
-  if (bytes == 0) return;
-  const cudaError_t status = cudaMalloc(&data_, bytes);
+void* allocate(MemoryKind kind, std::size_t bytes) {
+  void* data = nullptr;
+  const bool on_device = kind == MemoryKind::kDevice;
+  const cudaError_t status = on_device ? cudaMalloc(&data, bytes) : cudaMallocHost(&data, bytes);
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // it is reported here
+    if (!on_device) fail(ErrorCode::kOutOfMemory, "CUDA: no ", bytes, " bytes of pinned memory");
     fail(ErrorCode::kOutOfMemory, "CUDA: no ", bytes, " bytes of device memory: ", free_memory(),
          " are free");
   }
-  check(status, "cudaMalloc");
+  check(status, on_device ? "cudaMalloc" : "cudaMallocHost");
+  return data;
 }
 
 // Errors of work that is under way are reported by synchronize().
-DeviceBuffer::~DeviceBuffer() {
-  if (data_ != nullptr) cudaFree(data_);
-}
-
-PinnedBuffer::PinnedBuffer(std::size_t bytes) : size_(bytes) {
-  if (bytes == 0) return;
-  if (cudaMallocHost(&data_, bytes) != cudaSuccess) {
-    cudaGetLastError();
-    fail(ErrorCode::kOutOfMemory, "CUDA: no ", bytes, " bytes of pinned host memory");
+void release(MemoryKind kind, void* data) noexcept {
+  if (kind == MemoryKind::kDevice) {
+    cudaFree(data);
+  } else {
+    cudaFreeHost(data);
   }
-}
-
-PinnedBuffer::~PinnedBuffer() {
-  if (data_ != nullptr) cudaFreeHost(data_);
 }
 
 Graph::~Graph() {

@@ -19,16 +19,25 @@ std::uint64_t free_memory();
 /// The one place where the results of launches go: throws kInternal naming the kernel.
 void check_launch(int status, const char* kernel);
 
-/// Device memory; what it holds at first is undefined. Made at load time only: steps allocate
-/// nothing.
-class DeviceBuffer {
+enum class MemoryKind { kDevice, kPinned };
+
+/// Memory that release() takes back. Throws kOutOfMemory naming the size.
+void* allocate(MemoryKind kind, std::size_t bytes);
+void release(MemoryKind kind, void* data) noexcept;
+
+/// Owns memory of a kind; what it holds at first is undefined. Made at load time only: steps
+/// allocate nothing.
+template <MemoryKind kKind>
+class CudaBuffer {
  public:
-  DeviceBuffer() = default;
-  /// Throws kOutOfMemory naming the size and what is left.
-  explicit DeviceBuffer(std::size_t bytes);
-  ~DeviceBuffer();
-  DeviceBuffer(DeviceBuffer&& other) noexcept { swap(other); }
-  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+  CudaBuffer() = default;
+  explicit CudaBuffer(std::size_t bytes)
+      : data_(bytes > 0 ? allocate(kKind, bytes) : nullptr), size_(bytes) {}
+  ~CudaBuffer() {
+    if (data_ != nullptr) release(kKind, data_);
+  }
+  CudaBuffer(CudaBuffer&& other) noexcept { swap(other); }
+  CudaBuffer& operator=(CudaBuffer&& other) noexcept {
     swap(other);
     return *this;
   }
@@ -40,7 +49,7 @@ class DeviceBuffer {
   }
 
  private:
-  void swap(DeviceBuffer& other) noexcept {
+  void swap(CudaBuffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
   }
@@ -48,33 +57,9 @@ class DeviceBuffer {
   std::size_t size_ = 0;
 };
 
+using DeviceBuffer = CudaBuffer<MemoryKind::kDevice>;
 /// Host memory that the device reads and writes while the host goes on.
-class PinnedBuffer {
- public:
-  PinnedBuffer() = default;
-  /// Throws kOutOfMemory naming the size.
-  explicit PinnedBuffer(std::size_t bytes);
-  ~PinnedBuffer();
-  PinnedBuffer(PinnedBuffer&& other) noexcept { swap(other); }
-  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-
-  std::size_t size() const { return size_; }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void swap(PinnedBuffer& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-  }
-  void* data_ = nullptr;
-  std::size_t size_ = 0;
-};
+using PinnedBuffer = CudaBuffer<MemoryKind::kPinned>;
 
 /// A recorded sequence of launches and copies.
 class Graph {

@@ -21,10 +21,8 @@ void use_device(int) { unavailable(); }
 std::uint64_t free_memory() { unavailable(); }
 void check_launch(int, const char*) { unavailable(); }
 
-DeviceBuffer::DeviceBuffer(std::size_t) { unavailable(); }
-DeviceBuffer::~DeviceBuffer() = default;
-PinnedBuffer::PinnedBuffer(std::size_t) { unavailable(); }
-PinnedBuffer::~PinnedBuffer() = default;
+void* allocate(MemoryKind, std::size_t) { unavailable(); }
+void release(MemoryKind, void*) noexcept {}
 Graph::~Graph() = default;
 
 DeviceStream::DeviceStream() { unavailable(); }
