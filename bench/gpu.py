@@ -1,6 +1,6 @@
 """Build, check and measure the CUDA engine on one NVIDIA GPU.
 
-    python bench/gpu.py            # everything, under 8 minutes on an H100 or H200
+    python bench/gpu.py            # everything; cut to fit 8 minutes of an H100, which nobody timed
     python bench/gpu.py --check    # and exit with 1 where a target is missed
 
 Builds the preset `gpu`, runs the tests that are labelled cuda on the device, and measures the
@@ -201,7 +201,7 @@ def torch_products(shapes: Shapes, m: int) -> list[float]:
 
 
 def judge(measured: dict[str, Any]) -> list[Check]:
-    """The checks of issue 8 on what measure() and the tests gave."""
+    """The checks on what measure() and the tests gave."""
     checks = [Check("device tests failed", measured["failed_tests"], 0, at_least=False)]
     engine = {name: statistics.median(times) for name, times in measured["engine_ms"].items()}
     torch_ms = {name: statistics.median(times) for name, times in measured["torch_ms"].items()}

@@ -64,11 +64,7 @@ KvInfo CudaWorker::kv_info() const {
 WeightsInfo CudaWorker::weights_info() const {
   const CudaWeights& weights = decoder_->weights();
   WeightsInfo info{DType::kBFloat16, parameters_, weights.bytes()};
-  for (const CudaLayer& layer : weights.layers) {
-    for (const CudaLinear* linear : layer.linears()) {
-      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
-    }
-  }
+  count_matrices(weights.layers, info);
   return info;
 }
 

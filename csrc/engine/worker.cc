@@ -76,11 +76,7 @@ KvInfo CpuWorker::kv_info() const {
 WeightsInfo CpuWorker::weights_info() const {
   const DecoderWeights& weights = decoder_->weights();
   WeightsInfo info{weights.dtype, parameters_, weights.bytes()};
-  for (const DecoderLayer& layer : weights.layers) {
-    for (const LowRankLinear* linear : layer.linears()) {
-      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
-    }
-  }
+  count_matrices(weights.layers, info);
   return info;
 }
 

@@ -22,6 +22,16 @@ struct WeightsInfo {
   int dense_matrices = 0;
 };
 
+/// Adds the linears of layers to the counts.
+template <typename Layers>
+void count_matrices(const Layers& layers, WeightsInfo& info) {
+  for (const auto& layer : layers) {
+    for (const auto* linear : layer.linears()) {
+      ++(linear->is_low_rank() ? info.lowrank_matrices : info.dense_matrices);
+    }
+  }
+}
+
 /// Of a rank's KV cache.
 struct KvInfo {
   std::uint64_t pool_bytes = 0;

@@ -62,4 +62,12 @@ std::uint64_t rank_kv_bytes(const PlannedModel& model, const TensorParallelPlan&
   return elements * static_cast<std::uint64_t>(model.activation_bytes);
 }
 
+std::uint64_t most_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan) {
+  std::uint64_t most = 0;
+  for (int rank = 0; rank < plan.size(); ++rank) {
+    most = std::max(most, rank_kv_bytes(model, plan, rank));
+  }
+  return most;
+}
+
 }  // namespace deinfer

@@ -90,6 +90,8 @@ std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelP
                                 int rank);
 /// Bytes that a token takes in the KV cache of one rank, in model.kv_forms.
 std::uint64_t rank_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan, int rank);
+/// The same of the rank with most.
+std::uint64_t most_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan);
 /// What a rank keeps of a layer in these forms.
 KvLayerShape rank_kv_shape(const PlannedModel& model, const TensorParallelPlan& plan,
                            const LayerShape& layer, const KvForms& forms, int rank);

@@ -18,14 +18,6 @@ std::string fixed(double value, int digits) {
   return text.data();
 }
 
-std::uint64_t most_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan) {
-  std::uint64_t most = 0;
-  for (int rank = 0; rank < plan.size(); ++rank) {
-    most = std::max(most, rank_kv_bytes(model, plan, rank));
-  }
-  return most;
-}
-
 /// Whether every rank has the whole z of a linear.
 bool has_latents(const TensorParallelPlan& plan, LinearRole role, const LinearShape& shape) {
   if (shape.rank == 0 || plan.multiplies_out()) return false;

@@ -93,23 +93,15 @@ void count_exchanges(const PlannedModel& model, const TensorParallelPlan& plan,
   }
 }
 
-std::uint64_t most_kv_bytes(PlannedModel model, const TensorParallelPlan& plan,
-                            std::vector<KvForms> forms) {
-  model.kv_forms = std::move(forms);
-  std::uint64_t most = 0;
-  for (int rank = 0; rank < plan.size(); ++rank) {
-    most = std::max(most, rank_kv_bytes(model, plan, rank));
-  }
-  return most;
-}
-
 /// What the KV cache keeps under a plan. Where nothing can be latent, "latent" is dense here: other
 /// plans may have latents.
 void choose_kv(PlannedModel& model, const TensorParallelPlan& plan, const PlannerOptions& options,
                std::uint64_t memory, PlanEstimate& estimate) {
   const std::vector<KvForms> latent = latent_kv_forms(model, plan);
-  estimate.dense_kv_bytes_per_token = most_kv_bytes(model, plan, {});
-  estimate.latent_kv_bytes_per_token = most_kv_bytes(model, plan, latent);
+  estimate.dense_kv_bytes_per_token = most_kv_bytes(model, plan);
+  model.kv_forms = latent;
+  estimate.latent_kv_bytes_per_token = most_kv_bytes(model, plan);
+  model.kv_forms.clear();
   const KvBreakEven even = kv_break_even(model, plan, options.hardware);
   estimate.k_break_even = even.k;
   estimate.v_break_even = even.v;
@@ -126,7 +118,7 @@ void choose_kv(PlannedModel& model, const TensorParallelPlan& plan, const Planne
           : choose_kv_forms(options.kv_cache, model, plan, options.hardware, options.link, demand);
   model.kv_forms = std::move(choice.forms);
   estimate.kv_reason = std::move(choice.reason);
-  estimate.kv_bytes_per_token = most_kv_bytes(model, plan, model.kv_forms);
+  estimate.kv_bytes_per_token = most_kv_bytes(model, plan);
 }
 
 PlanEstimate estimate_plan(std::string_view name, PlannedModel model, const PlannerOptions& options,

@@ -1,24 +1,16 @@
 // Engines that cache latents compute what those with a dense cache do.
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <random>
-
 #include "deinfer/engine.h"
+#include "engine_outcome.h"
 #include "tiny_kinds.h"
 
 namespace deinfer {
 namespace {
 
+using test::distance;
 using test::Kind;
-
-struct Outcome {
-  std::vector<float> logits;  // of the prompts of some requests
-  std::vector<TokenId> tokens;
-  std::vector<float> logprobs;
-  bool operator==(const Outcome&) const = default;
-};
+using test::Outcome;
 
 EngineConfig config_of(const test::TinyModel& model, const std::string& kv_cache) {
   EngineConfig config;
@@ -35,61 +27,12 @@ EngineConfig config_of(const test::TinyModel& model, const std::string& kv_cache
 const std::vector<int> kShort = {1, 9, 40, 23};
 const std::vector<int> kLong = {1, 9, 40, 23, 300, 310};
 
-/// Greedy and sampled requests with prompts of these lengths, of which 310 has 300 as its prefix.
 Outcome run(const EngineConfig& config, const std::vector<int>& lengths, int max_tokens = 8,
             std::int64_t* preemptions = nullptr) {
   Engine engine(config);
-  std::mt19937 random(7);
-  std::vector<RequestId> ids;
-  std::vector<TokenId> prompt;
-  for (int length : lengths) {
-    if (length != 310) prompt.clear();
-    while (static_cast<int>(prompt.size()) < length) {
-      prompt.push_back(static_cast<TokenId>(random() % 97));
-    }
-    SamplingParams params;
-    params.temperature = length == 23 ? 0.8f : 0.0f;
-    params.seed = 3;
-    params.max_tokens = max_tokens;
-    params.ignore_eos = true;
-    params.prompt_logits = length == 40 || length == 300;
-    if (length == 23) params.logprobs = 2;
-    ids.push_back(engine.submit(prompt, params));
-  }
-  std::vector<Outcome> runs(ids.size());
-  while (engine.has_unfinished_requests()) {
-    for (RequestOutput& output : engine.step()) {
-      Outcome& request = runs[static_cast<std::size_t>(
-          std::find(ids.begin(), ids.end(), output.request_id) - ids.begin())];
-      request.logits.insert(request.logits.end(), output.prompt_logits.begin(),
-                            output.prompt_logits.end());
-      for (const SequenceOutput& sample : output.outputs) {
-        request.tokens.insert(request.tokens.end(), sample.new_token_ids.begin(),
-                              sample.new_token_ids.end());
-        for (const auto& entries : sample.logprobs) {
-          for (const TokenLogprob& entry : entries) request.logprobs.push_back(entry.logprob);
-        }
-      }
-    }
-  }
+  Outcome outcome = test::run_requests(engine, lengths, max_tokens, {40, 300});
   if (preemptions != nullptr) *preemptions = engine.stats().num_preemptions;
-  Outcome all;
-  for (const Outcome& one : runs) {
-    all.logits.insert(all.logits.end(), one.logits.begin(), one.logits.end());
-    all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
-    all.logprobs.insert(all.logprobs.end(), one.logprobs.begin(), one.logprobs.end());
-  }
-  return all;
-}
-
-double distance(const std::vector<float>& a, const std::vector<float>& b) {
-  if (a.size() != b.size() || a.empty()) return 1.0;
-  double difference = 0.0, size = 0.0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
-    size += std::pow(b[i], 2);
-  }
-  return std::sqrt(difference / size);
+  return outcome;
 }
 
 test::TinyConfig base_config() {

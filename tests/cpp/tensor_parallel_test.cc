@@ -1,13 +1,11 @@
 // Whole models over several ranks: every plan computes what one rank computes.
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
 #include <map>
-#include <random>
 
 #include "comm/communicator.h"
 #include "deinfer/engine.h"
+#include "engine_outcome.h"
 #include "model/planned_model.h"
 #include "plan/exchanges.h"
 #include "tiny_kinds.h"
@@ -15,12 +13,8 @@
 namespace deinfer {
 namespace {
 
-struct Outcome {
-  std::vector<float> logits;  // of all prompt tokens
-  std::vector<TokenId> tokens;
-  std::vector<float> logprobs;
-  bool operator==(const Outcome&) const = default;
-};
+using test::distance;
+using test::Outcome;
 
 /// Prompt logits, greedy tokens and sampled tokens with log-probabilities of a few requests.
 Outcome run(const test::TinyModel& model, const std::string& plan, int ranks,
@@ -34,54 +28,7 @@ Outcome run(const test::TinyModel& model, const std::string& plan, int ranks,
   config.max_num_batched_tokens = budget;
   config.num_kv_blocks = 64;
   Engine engine(config);
-  std::mt19937 random(7);
-  std::vector<RequestId> ids;
-  for (int length : {1, 9, 40, 23}) {
-    std::vector<TokenId> prompt;
-    for (int i = 0; i < length; ++i) prompt.push_back(static_cast<TokenId>(random() % 97));
-    SamplingParams params;
-    params.temperature = length == 23 ? 0.8f : 0.0f;
-    params.seed = 3;
-    params.max_tokens = 6;
-    params.ignore_eos = true;
-    params.prompt_logits = length == 40 || length == 9;
-    if (length == 23) params.logprobs = 2;
-    ids.push_back(engine.submit(prompt, params));
-  }
-  std::vector<Outcome> runs(ids.size());
-  while (engine.has_unfinished_requests()) {
-    for (RequestOutput& output : engine.step()) {
-      Outcome& request = runs[static_cast<std::size_t>(
-          std::find(ids.begin(), ids.end(), output.request_id) - ids.begin())];
-      request.logits.insert(request.logits.end(), output.prompt_logits.begin(),
-                            output.prompt_logits.end());
-      for (const SequenceOutput& sample : output.outputs) {
-        request.tokens.insert(request.tokens.end(), sample.new_token_ids.begin(),
-                              sample.new_token_ids.end());
-        for (const auto& entries : sample.logprobs) {
-          for (const TokenLogprob& entry : entries) request.logprobs.push_back(entry.logprob);
-        }
-      }
-    }
-  }
-  Outcome all;
-  for (const Outcome& one : runs) {
-    all.logits.insert(all.logits.end(), one.logits.begin(), one.logits.end());
-    all.tokens.insert(all.tokens.end(), one.tokens.begin(), one.tokens.end());
-    all.logprobs.insert(all.logprobs.end(), one.logprobs.begin(), one.logprobs.end());
-  }
-  return all;
-}
-
-double distance(const std::vector<float>& a, const std::vector<float>& b) {
-  if (a.size() != b.size() || a.empty()) return 1.0;
-  double difference = 0.0;
-  double size = 0.0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
-    size += std::pow(b[i], 2);
-  }
-  return std::sqrt(difference / size);
+  return test::run_requests(engine, {1, 9, 40, 23}, 6, {9, 40});
 }
 
 using test::Kind;

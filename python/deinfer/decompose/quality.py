@@ -34,7 +34,7 @@ def loss(model: StreamedModel, sequences: Sequence[Sequence[int]], cut: Cut | No
     Returns:
         Mean negative log-likelihood of a token after the first, in nats.
     """
-    streams = model.run(model.embed_all(sequences), change=installer(model, cut))
+    streams = model.run(model.embed_all(sequences), installer(model, cut))
     with torch.no_grad():
         total = 0.0
         with model.ends():

@@ -135,22 +135,19 @@ class StreamedModel:
         self._run(hidden[None], outputs)
         return outputs[0][0]
 
-    def run(
-        self, streams: Sequence[Tensor], blocks: range | None = None, change: Change | None = None
-    ) -> list[Tensor]:
-        """Run blocks on several sequences, without gradients.
+    def run(self, streams: Sequence[Tensor], change: Change | None = None) -> list[Tensor]:
+        """Run all blocks on several sequences, without gradients.
 
         Args:
-            streams: The residual stream [tokens, hidden] of each before the first of the blocks.
-            blocks: Which; by default all.
+            streams: What `embed` gives for each, [tokens, hidden]; held in memory.
             change: What is done to a block before it runs.
 
         Returns:
-            The residual streams after the last of them.
+            The residual streams after the last block.
         """
         streams = list(streams)
         with torch.no_grad():
-            for index in range(len(self.prefixes)) if blocks is None else blocks:
+            for index in range(len(self.prefixes)):
                 block = self.block(index)
                 if change is not None:
                     change(index, block)
