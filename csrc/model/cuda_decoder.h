@@ -80,6 +80,8 @@ class CudaDecoder {
   void run_linear(const cuda::LinearLaunch& launch) const;
   cuda::KvPool kv_pool(int layer) const;
   cuda::Rotation rotation(std::size_t rope) const;
+  /// Numbers in cos_ and sin_ before those of a rotation.
+  std::size_t angles_before(std::size_t rope) const;
 
   ModelConfig config_;
   CudaWeights weights_;

@@ -17,12 +17,14 @@ cuda::KvPool CudaDecoder::kv_pool(int layer) const {
           config_.num_kv_heads, config_.head_dim,     cuda::head_width(config_.head_dim)};
 }
 
+std::size_t CudaDecoder::angles_before(std::size_t rope) const {
+  return rope * static_cast<std::size_t>(padded_tokens(limits_.max_tokens) * config_.head_dim / 2);
+}
+
 cuda::Rotation CudaDecoder::rotation(std::size_t rope) const {
   if (ropes_.empty()) return {};
-  const int half = config_.head_dim / 2;
-  const std::size_t offset =
-      rope * static_cast<std::size_t>(padded_tokens(limits_.max_tokens) * half);
-  return {cos_.as<float>() + offset, sin_.as<float>() + offset, half};
+  const std::size_t offset = angles_before(rope);
+  return {cos_.as<float>() + offset, sin_.as<float>() + offset, config_.head_dim / 2};
 }
 
 void CudaDecoder::run_linear(const LinearLaunch& launch) const {
@@ -226,11 +228,15 @@ void CudaDecoder::keep_states(int layer, int rows) {
 void CudaDecoder::run_layers(int m, int state_rows) {
   const CudaStep::Offsets& at = step_.offsets();
   for (std::size_t i = 0; i < ropes_.size(); ++i) {
-    const cuda::Rotation out = rotation(i);
-    cuda::RopeLaunch launch{inputs(at.positions),          m,
-                            frequencies_[i].as<float>(),   out.half,
-                            ropes_[i].attention_scaling(), const_cast<float*>(out.cos),
-                            const_cast<float*>(out.sin)};
+    const std::size_t offset = angles_before(i);
+    cuda::RopeLaunch launch;
+    launch.positions = inputs(at.positions);
+    launch.m = m;
+    launch.frequencies = frequencies_[i].as<float>();
+    launch.half = config_.head_dim / 2;
+    launch.scaling = ropes_[i].attention_scaling();
+    launch.cos = cos_.as<float>() + offset;
+    launch.sin = sin_.as<float>() + offset;
     check_launch(cuda::launch_rope(launch, stream_.get()), "rope");
   }
   cuda::EmbedLaunch embed;

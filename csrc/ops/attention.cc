@@ -18,7 +18,6 @@ constexpr int kPassRows = 128;
 constexpr std::size_t kPartialBytes = std::size_t{16} << 20;
 
 std::size_t aligned_floats(std::size_t count) { return (count + 15) / 16 * 16; }
-int padded(int rank) { return (rank + 1) / 2 * 2; }
 
 std::size_t state_floats(const AttentionShape& shape) {
   auto rows = static_cast<std::size_t>(cpu::kMaxAttentionRows);
@@ -69,7 +68,7 @@ AttentionSchedule::AttentionSchedule(const AttentionShape& shape, DType activati
   }
   if (shape.absorbs_v()) {
     latent_outputs_ =
-        ActivationBuffer(activations, kPassRows, shape.heads * padded(shape.v_latent));
+        ActivationBuffer(activations, kPassRows, shape.heads * padded_rank(shape.v_latent));
   }
 }
 
@@ -80,18 +79,16 @@ cpu::AttentionState AttentionSchedule::state_at(float* memory) const {
 
 /// Query tokens of a run of `rows` that a unit takes.
 int AttentionSchedule::tokens_of_unit(int rows) const {
-  const bool rebuilds = shape_.forms.k == KvForm::kRebuilt || shape_.forms.v == KvForm::kRebuilt;
   // What is rebuilt had better serve many tokens.
-  const int most = rebuilds ? cpu::kMaxAttentionRows : kUnitTokens;
+  const int most = shape_.rebuilds() ? cpu::kMaxAttentionRows : kUnitTokens;
   return std::clamp(cpu::kMaxAttentionRows / shape_.group(), 1, std::min(most, rows));
 }
 
 /// Heads of a unit of so many tokens.
 int AttentionSchedule::heads_of_unit(int tokens) const {
-  const bool rebuilds = shape_.forms.k == KvForm::kRebuilt || shape_.forms.v == KvForm::kRebuilt;
   const bool shares = shape_.absorbs_k() || shape_.absorbs_v();
   const int group = shape_.group();
-  if (rebuilds || !shares || tokens * group >= kFullRows) return group;
+  if (shape_.rebuilds() || !shares || tokens * group >= kFullRows) return group;
   return std::clamp(kSharedRows / (tokens * group), 1, shape_.kv_heads) * group;
 }
 
@@ -169,7 +166,7 @@ void AttentionSchedule::plan_tasks(Pass& pass) {
 /// [rows of the pass, heads, r padded to 2].
 Activations AttentionSchedule::latent_outputs(const Call& call) {
   Activations view = latent_outputs_.view();
-  view.ld = std::ptrdiff_t{shape_.heads} * padded(call.v_dim);
+  view.ld = std::ptrdiff_t{shape_.heads} * padded_rank(call.v_dim);
   return view;
 }
 
@@ -180,7 +177,7 @@ void AttentionSchedule::finish(ExecutionContext& ctx, const Unit& unit,
   int width = shape_.head_dim;
   Activations out = call.out.rows_from(row);
   if (shape_.absorbs_v()) {
-    width = padded(call.v_dim);
+    width = padded_rank(call.v_dim);
     out = latent_outputs(call).rows_from(row - call.first_row);
   }
   out = out.columns_from(std::ptrdiff_t{unit.head} * width);

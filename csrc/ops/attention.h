@@ -25,6 +25,7 @@ struct AttentionShape {
   HeadCounts counts() const { return {heads, kv_heads, head_dim}; }
   bool absorbs_k() const { return forms.k == KvForm::kAbsorbed; }
   bool absorbs_v() const { return forms.v == KvForm::kAbsorbed; }
+  bool rebuilds() const { return forms.k == KvForm::kRebuilt || forms.v == KvForm::kRebuilt; }
   int k_width() const { return absorbs_k() ? k_latent : head_dim; }
   int v_width() const { return absorbs_v() ? v_latent : head_dim; }
   bool operator==(const AttentionShape&) const = default;

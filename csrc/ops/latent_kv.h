@@ -39,7 +39,7 @@ class StoreLatent final : public LatentStore {
   StoreLatent(const KvSide& side, bool is_key, int rank, std::span<const KvSlot> slots)
       : side_(side),
         by_groups_(is_key && side.shape.form == KvForm::kAbsorbed),
-        columns_(side.shape.form == KvForm::kRebuilt ? (rank + 1) / 2 * 2 : rank),
+        columns_(side.shape.form == KvForm::kRebuilt ? padded_rank(rank) : rank),
         slots_(slots) {}
   void store(const Activations& z, int row) const override;
 

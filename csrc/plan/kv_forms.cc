@@ -10,9 +10,6 @@ bool rebuilding_is_cheaper(const KvTraits& traits, int rank) {
          kv_attention_flops(traits, KvForm::kAbsorbed, rank, traits.group);
 }
 
-/// Products read pairs of columns.
-int padded(int rank) { return (rank + 1) / 2 * 2; }
-
 }  // namespace
 
 const char* kv_form_name(KvForm form) {
@@ -47,7 +44,7 @@ KvSideShape kv_value_shape(const KvTraits& traits, KvForm form, int rank, int kv
   switch (form) {
     case KvForm::kDense: return {form, kv_heads, traits.head_dim};
     case KvForm::kAbsorbed: return {form, 1, rank};
-    case KvForm::kRebuilt: return {form, 1, padded(rank)};
+    case KvForm::kRebuilt: return {form, 1, padded_rank(rank)};
   }
   return {};
 }

@@ -39,6 +39,9 @@ struct KvLayerShape {
   bool operator==(const KvLayerShape&) const = default;
 };
 
+/// Elements that products read of a latent: pairs.
+constexpr int padded_rank(int rank) { return (rank + 1) / 2 * 2; }
+
 /// What decides how a layer's latents are used, the same on all ranks.
 struct KvTraits {
   int group = 1;  // heads that share a kv head

@@ -82,7 +82,9 @@ class Recovery:
         start = time.monotonic()
         sampled = self._sampled(calibration, seconds)
         sequences = calibration.sequences + sampled
-        streams = self._streams(calibration) + self._model.run(self._model.embed_all(sampled))
+        streams = self._streams(calibration)
+        if sampled:
+            streams += self._model.run(self._model.embed_all(sampled))
         student = self._student()
         with self._model.ends():
             made = recover(
@@ -123,15 +125,15 @@ class Recovery:
     def _sampled(self, calibration: Calibration, seconds: float) -> list[list[int]]:
         """More text to train on, where the model samples its own."""
         options = self._options
-        if options.calibration is not None:
+        tokens = options.recover_steps * STEP_TOKENS - calibration.tokens
+        if options.calibration is not None or (options.recover_steps and tokens < 2):
             return []
         seed = options.seed + 1
         sampler = self._sampler or RuntimeSampler(
             self._source.path, seed=options.seed + 10**6, progress=self._progress
         )
         if options.recover_steps:
-            tokens = options.recover_steps * STEP_TOKENS - calibration.tokens
-            return sample_calibration(sampler, tokens, seed).sequences if tokens >= 2 else []
+            return sample_calibration(sampler, tokens, seed).sequences
         start, sequences = time.monotonic(), []
         while True:
             sequences += sample_calibration(sampler, _SAMPLING_ROUND, seed).sequences

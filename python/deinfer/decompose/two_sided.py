@@ -21,10 +21,8 @@ def _moments(weight: Tensor, statistics: LayerStatistics) -> Moments:
 
 # Truncating one kind of linear costs about this many times what the curvature predicts. Tokens are
 # taken to be independent: softmax forgives errors of queries and keys, while the gate multiplies
-# its own. Chosen by the held-out perplexity of SmolLM2-135M-Instruct, of few values. The divergence
-# of a kind cut alone at keep 0.9, over what is predicted, is 0.6 (q), 0.45 (k) and 1.45 (gate)
-# times that of all kinds together; ranks by these numbers are nearly as good. What another model
-# would want has not been measured (bench/decompose.py --parts kinds does it).
+# its own. Chosen by the held-out perplexity of SmolLM2-135M-Instruct, of few values; what another
+# model would want has not been measured (bench/decompose.py --parts kinds does it).
 _SCALES = {"q_proj": 0.5, "k_proj": 0.3, "gate_proj": 1.5}
 
 METHOD = Method(
