@@ -9,6 +9,7 @@
 #include <random>
 
 #include "engine/sampler.h"
+#include "sanitized.h"
 
 namespace {
 std::size_t allocations = 0;
@@ -188,7 +189,7 @@ std::vector<TokenId> kept_tokens(const CandidateView& view) {
 TEST(SamplerPropertyTest, KeepsAndDrawsAsTheReference) {
   Dice dice(5);
   int exact = 0;
-  constexpr int kRows = 4000;
+  constexpr int kRows = test::repeats(4000, 1000);
   const std::vector<Isa> isas = detect_isas();
   for (int i = 0; i < kRows && !testing::Test::HasFailure(); ++i) {
     int vocab = random_vocab(dice, i);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "rank_group_fixture.h"
+#include "sanitized.h"
 
 namespace deinfer {
 namespace {
@@ -117,6 +118,7 @@ TEST_P(TensorParallelBits, ChunksOfTheRankDimensionChangeNothing) {
       {"opt", "opt", "bfloat16", true, 2},       {"olmo2", "olmo2", "bfloat16", false, 1},
       {"gemma2", "gemma2", "bfloat16", true, 1},
   };
+  int turn = 0;
   for (const Case& one : cases) {
     test::TinyConfig config = tiny_config();
     config.family = one.family;
@@ -136,6 +138,7 @@ TEST_P(TensorParallelBits, ChunksOfTheRankDimensionChangeNothing) {
         };
         const std::vector<float> whole = logits(1);
         for (int chunks : {2, 3, 4}) {
+          if (test::kSanitized && turn++ % 3 != 0) continue;
           EXPECT_EQ(logits(chunks), whole) << one.name << ", " << work.batch.num_tokens()
                                            << " tokens, " << size << " ranks, " << chunks;
         }
