@@ -32,6 +32,7 @@ from deinfer.decompose.allocate import parameters, tail_loss
 from deinfer.decompose.calibration import RuntimeSampler, sample_calibration
 from deinfer.decompose.checkpoint import Factors
 from deinfer.decompose.options import make_options
+from deinfer.decompose.pipeline import DEFAULT_RANK_MULTIPLE, DEFAULT_TOKENS
 from deinfer.decompose.quality import loss
 from deinfer.decompose.run import Run
 from deinfer.decompose.source import SourceCheckpoint
@@ -93,7 +94,7 @@ def runs(arguments: argparse.Namespace, method: str, ranks: str, compensate: boo
         target_ppl_increase=None,
         method=method,
         ranks=ranks,
-        rank_multiple=16,
+        rank_multiple=DEFAULT_RANK_MULTIPLE,
         compensate=compensate,
         calibration=None,
         calibration_tokens=arguments.calibration_tokens,
@@ -316,7 +317,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="more text to measure on")
     parser.add_argument("--text-tokens", type=int, default=6144, help="most tokens of a text")
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
-    parser.add_argument("--calibration-tokens", type=int, default=24576)
+    parser.add_argument("--calibration-tokens", type=int, default=DEFAULT_TOKENS)
     parser.add_argument("--minutes", type=float, default=10.0, help="of recovery")
     parser.add_argument("--slice", type=float, default=3600.0, help="seconds before a kill")
     parser.add_argument("--json", type=Path, help="results file")

@@ -75,7 +75,7 @@ def add_parser(commands: Commands) -> None:
         "two_sided, else uniform)",
     )
     parser.add_argument(
-        "--rank-multiple", type=int, default=16, help="granularity of the ranks (default: 16)"
+        "--rank-multiple", type=int, default=8, help="granularity of the ranks (default: 8)"
     )
     parser.add_argument(
         "--compensate",
@@ -91,7 +91,7 @@ def add_parser(commands: Commands) -> None:
         '"prompt" (and "response")',
     )
     parser.add_argument(
-        "--calibration-tokens", type=int, default=24576, help="tokens (default: 24576)"
+        "--calibration-tokens", type=int, default=65536, help="tokens (default: 65536)"
     )
     parser.add_argument(
         "--recover",

@@ -16,7 +16,8 @@ from deinfer.decompose.source import SourceCheckpoint
 from deinfer.decompose.targets import require_reachable
 from deinfer.decompose.workdir import open_state
 
-DEFAULT_TOKENS = 24576
+DEFAULT_TOKENS = 65536
+DEFAULT_RANK_MULTIPLE = 8
 
 
 def decompose_model(
@@ -28,7 +29,7 @@ def decompose_model(
     target_ppl_increase: float | None = None,
     method: str = "two_sided",
     ranks: str | None = None,
-    rank_multiple: int = 16,
+    rank_multiple: int = DEFAULT_RANK_MULTIPLE,
     compensate: bool | None = None,
     calibration: Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
