@@ -25,8 +25,9 @@ PlannedModel model_of(int kv_heads, int rank, bool rotary) {
 Hardware cpu_hardware() { return parse_hardware("cpu:20:100"); }
 
 KvChoice choose(const char* kind, const PlannedModel& model, const char* plan, int ranks,
-                const KvDemand& demand, const Hardware& hardware = cpu_hardware()) {
-  return choose_kv_forms(kind, model, *make_plan(plan, model.shape, ranks), hardware,
+                const KvDemand& demand, const Hardware& hardware = cpu_hardware(),
+                const char* latents = "replicated") {
+  return choose_kv_forms({kind, latents}, model, *make_plan(plan, model.shape, ranks), hardware,
                          parse_link_model("nvlink"), demand);
 }
 
@@ -45,7 +46,9 @@ TEST(KvChoice, LatentTakesAllThatCanBeAndSaysWhatCannot) {
     EXPECT_EQ(choice.forms[i].k, i == 3 ? KvForm::kDense : KvForm::kRebuilt);
     EXPECT_EQ(choice.forms[i].v, KvForm::kAbsorbed);
   }
-  EXPECT_EQ(choice.reason, "K dense in 1 layer, rebuilt in 21 layers; V absorbed: asked for");
+  EXPECT_EQ(choice.reason,
+            "K dense in 1 layer, rebuilt in 21 layers; V absorbed; latents on each of 2 ranks: "
+            "asked for");
   EXPECT_THROW(choose("latent", model, "naive", 2, {}), Error);
   EXPECT_THROW(choose("latent", model, "dense", 1, {}), Error);
   EXPECT_NO_THROW(choose("latent", model, "naive", 1, {}));
@@ -108,14 +111,14 @@ TEST(KvBreakEven, IsWhereDecodingTakesAsLongAsWithADenseCache) {
   for (bool rotary : {false, true}) {
     const PlannedModel model = model_of(32, 1, rotary);
     auto plan = make_plan("hidden_sharded", model.shape, 1);
-    const KvBreakEven even = kv_break_even(model, *plan, gpu);
+    const KvBreakEven even = kv_break_even(model, *plan, gpu, false);
     auto seconds = [&](int rank) {
       LayerShape layer;
       layer.key.rank = rank;
-      return attention_seconds(model, *plan, gpu, phase, layer,
-                               {latent_key_form(model.kv_traits(), rank), KvForm::kDense});
+      layer.kv.k = latent_key_form(model.kv_traits(), rank);
+      return attention_seconds(model, *plan, gpu, phase, layer);
     };
-    const double dense = attention_seconds(model, *plan, gpu, phase, {}, {});
+    const double dense = attention_seconds(model, *plan, gpu, phase, {});
     EXPECT_LE(seconds(even.k), dense);
     EXPECT_GT(seconds(even.k + 1), dense);
     // A rotated key costs 2 x 2048 operations per element of its latent, at some 200 operations in

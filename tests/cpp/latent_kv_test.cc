@@ -17,6 +17,7 @@ EngineConfig config_of(const test::TinyModel& model, const std::string& kv_cache
   config.model = model.path();
   config.dtype = "float32";
   config.kv_cache = kv_cache;
+  config.kv_latents = "replicated";
   config.tensor_parallel_plan = "hidden_sharded";
   config.num_threads = 1;
   config.max_num_batched_tokens = 64;
@@ -131,6 +132,56 @@ TEST_P(LatentKv, SeveralRanksComputeWhatOneDoes) {
       EXPECT_EQ(many.tokens, one.tokens);
     }
   }
+}
+
+EngineConfig token_sharded(const test::TinyModel& model, int ranks) {
+  EngineConfig config = config_of(model, "latent");
+  config.kv_latents = "token_sharded";
+  config.tensor_parallel_size = ranks;
+  return config;
+}
+
+TEST_P(LatentKv, RanksMayDivideTheTokens) {
+  test::TinyModel model(GetParam().config);
+  const Outcome one = run(config_of(model, "dense"), kLong);
+  for (int ranks : {2, 3}) {
+    SCOPED_TRACE(std::to_string(ranks) + " ranks");
+    const Outcome many = run(token_sharded(model, ranks), kLong);
+    EXPECT_LE(distance(many.logits, one.logits), 1e-5);
+    EXPECT_LE(distance(many.logprobs, one.logprobs), 1e-4);
+    EXPECT_EQ(many.tokens, one.tokens);
+  }
+  const Outcome brief = run(config_of(model, "dense"), kShort);
+  for (const char* plan : {"rank_gather", "two_collective", "token_sharded"}) {
+    SCOPED_TRACE(plan);
+    EngineConfig config = token_sharded(model, 2);
+    config.tensor_parallel_plan = plan;
+    config.exchange_chunks = 2;
+    const Outcome many = run(config, kShort);
+    EXPECT_LE(distance(many.logits, brief.logits), 1e-5);
+    EXPECT_EQ(many.tokens, brief.tokens);
+  }
+}
+
+TEST_P(LatentKv, BitsOfDividedTokensDoNotDependOnBatchesAndPreemption) {
+  test::TinyModel model(GetParam().config);
+  EngineConfig config = token_sharded(model, 2);
+  config.dtype = "bfloat16";
+  const Outcome expected = run(config, kLong, 30);
+  EngineConfig other = config;
+  other.max_num_batched_tokens = 300;  // beyond what is exchanged at once
+  other.num_threads = 2;
+  EXPECT_EQ(run(other, kLong, 30), expected);
+  other = config;
+  other.max_num_batched_tokens = 17;
+  other.num_kv_blocks = 40;  // of 16 tokens, as blocks of 32 still have place for
+  other.enable_prefix_caching = false;
+  other.admission = "prompt";
+  other.max_pause = 0;
+  other.kv_watermark = 0.0;
+  std::int64_t preemptions = 0;
+  EXPECT_EQ(run(other, kLong, 30, &preemptions), expected);
+  EXPECT_GT(preemptions, 0);
 }
 
 TEST_P(LatentKv, IsAsExactInBfloat16AsADenseCache) {
