@@ -31,7 +31,7 @@ const std::vector<int> kLong = {1, 9, 40, 23, 300, 310};
 Outcome run(const EngineConfig& config, const std::vector<int>& lengths, int max_tokens = 8,
             std::int64_t* preemptions = nullptr) {
   Engine engine(config);
-  Outcome outcome = test::run_requests(engine, lengths, max_tokens, {40, 300});
+  Outcome outcome = test::run_requests(engine, lengths, max_tokens, {40, 300, 600});
   if (preemptions != nullptr) *preemptions = engine.stats().num_preemptions;
   return outcome;
 }
@@ -143,23 +143,42 @@ EngineConfig token_sharded(const test::TinyModel& model, int ranks) {
 
 TEST_P(LatentKv, RanksMayDivideTheTokens) {
   test::TinyModel model(GetParam().config);
-  const Outcome one = run(config_of(model, "dense"), kLong);
-  for (int ranks : {2, 3}) {
-    SCOPED_TRACE(std::to_string(ranks) + " ranks");
-    const Outcome many = run(token_sharded(model, ranks), kLong);
+  auto expect_near = [](const Outcome& many, const Outcome& one) {
     EXPECT_LE(distance(many.logits, one.logits), 1e-5);
     EXPECT_LE(distance(many.logprobs, one.logprobs), 1e-4);
     EXPECT_EQ(many.tokens, one.tokens);
-  }
-  const Outcome brief = run(config_of(model, "dense"), kShort);
+  };
+  expect_near(run(token_sharded(model, 2), kLong), run(config_of(model, "dense"), kLong));
+  const Outcome one = run(config_of(model, "dense"), kShort);
+  expect_near(run(token_sharded(model, 3), kShort), one);
   for (const char* plan : {"rank_gather", "two_collective", "token_sharded"}) {
     SCOPED_TRACE(plan);
     EngineConfig config = token_sharded(model, 2);
     config.tensor_parallel_plan = plan;
     config.exchange_chunks = 2;
-    const Outcome many = run(config, kShort);
-    EXPECT_LE(distance(many.logits, brief.logits), 1e-5);
-    EXPECT_EQ(many.tokens, brief.tokens);
+    expect_near(run(config, kShort), one);
+  }
+}
+
+TEST(LatentKvRanks, MayHaveSeveralSplitsEach) {
+  for (Kind kind : kinds()) {
+    if (kind.name != "llama_gqa" && kind.name != "olmo2" && kind.name != "opt" &&
+        kind.name != "gemma3") {
+      continue;
+    }
+    SCOPED_TRACE(kind.name);
+    kind.config.max_position = 700;
+    test::TinyModel model(kind.config);
+    const std::vector<int> lengths = {600, 9};  // the first has 300 tokens on each of 2 ranks
+    const Outcome one = run(config_of(model, "dense"), lengths);
+    EngineConfig config = token_sharded(model, 2);
+    config.num_threads = 2;
+    const Outcome many = run(config, lengths);
+    EXPECT_LE(distance(many.logits, one.logits), 1e-5);
+    EXPECT_EQ(many.tokens, one.tokens);
+    config.num_threads = 1;
+    config.max_num_batched_tokens = 230;
+    EXPECT_EQ(run(config, lengths), many);
   }
 }
 
