@@ -195,13 +195,16 @@ def ranks(shape: str, directory: Path, hardware: str) -> list[dict[str, Any]]:
         )
         plan = next(plan for plan in report.plans if plan.plan == "hidden_sharded")
         dense, latent = plan.dense_kv_bytes_per_token, plan.latent_kv_bytes_per_token
+        divided = plan.token_sharded_kv_bytes_per_token
         rows.append(
             {
                 "shape": shape,
                 "ranks": size,
                 "dense_bytes": dense,
                 "latent_bytes": latent,
+                "token_sharded_bytes": divided,
                 "tokens_with_latents": dense / latent,
+                "tokens_with_token_sharded_latents": dense / divided,
                 "auto_bytes": plan.kv_bytes_per_token,
                 "k_break_even_rank": plan.k_break_even,
                 "v_break_even_rank": plan.v_break_even,
@@ -294,7 +297,8 @@ def main() -> None:
     for row in results["ranks"]:
         print(
             f"{row['shape']}, {row['ranks']} ranks: {row['tokens_with_latents']:.2f} times the "
-            f"tokens with latents; auto: {row['auto']}"
+            f"tokens with latents, {row['tokens_with_token_sharded_latents']:.2f} where ranks "
+            f"divide the tokens; auto: {row['auto']}"
         )
     finish("latent_kv", results, checks, options.output, options.check)
 

@@ -57,7 +57,7 @@ KvInfo CudaWorker::kv_info() const {
   const std::uint64_t token_bytes = block_bytes / static_cast<std::uint64_t>(block_size_);
   const auto layers = decoder_->weights().layers.size();
   const std::uint64_t side = token_bytes / 2 / layers;
-  return {block_bytes * static_cast<std::uint64_t>(num_kv_blocks_), token_bytes, token_bytes,
+  return {block_bytes * static_cast<std::uint64_t>(num_kv_blocks_), block_bytes, token_bytes,
           std::vector<KvLayerInfo>(layers, {"dense", "dense", side, side})};
 }
 

@@ -107,6 +107,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   if (config.kv_cache != "dense") {
     KvChoice kv = select_kv_forms(config, model, choice.plans, threads, max_model_len);
     choice.kv_forms = std::move(kv.forms);
+    fit_blocks(choice.kv_forms, config);
     kv_reason = std::move(kv.reason);
   }
   ranks = std::make_unique<RankGroup>(config, model, choice, threads, max_model_len, progress);
@@ -148,8 +149,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
     samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   limits = {model.vocab_size, max_model_len, config.block_size, blocks,
             hidden_states->num_reported()};
-  info = describe_model(model, *ranks, max_model_len, blocks);
-  info.kv_cache = config.kv_cache;
+  info = describe_model(config, model, *ranks, max_model_len, blocks);
   info.kv_reason = kv_reason;
 }
 

@@ -4,6 +4,7 @@
 #include "comm/link_model.h"
 #include "deinfer/engine.h"
 #include "engine/device.h"
+#include "plan/kv_choice.h"
 #include "scheduler/scheduling_policy.h"
 
 namespace deinfer {
@@ -29,8 +30,7 @@ void EngineConfig::validate() const {
                  "block_size must be a multiple of 16 in [16, 4096], got ", block_size);
   check_argument(num_kv_blocks >= 0 && num_kv_blocks <= 1 << 30,
                  "num_kv_blocks must be in [0, 2^30], got ", num_kv_blocks);
-  check_argument(kv_cache == "dense" || kv_cache == "latent" || kv_cache == "auto", "kv_cache=\"",
-                 kv_cache, "\" is unknown; use \"dense\", \"latent\" or \"auto\"");
+  KvRequest{kv_cache, kv_latents}.validate();
   parse_admission(admission);
   // Written so that NaN fails.
   check_argument(safety >= 0.0 && safety <= 1.0, "safety must be in [0, 1], got ", safety);

@@ -20,8 +20,8 @@ std::int64_t choose_kv_blocks(const EngineConfig& config, RankGroup& ranks, int 
   return std::clamp<std::int64_t>(blocks, 1, per_sequence * config.max_num_seqs);
 }
 
-ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_model_len,
-                         std::int64_t num_kv_blocks) {
+ModelInfo describe_model(const EngineConfig& config, const ModelConfig& model, RankGroup& ranks,
+                         int max_model_len, std::int64_t num_kv_blocks) {
   Worker& worker = ranks.rank(0);
   ModelInfo info;
   const WeightsInfo weights = worker.weights_info();
@@ -42,13 +42,17 @@ ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_mod
     info.weight_bytes += info.rank_weight_bytes.back();
   }
   info.num_kv_blocks = num_kv_blocks;
+  info.block_size = config.block_size;
+  std::uint64_t block_bytes = 0;
   for (int rank = 0; rank < ranks.size(); ++rank) {
     KvInfo kv = ranks.rank(rank).kv_info();
     info.kv_cache_bytes += kv.pool_bytes;
-    info.kv_bytes_per_token += kv.bytes_per_token;
+    block_bytes += kv.block_bytes;
     info.dense_kv_bytes_per_token += kv.dense_bytes_per_token;
     if (rank == 0) info.kv_layers = std::move(kv.layers);
   }
+  info.kv_bytes_per_token = block_bytes / static_cast<std::uint64_t>(config.block_size);
+  info.kv_cache = config.kv_cache;
   info.lowrank_matrices = weights.lowrank_matrices;
   info.dense_matrices = weights.dense_matrices;
   return info;

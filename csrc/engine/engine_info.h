@@ -14,8 +14,8 @@ namespace deinfer {
 std::int64_t choose_kv_blocks(const EngineConfig& config, RankGroup& ranks, int max_model_len);
 
 /// What `ranks` have loaded, and their KV pool of `num_kv_blocks`, which must be allocated.
-ModelInfo describe_model(const ModelConfig& model, RankGroup& ranks, int max_model_len,
-                         std::int64_t num_kv_blocks);
+ModelInfo describe_model(const EngineConfig& config, const ModelConfig& model, RankGroup& ranks,
+                         int max_model_len, std::int64_t num_kv_blocks);
 
 /// The kinds of exchanges that one rank has made.
 std::vector<CollectiveStats> collective_stats(const Communicator& communicator);

@@ -4,8 +4,6 @@
 
 #include "base/buffer.h"
 #include "base/check.h"
-#include "base/cpu_features.h"
-#include "engine/calibration.h"
 #include "engine/device.h"
 #include "engine/worker.h"
 #include "model/loader.h"
@@ -48,14 +46,25 @@ KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
   const DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
   const PlannedModel planned = planned_model(model, 0.0, dtype_name(dtype));
   const TensorParallelPlan& plan = *plans[0];
-  Hardware hardware;
-  LinkModel link;
-  if (config.kv_cache == "auto") {
-    link = measure_local_link(plan.size());
-    hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, plan.size(), threads);
+  Machine machine;
+  const bool compares = config.tensor_parallel_size > 1 && config.kv_latents == "auto";
+  if (config.kv_cache == "auto" || compares) {
+    machine = measure_machine(config, model, threads);
   }
-  return choose_kv_forms(config.kv_cache, planned, plan, hardware, link,
-                         demand_of(config, planned, plan, max_model_len));
+  return choose_kv_forms({config.kv_cache, config.kv_latents}, planned, plan, machine.hardware,
+                         machine.link, demand_of(config, planned, plan, max_model_len));
+}
+
+void fit_blocks(const std::vector<KvForms>& forms, EngineConfig& config) {
+  if (std::none_of(forms.begin(), forms.end(),
+                   [](const KvForms& layer) { return layer.token_sharded; })) {
+    return;
+  }
+  constexpr int kRun = 16;  // tokens that the layout of K keeps together
+  const int unit = kRun * config.tensor_parallel_size;
+  const int size = (config.block_size + unit - 1) / unit * unit;
+  config.num_kv_blocks = (config.num_kv_blocks * config.block_size + size - 1) / size;
+  config.block_size = size;
 }
 
 }  // namespace deinfer

@@ -7,11 +7,15 @@
 
 namespace deinfer {
 
-/// The forms that config.kv_cache asks for, or for "auto" those of the best predicted throughput on
-/// this machine, measured in some tenths of a second. (Plans that take turns have the same weights,
-/// and either both or none have latents.) Throws as choose_kv_forms(), and kUnsupported for latents
-/// on a CUDA device.
+/// The forms that config.kv_cache and config.kv_latents ask for, or for "auto" those of the best
+/// predicted throughput on this machine, measured in some tenths of a second. (Plans that take
+/// turns have the same weights, and either both or none have latents.) Throws as choose_kv_forms(),
+/// and kUnsupported for latents on a CUDA device.
 KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
                          const StepPlans& plans, int threads, int max_model_len);
+
+/// Where ranks divide the tokens, makes config's blocks as large as that needs, 16 tokens for every
+/// rank, and num_kv_blocks so many that they hold no fewer tokens.
+void fit_blocks(const std::vector<KvForms>& forms, EngineConfig& config);
 
 }  // namespace deinfer

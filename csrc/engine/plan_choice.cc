@@ -21,24 +21,21 @@ bool predicts_chunks(const EngineConfig& config) {
   return config.exchange_chunks == 0 && !config.emulated_link.empty();
 }
 
-/// The report of this machine, measured, and of the link that is emulated, or also measured.
+DType weight_type(const EngineConfig& config, const ModelConfig& model) {
+  return resolve_dtype(config.dtype, open_weights(config.model, model), model);
+}
+
 PlanReport predict(const EngineConfig& config, const ModelConfig& model, int threads) {
-  const int size = config.tensor_parallel_size;
-  DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
+  const Machine machine = measure_machine(config, model, threads);
   PlannerOptions options;
-  options.size = size;
-  options.link = measure_local_link(size);
-  options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
-  if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
-    options.hardware.exchange_s = options.link.latency_s;
-    options.hardware.received_bytes_per_s = options.link.bytes_per_s;
-    options.link = parse_link_model(config.emulated_link);
-  }
+  options.size = config.tensor_parallel_size;
+  options.link = machine.link;
+  options.hardware = machine.hardware;
   options.batches.assign(std::begin(kBatches), std::end(kBatches));
   options.prefill = {config.max_num_batched_tokens};
   options.context = kContext;
   options.max_chunks = predicts_chunks(config) ? kMaxPlannedChunks : 1;
-  return choose_plan(planned_model(model, 0.0, dtype_name(dtype)), options);
+  return choose_plan(planned_model(model, 0.0, dtype_name(weight_type(config, model))), options);
 }
 
 /// Those predicted for `plan`.
@@ -55,6 +52,20 @@ ExchangeChunks predicted_chunks(const PlanReport& report, std::string_view plan,
 }
 
 }  // namespace
+
+Machine measure_machine(const EngineConfig& config, const ModelConfig& model, int threads) {
+  const int size = config.tensor_parallel_size;
+  Machine machine;
+  machine.link = measure_local_link(size);
+  machine.hardware =
+      measure_hardware(cpu::kernels_for(select_isa()), weight_type(config, model), size, threads);
+  if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
+    machine.hardware.exchange_s = machine.link.latency_s;
+    machine.hardware.received_bytes_per_s = machine.link.bytes_per_s;
+    machine.link = parse_link_model(config.emulated_link);
+  }
+  return machine;
+}
 
 PlanChoice choose_plans(const EngineConfig& config, const ModelConfig& model, int threads) {
   const std::string& name = config.tensor_parallel_plan;

@@ -5,7 +5,7 @@
 
 #include "deinfer/engine.h"
 #include "model/model_config.h"
-#include "plan/kv_forms.h"
+#include "plan/cost_model.h"
 #include "plan/rank_share.h"
 
 namespace deinfer {
@@ -15,6 +15,16 @@ struct PlanChoice {
   StepChunks chunks;
   std::vector<KvForms> kv_forms = {};  // of every layer; none: all dense
 };
+
+/// What the engine runs on.
+struct Machine {
+  Hardware hardware;
+  LinkModel link;  // between ranks
+};
+
+/// This machine, measured in some tenths of a second, and the link that is emulated, or also
+/// measured. `threads` per rank.
+Machine measure_machine(const EngineConfig& config, const ModelConfig& model, int threads);
 
 /// The plan that `config` names, or for "auto" what the planner chooses for this machine, measured
 /// in some tenths of a second, with `threads` threads per rank; and config.exchange_chunks, or what

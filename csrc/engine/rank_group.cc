@@ -16,7 +16,8 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
       workers_(static_cast<std::size_t>(plans_[0]->size())) {
   int size = ranks_.size();
   RankShare first(plans_, 0);
-  std::size_t bytes = Decoder::exchange_bytes(model, first, config.max_num_batched_tokens);
+  std::size_t bytes =
+      Decoder::exchange_bytes(model, first, choice.kv_forms, config.max_num_batched_tokens);
   if (size == 1) {
     communicators_.push_back(make_single_communicator(bytes));
   } else {

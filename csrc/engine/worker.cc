@@ -16,8 +16,7 @@ CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const
                      const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
                      std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
                      const LoadProgress& progress)
-    : block_size_(config.block_size),
-      chunks_(chunks),
+    : chunks_(chunks),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
       exchange_(*communicator_),
@@ -29,7 +28,8 @@ CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const
   parameters_ = loader.parameters();
   // Every sequence samples at most once in a batch.
   BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
-                     std::min(config.max_num_seqs, config.max_num_batched_tokens)};
+                     std::min(config.max_num_seqs, config.max_num_batched_tokens),
+                     config.block_size};
   decoder_ = std::make_unique<Decoder>(model, share, std::move(weights), limits, threads);
   scratch_.resize(static_cast<std::size_t>(threads));
   for (ThreadScratch& scratch : scratch_) {
@@ -51,7 +51,7 @@ CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const
 void CpuWorker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
 
 std::uint64_t CpuWorker::kv_block_bytes() const {
-  return decoder_->kv_cache_config(block_size_, 0).block_bytes();
+  return decoder_->kv_cache_config(0).block_bytes();
 }
 
 std::uint64_t CpuWorker::kv_memory() const { return kv_share(available_memory()); }
@@ -60,7 +60,7 @@ KvInfo CpuWorker::kv_info() const {
   const ModelConfig& model = decoder_->config();
   const KvCacheConfig& cache = cache_->config();
   KvInfo info;
-  info.bytes_per_token = cache.token_bytes();
+  info.block_bytes = cache.block_bytes();
   info.dense_bytes_per_token =
       std::uint64_t{2} * dtype_size(cache.dtype) * static_cast<std::uint64_t>(model.num_layers) *
       static_cast<std::uint64_t>(decoder_->share().heads.kv_heads.size() * model.head_dim);
@@ -68,7 +68,7 @@ KvInfo CpuWorker::kv_info() const {
     const KvLayerShape& layer = cache.layers[static_cast<std::size_t>(i)];
     info.pool_bytes += cache_->k_bytes(i) + cache_->v_bytes(i);
     info.layers.push_back({kv_form_name(layer.k.form), kv_form_name(layer.v.form),
-                           cache.token_bytes(layer.k), cache.token_bytes(layer.v)});
+                           cache.token_bytes(layer.k), cache.token_bytes(layer.v), layer.ranks});
   }
   return info;
 }
@@ -81,11 +81,10 @@ WeightsInfo CpuWorker::weights_info() const {
 }
 
 void CpuWorker::allocate_kv_cache(std::int64_t num_blocks) {
-  cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(block_size_, num_blocks));
+  cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(num_blocks));
 }
 
 std::span<const TokenId> CpuWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
-  decoder_->plan(batch);
   most_likely_.resize(batch.argmax_rows.size());
   auto* logits = logits_.as<float>();
   int rows = static_cast<int>(batch.logit_rows.size());
@@ -99,6 +98,7 @@ std::span<const TokenId> CpuWorker::execute(const Batch& batch, const LogitsCons
       exchange_.size() == 1
           ? Overlap{}
           : overlap_of(tokens, chunks_[static_cast<std::size_t>(kind)].of(tokens));
+  decoder_->plan(batch, overlap);
   Ticket ticket = exchange_.next_ticket();
   team_.run([&](TeamMember& member) {
     ExecutionContext ctx{kernels_,

@@ -35,7 +35,7 @@ void count_matrices(const Layers& layers, WeightsInfo& info) {
 /// Of a rank's KV cache.
 struct KvInfo {
   std::uint64_t pool_bytes = 0;
-  std::uint64_t bytes_per_token = 0;
+  std::uint64_t block_bytes = 0;
   std::uint64_t dense_bytes_per_token = 0;  // if no layer kept latents
   std::vector<KvLayerInfo> layers;
 };
@@ -103,7 +103,6 @@ class CpuWorker final : public Worker {
   const Decoder& decoder() const { return *decoder_; }
 
  private:
-  int block_size_;
   StepChunks chunks_;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;

@@ -34,12 +34,13 @@ bool gathers(StepKind kind, std::initializer_list<const LowRankLinear*> linears)
   });
 }
 
-AttentionShape attention_shape(const ModelConfig& config, const RankShare& share,
+AttentionShape attention_shape(const ModelConfig& config, const DecoderLayer& layer,
                                const AttentionKind& kind) {
   AttentionShape shape;
-  shape.heads = share.heads.heads.size();
-  shape.kv_heads = share.heads.kv_heads.size();
+  shape.heads = layer.heads.heads.size();
+  shape.kv_heads = layer.heads.kv_heads.size();
   shape.head_dim = config.head_dim;
+  shape.forms = layer.kv;
   shape.window = kind.window;
   shape.scale = config.score_scale();
   shape.soft_cap = config.attention_soft_cap;
@@ -50,6 +51,13 @@ AttentionShape attention_shape(const ModelConfig& config, const RankShare& share
 float embedding_scale(const ModelConfig& config, DType activations) {
   if (activations == DType::kFloat32) return config.embedding_scale;
   return to_float(to_bf16(config.embedding_scale));
+}
+
+/// The most heads to which some layer attends.
+HeadShare most_heads(const RankShare& share, const DecoderWeights& weights) {
+  const bool all = std::any_of(weights.layers.begin(), weights.layers.end(),
+                               [](const DecoderLayer& layer) { return layer.kv.token_sharded; });
+  return share.attention_heads(all);
 }
 
 bool shards_residual(const RankShare& share) {
@@ -64,11 +72,15 @@ Decoder::Decoder(const ModelConfig& config, const RankShare& share, DecoderWeigh
     : config_(config),
       share_(share),
       weights_(std::move(weights)),
+      block_size_(limits.block_size),
+      token_sharded_(std::any_of(weights_.layers.begin(), weights_.layers.end(),
+                                 [](const DecoderLayer& layer) { return layer.kv.token_sharded; })),
       max_tokens_(limits.max_tokens),
       angle_cols_((config.head_dim / 2 + cpu::kLanes - 1) / cpu::kLanes * cpu::kLanes),
-      query_(float_bytes(limits.max_tokens, share.heads.heads.size() * config.head_dim)),
+      query_(float_bytes(limits.max_tokens,
+                         most_heads(share, weights_).heads.size() * config.head_dim)),
       key_(float_bytes(config.qk_norm == QkNormKind::kNone ? 0 : limits.max_tokens,
-                       share.heads.kv_heads.size() * config.head_dim)),
+                       most_heads(share, weights_).kv_heads.size() * config.head_dim)),
       residual_(config.hidden_size, share.hidden, weights_.activations,
                 {limits.max_tokens, kLogitRows, config.has_output_norms(), shards_residual(share)}),
       attended_(weights_.activations, limits.max_tokens,
@@ -110,10 +122,13 @@ void Decoder::make_attention(int num_threads) {
       const AttentionKind& attention = config_.attention[static_cast<std::size_t>(kind)];
       auto rope = std::find(ropes.begin(), ropes.end(), attention.rope);
       found = attention_.insert(found, {kind,
-                                        attention_shape(config_, share_, attention),
+                                        attention_shape(config_, layer, attention),
                                         static_cast<std::size_t>(rope - ropes.begin()),
                                         {}});
-      found->shape.forms = layer.kv;
+      if (layer.kv.token_sharded) {
+        found->shape.share = {share_.rank, share_.size, block_size_ / share_.size};
+        found->shape.out_heads = share_.heads.heads;
+      }
     }
     AttentionShape& shape = found->shape;
     if (shape.absorbs_k()) shape.k_latent = std::max(shape.k_latent, layer.key.inner_size());
@@ -141,7 +156,7 @@ LatentKv Decoder::latents_of(const DecoderLayer& layer, const Attention& attenti
 }
 
 std::size_t Decoder::exchange_bytes(const ModelConfig& config, const RankShare& share,
-                                    int max_tokens) {
+                                    const std::vector<KvForms>& kv_forms, int max_tokens) {
   if (share.size == 1) return 0;
   // Linears that share an exchange have the same parent module; two more for norm statistics, which
   // also travel alone.
@@ -155,8 +170,13 @@ std::size_t Decoder::exchange_bytes(const ModelConfig& config, const RankShare& 
     columns = std::max({columns, config.intermediate_size, config.num_heads * config.head_dim});
   }
   int tokens = std::min(max_tokens, kTileTokens);
-  return std::max({float_bytes(tokens, columns), float_bytes(1, config.vocab_size),
-                   float_bytes(kLogitRows, 2)});
+  std::size_t bytes = std::max({float_bytes(tokens, columns), float_bytes(1, config.vocab_size),
+                                float_bytes(kLogitRows, 2)});
+  const bool token_sharded = std::any_of(kv_forms.begin(), kv_forms.end(),
+                                         [](const KvForms& forms) { return forms.token_sharded; });
+  if (!token_sharded) return bytes;
+  return std::max(bytes, float_bytes(std::min(max_tokens, kAttentionTokens),
+                                     attention_part_columns(model_shape(config))));
 }
 
 int Decoder::logit_rows(std::size_t exchange_bytes) const {
@@ -166,15 +186,16 @@ int Decoder::logit_rows(std::size_t exchange_bytes) const {
   return static_cast<int>(std::clamp<std::size_t>(rows, 1, kLogitRows));
 }
 
-KvCacheConfig Decoder::kv_cache_config(int block_size, std::int64_t num_blocks) const {
+KvCacheConfig Decoder::kv_cache_config(std::int64_t num_blocks) const {
   const KvTraits traits = kv_traits(config_);
-  const int kv_heads = share_.heads.kv_heads.size();
   const int element = static_cast<int>(dtype_size(weights_.activations));
-  KvCacheConfig cache{{}, block_size, num_blocks, weights_.activations};
+  KvCacheConfig cache{{}, block_size_, num_blocks, weights_.activations, share_.rank};
   for (const DecoderLayer& layer : weights_.layers) {
+    const int kv_heads = layer.heads.kv_heads.size();
     cache.layers.push_back(
         {kv_key_shape(traits, layer.kv.k, layer.key.inner_size(), kv_heads, element),
-         kv_value_shape(traits, layer.kv.v, layer.value.inner_size(), kv_heads)});
+         kv_value_shape(traits, layer.kv.v, layer.value.inner_size(), kv_heads),
+         layer.kv.token_sharded ? share_.size : 1});
   }
   return cache;
 }
@@ -200,8 +221,19 @@ std::size_t Decoder::attention_scratch(const cpu::KernelTable& kernels) const {
   return bytes;
 }
 
-void Decoder::plan(const Batch& batch) {
-  for (Attention& attention : attention_) attention.schedule->plan(batch);
+void Decoder::find_own_slots(const Batch& batch) {
+  own_slots_.clear();
+  if (!token_sharded_) return;
+  const int run = block_size_ / share_.size;
+  for (const KvSlot& slot : batch.slots) {
+    const bool own = slot.offset / run == share_.rank;
+    own_slots_.push_back(own ? KvSlot{slot.block, slot.offset % run} : KvSlot{-1, 0});
+  }
+}
+
+void Decoder::plan(const Batch& batch, const Overlap& overlap) {
+  for (Attention& attention : attention_) attention.schedule->plan(batch, overlap.tile_tokens);
+  find_own_slots(batch);
   int length = 0;
   for (int position : batch.positions) length = std::max(length, position + 1);
   for (std::optional<PositionAngles>& angles : positions_) {
@@ -278,7 +310,7 @@ void Decoder::keep_wanted(ExecutionContext& ctx) {
     }
   };
   // Row by row, as a row moves to where another has been.
-  if (ctx.member.id() == 0) move_rows(query_.as<float>(), query_cols());
+  if (ctx.member.id() == 0) move_rows(query_.as<float>(), query_cols(weights_.layers.back()));
   if (ctx.member.id() == ctx.member.size() - 1) move_rows(residual_.rows(), residual_.ld());
   ctx.member.barrier();
 }
@@ -306,21 +338,21 @@ void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const Decod
   GroupInput x = residual_.normed(ctx, m, layer.attention_norm, gather);
   QkvOutput qkv;
   qkv.q = query_.as<float>();
-  qkv.ldq = query_cols();
+  qkv.ldq = query_cols(layer);
   qkv.head_dim = config_.head_dim;
   qkv.kv = kv;
-  qkv.slots = batch.slots;
+  qkv.slots = layer.kv.token_sharded ? own_slots_ : batch.slots;
   if (rotates_tiles(config_)) qkv.angles = angles;
   // Of latents, only a norm over all heads wants k now.
   const bool stores_keys = !kv.k.is_latent() || config_.qk_norm == QkNormKind::kFull;
   if (config_.qk_norm != QkNormKind::kNone && stores_keys) {
     qkv.k = key_.as<float>();
-    qkv.ldk = std::ptrdiff_t{share_.heads.kv_heads.size()} * config_.head_dim;
+    qkv.ldk = std::ptrdiff_t{layer.heads.kv_heads.size()} * config_.head_dim;
   }
   lowrank_qkv(ctx, m, x, layer.query, layer.key, layer.value, z_.view(), qkv);
   if (config_.qk_norm != QkNormKind::kNone) {
     QkNorm norm{config_.qk_norm, layer.query_norm,  layer.key_norm,
-                share_.heads,    config_.num_heads, config_.num_kv_heads};
+                layer.heads,     config_.num_heads, config_.num_kv_heads};
     normalize_qk(ctx, m, norm, angles, qkv);
   }
 }
@@ -328,7 +360,7 @@ void Decoder::project_qkv(ExecutionContext& ctx, const Batch& batch, const Decod
 void Decoder::attention_block(ExecutionContext& ctx, AttentionSchedule& schedule,
                               const Batch& batch, const DecoderLayer& layer,
                               const LatentKv& latents, const KvLayer& kv) {
-  schedule.run(ctx, batch, query_.as<float>(), query_cols(), kv, latents, attended_.view());
+  schedule.run(ctx, batch, query_.as<float>(), query_cols(layer), kv, latents, attended_.view());
   add_to_residual(ctx, batch.num_tokens(), attended_.view(), layer.output,
                   layer.attention_output_norm);
 }

@@ -22,6 +22,7 @@ struct BatchLimits {
   int max_model_len = 0;
   std::vector<int> state_layers = {};  // hidden states that are kept of a batch's state_rows
   int max_state_rows = 0;
+  int block_size = 16;  // of the KV cache
 };
 
 /// Runs batches. Everything but plan() is collective over the team.
@@ -38,14 +39,16 @@ class Decoder {
     deinfer::share_norm_terms(weights_, share_, team, communicator);
   }
 
-  /// Bytes of the largest contribution to an exchange between ranks that `config` needs.
+  /// Bytes of the largest contribution to an exchange between ranks that `config` needs; kv_forms
+  /// as load_decoder().
   static std::size_t exchange_bytes(const ModelConfig& config, const RankShare& share,
-                                    int max_tokens);
+                                    const std::vector<KvForms>& kv_forms, int max_tokens);
   /// Rows of logits() and most_likely() that fit an exchange of so many bytes.
   int logit_rows(std::size_t exchange_bytes) const;
 
-  /// Prepares for `batch` (at most max_tokens tokens); call it on one thread before forward().
-  void plan(const Batch& batch);
+  /// Prepares for `batch` (at most max_tokens tokens), which will run with this overlap; call it on
+  /// one thread before forward().
+  void plan(const Batch& batch, const Overlap& overlap);
 
   /// Writes K and V of all tokens and computes the final hidden states of those whose logits, or
   /// most likely token, are wanted.
@@ -65,7 +68,7 @@ class Decoder {
   /// the last, num_layers, has passed the final norm.
   std::span<const float> hidden_states() const { return states_; }
 
-  KvCacheConfig kv_cache_config(int block_size, std::int64_t num_blocks) const;
+  KvCacheConfig kv_cache_config(std::int64_t num_blocks) const;
   /// Bytes of ExecutionContext::partial_sums.
   std::size_t partial_sums_bytes() const;
   std::size_t attention_scratch(const cpu::KernelTable& kernels) const;
@@ -84,6 +87,8 @@ class Decoder {
 
   /// Groups the layers into attention_.
   void make_attention(int num_threads);
+  /// Of token-sharded layers, the slots that are on this rank.
+  void find_own_slots(const Batch& batch);
   Attention& attention_of(int layer) {
     return attention_[layer_attention_[static_cast<std::size_t>(layer)]];
   }
@@ -103,8 +108,8 @@ class Decoder {
   void keep_states(ExecutionContext& ctx, const Batch& batch, int layer);
   /// Of the batch, as a layer's kind of attention turns them.
   RotaryAngles angles(const Attention& attention) const;
-  std::ptrdiff_t query_cols() const {
-    return std::ptrdiff_t{share_.heads.heads.size()} * config_.head_dim;
+  std::ptrdiff_t query_cols(const DecoderLayer& layer) const {
+    return std::ptrdiff_t{layer.heads.heads.size()} * config_.head_dim;
   }
   /// The batch as it is after forward().
   const Batch& rows_after(const Batch& batch) const { return narrows_ ? wanted_.batch : batch; }
@@ -116,6 +121,9 @@ class Decoder {
   std::vector<std::optional<PositionAngles>> positions_;  // of the ropes of rebuilt keys
   std::vector<Attention> attention_;
   std::vector<std::size_t> layer_attention_;  // of each layer, its place in attention_
+  int block_size_;
+  bool token_sharded_;             // some layers
+  std::vector<KvSlot> own_slots_;  // of the batch, in these; -1: other ranks'
   WantedRows wanted_;
   std::optional<AttentionSchedule> wanted_attention_;  // of the last layer
   bool narrows_ = false;                               // that layer, to the wanted rows

@@ -37,7 +37,7 @@ Norm load_head_norm(const ModelConfig& config, const std::string& prefix, const 
 namespace {
 
 DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
-                        const std::string& prefix, WeightLoader& loader) {
+                        const std::string& prefix, bool all_heads, WeightLoader& loader) {
   const ModuleNames& names = config.names;
   int hidden = config.hidden_size;
   int inner = config.intermediate_size;
@@ -51,17 +51,19 @@ DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
                                  : std::vector<std::int32_t>{};
   };
   DecoderLayer layer;
+  layer.heads = share.attention_heads(all_heads);
   layer.attention_norm = norm(names.attention_norm);
   layer.query = loader.linear(prefix + names.query, LinearRole::kQuery, query_size, hidden,
-                              row_map(share.heads.heads));
+                              row_map(layer.heads.heads), all_heads);
   layer.key = loader.linear(prefix + names.key, LinearRole::kKey, kv_size, hidden,
-                            row_map(share.heads.kv_heads));
-  layer.value = loader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden);
+                            row_map(layer.heads.kv_heads), all_heads);
+  layer.value =
+      loader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden, {}, all_heads);
   if (config.qk_norm != QkNormKind::kNone) {
     layer.query_norm = load_head_norm(config, prefix, names.query_norm, config.num_heads,
-                                      share.heads.heads, loader);
+                                      layer.heads.heads, loader);
     layer.key_norm = load_head_norm(config, prefix, names.key_norm, config.num_kv_heads,
-                                    share.heads.kv_heads, loader);
+                                    layer.heads.kv_heads, loader);
   }
   layer.output =
       loader.linear(prefix + names.output, LinearRole::kAttentionOutput, hidden, query_size);
@@ -77,8 +79,8 @@ DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
 }
 
 /// What the keys and values of a layer need for the forms in which they are kept.
-void set_kv_forms(const ModelConfig& config, const RankShare& share, const KvForms& forms,
-                  WeightLoader& loader, DecoderLayer& layer) {
+void set_kv_forms(const ModelConfig& config, const KvForms& forms, WeightLoader& loader,
+                  DecoderLayer& layer) {
   auto check = [](KvForm form, const LowRankLinear& linear) {
     if (form == KvForm::kDense) return;
     bool whole = linear.is_low_rank();
@@ -92,7 +94,7 @@ void set_kv_forms(const ModelConfig& config, const RankShare& share, const KvFor
   layer.kv = forms;
   if (forms.k != KvForm::kAbsorbed) return;
   layer.absorbed_key =
-      transposed_heads(layer.key, share.heads.kv_heads.size(), config.head_dim, loader.team());
+      transposed_heads(layer.key, layer.heads.kv_heads.size(), config.head_dim, loader.team());
 }
 
 /// The norm terms of a linear of which this rank has the columns `own`.
@@ -174,10 +176,9 @@ DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, D
   }
   for (int i = 0; i < config.num_layers; ++i) {
     std::string prefix = names.layers + "." + std::to_string(i) + ".";
-    weights.layers.push_back(load_layer(config, share, prefix, loader));
-    if (kv_forms.empty()) continue;
-    set_kv_forms(config, share, kv_forms[static_cast<std::size_t>(i)], loader,
-                 weights.layers.back());
+    const KvForms forms = kv_forms.empty() ? KvForms{} : kv_forms[static_cast<std::size_t>(i)];
+    weights.layers.push_back(load_layer(config, share, prefix, forms.token_sharded, loader));
+    set_kv_forms(config, forms, loader, weights.layers.back());
   }
   weights.final_norm = load_norm(config, "", names.final_norm, config.hidden_size, loader);
   if (config.tie_word_embeddings) {

@@ -14,9 +14,10 @@
 namespace deinfer {
 
 struct DecoderLayer {
+  HeadShare heads;                              // to which this rank attends
   Norm attention_norm, mlp_norm;                // of what a block reads; [hidden]
   Norm attention_output_norm, mlp_output_norm;  // of what it adds to the residual stream
-  Norm query_norm, key_norm;  // as ModelConfig::qk_norm says; of this rank's heads
+  Norm query_norm, key_norm;                    // as ModelConfig::qk_norm says; of `heads`
   LowRankLinear query, key, value, output;
   LowRankLinear gate, up, down;                 // gate is empty in a plain MLP
   KvForms kv;                                   // what the KV cache keeps

@@ -151,7 +151,7 @@ LinearTensors WeightLoader::linear_tensors(const std::string& name, int k) const
 }
 
 LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int n, int k,
-                                   const std::vector<std::int32_t>& row_map) {
+                                   const std::vector<std::int32_t>& row_map, bool all_heads) {
   const LinearTensors tensors = linear_tensors(name, k);
   const int rank = tensors.rank;
   const bool is_low_rank = rank > 0;
@@ -159,9 +159,9 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   linear.name = name;
   bool multiplied = is_low_rank && share_.plans[0]->multiplies_out();
   LinearShape shape{n, k, multiplied ? 0 : rank};
-  LinearPlacement place = share_.place(StepKind::kDecode, role, shape);
+  LinearPlacement place = share_.place(StepKind::kDecode, role, shape, all_heads);
   for (StepKind kind : {StepKind::kDecode, StepKind::kPrefill}) {
-    LinearPlacement own = share_.place(kind, role, shape);
+    LinearPlacement own = share_.place(kind, role, shape, all_heads);
     linear.exchanges[static_cast<std::size_t>(kind)] = {own.before, own.after_v, own.after_u};
   }
   bool exchanged = place.after_u != Exchange::kNone;

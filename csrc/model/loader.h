@@ -48,10 +48,10 @@ class WeightLoader {
 
   /// The linear called `name`[n, k]: `name`.weight, or `name`.v.weight [r, k] and `name`.u.weight
   /// [n, r]; optional bias `name`.bias or `name`.u.bias. `row_map` gives the packed order of output
-  /// rows. Throws kInvalidArgument naming the tensor when one is missing, doubled or misshapen, or
-  /// contradicts config.json's ranks.
+  /// rows; `all_heads` as place_linear(). Throws kInvalidArgument naming the tensor when one is
+  /// missing, doubled or misshapen, or contradicts config.json's ranks.
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
-                       const std::vector<std::int32_t>& row_map = {});
+                       const std::vector<std::int32_t>& row_map = {}, bool all_heads = false);
 
   /// The tensors of the linear called `name`, checked as linear() says.
   LinearTensors linear_tensors(const std::string& name, int k) const;

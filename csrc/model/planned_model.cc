@@ -133,6 +133,7 @@ PlanReport DEINFER_ABI::plan_tensor_parallelism(const PlannerConfig& config) {
   options.context = config.context;
   options.mix = config.mix;
   options.kv_cache = config.kv_cache;
+  options.kv_latents = config.kv_latents;
   options.max_chunks = config.max_chunks;
   const ModelConfig model = read_model_config(config.model);
   return choose_plan(planned_model(model, config.keep, config.dtype), options);

@@ -1,6 +1,7 @@
 #include "ops/attention.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace deinfer {
 namespace {
@@ -14,6 +15,7 @@ constexpr int kSharedRows = 16;
 constexpr int kFullRows = 8;
 // Rows of the batch whose absorbed queries and outputs are in memory at once.
 constexpr int kPassRows = 128;
+static_assert(kAttentionTokens <= kPassRows);
 // Memory for partial states; when it is full the remaining units run whole.
 constexpr std::size_t kPartialBytes = std::size_t{16} << 20;
 
@@ -92,7 +94,7 @@ int AttentionSchedule::heads_of_unit(int tokens) const {
   return std::clamp(kSharedRows / (tokens * group), 1, shape_.kv_heads) * group;
 }
 
-void AttentionSchedule::plan(const Batch& batch) {
+void AttentionSchedule::plan(const Batch& batch, int tile_tokens) {
   units_.clear();
   tasks_.clear();
   passes_.clear();
@@ -101,8 +103,21 @@ void AttentionSchedule::plan(const Batch& batch) {
   for (const BatchSequence& sequence : batch.sequences) {
     rows = std::max(rows, sequence.first_row + sequence.num_rows);
   }
-  const int most = absorbs ? kPassRows : std::max(rows, 1);
-  for (int row = 0; row < rows; row += most) plan_rows(batch, {row, std::min(rows, row + most)});
+  const bool sharded = shape_.token_sharded();
+  const int tile = sharded ? tile_tokens : std::max(rows, 1);
+  const int most = sharded ? kAttentionTokens : absorbs ? kPassRows : std::max(rows, 1);
+  for (int begin = 0; begin < rows; begin += tile) {
+    const int end = std::min(rows, begin + tile);
+    for (int row = begin; row < end; row += most)
+      plan_rows(batch, {row, std::min(end, row + most)});
+  }
+}
+
+/// What the tokens of a unit see together of the KV that is here.
+Range AttentionSchedule::seen(const BatchSequence& sequence, const Unit& unit) const {
+  const int first = sequence.first_position + unit.token;
+  const int begin = shape_.window > 0 ? std::max(0, first - shape_.window + 1) : 0;
+  return {shape_.share.before(begin), shape_.share.before(first + unit.tokens)};
 }
 
 void AttentionSchedule::plan_rows(const Batch& batch, Range rows) {
@@ -124,13 +139,12 @@ void AttentionSchedule::plan_rows(const Batch& batch, Range rows) {
         unit.heads = std::min(heads, shape_.heads - head);
         unit.token = token;
         unit.tokens = std::min(tokens, end - token);
-        const int first = sequence.first_position + token;
-        const int seen = shape_.window > 0 ? std::max(0, first - shape_.window + 1) : 0;
-        const int last = first + unit.tokens - 1;
-        unit.first_split = seen / cpu::kKvSplit;
+        const Range range = seen(sequence, unit);
+        const int last = std::max(range.begin, range.end - 1);  // other ranks may have all
+        unit.first_split = range.begin / cpu::kKvSplit;
         unit.num_splits = last / cpu::kKvSplit - unit.first_split + 1;
-        unit.cost =
-            std::int64_t{unit.tokens + 4} * (unit.heads / shape_.group()) * (last - seen + 64);
+        unit.cost = std::int64_t{unit.tokens + 4} * (unit.heads / shape_.group()) *
+                    (last - range.begin + 64);
         units_.push_back(unit);
       }
     }
@@ -176,6 +190,10 @@ void AttentionSchedule::finish(ExecutionContext& ctx, const Unit& unit,
   const int row = sequence.first_row + unit.token;
   int width = shape_.head_dim;
   Activations out = call.out.rows_from(row);
+  if (shape_.token_sharded()) {
+    contribute(unit, row - call.first_row, state, call);
+    if (!shape_.absorbs_v()) return;
+  }
   if (shape_.absorbs_v()) {
     width = padded_rank(call.v_dim);
     out = latent_outputs(call).rows_from(row - call.first_row);
@@ -196,16 +214,79 @@ void AttentionSchedule::finish(ExecutionContext& ctx, const Unit& unit,
   }
 }
 
+/// What this rank found for the rows of a unit, from `row` of the pass on: outputs, unless they are
+/// latents, maxima and sums, of all heads each.
+void AttentionSchedule::contribute(const Unit& unit, int row, const cpu::AttentionState& state,
+                                   const Call& call) {
+  for (int i = 0; i < unit.rows(); ++i) {
+    const int head = unit.head + i % unit.heads;
+    float* out = call.partial + std::ptrdiff_t{row + i / unit.heads} * partial_columns();
+    if (!shape_.absorbs_v()) {
+      std::copy_n(state.output + std::ptrdiff_t{i} * shape_.head_dim, shape_.head_dim,
+                  out + std::ptrdiff_t{head} * shape_.head_dim);
+    }
+    float* numbers = out + std::ptrdiff_t{shape_.heads} * shape_.head_dim;
+    numbers[head] = state.maximum[i];
+    numbers[shape_.heads + head] = state.sum[i];
+  }
+}
+
+/// Outputs that were divided by their sums, as U and the bias of values want them, times these.
+/// (Where a rank found nothing that is no number, but merging passes over it.)
+void AttentionSchedule::scale_contribution(ExecutionContext& ctx, const Pass& pass,
+                                           const Call& call) {
+  auto [begin, end] = ctx.member.share(pass.rows.size());
+  for (int row = begin; row < end; ++row) {
+    float* out = call.partial + std::ptrdiff_t{row} * partial_columns();
+    const float* sums = out + std::ptrdiff_t{shape_.heads} * (shape_.head_dim + 1);
+    for (int head = 0; head < shape_.heads; ++head, out += shape_.head_dim) {
+      ctx.kernels.scale_row(out, shape_.head_dim, sums[head]);
+    }
+  }
+}
+
+/// Exchanges what the ranks found, and merges it for the heads whose outputs are wanted here.
+void AttentionSchedule::merge_ranks(ExecutionContext& ctx, const Pass& pass, const Call& call) {
+  const int head_dim = shape_.head_dim;
+  const Range heads = shape_.out_heads;
+  const Ticket ticket =
+      ctx.exchange_floats(Collective::kReduceScatter, pass.rows.size(), partial_columns());
+  const cpu::AttentionState total = state_at(ctx.scratch.attention.as<float>());
+  auto [begin, end] = ctx.member.share(pass.rows.size() * heads.size());
+  for (int i = begin; i < end; ++i) {
+    const int row = i / heads.size();
+    const int head = heads.begin + i % heads.size();
+    *total.maximum = -std::numeric_limits<float>::infinity();
+    *total.sum = 0.0f;
+    for (int rank = 0; rank < ctx.exchange.size(); ++rank) {
+      // The kernel reads `from` only.
+      auto* part = const_cast<float*>(ctx.floats_from(rank, ticket)) +
+                   std::ptrdiff_t{row} * partial_columns();
+      float* numbers = part + std::ptrdiff_t{shape_.heads} * head_dim + head;
+      ctx.kernels.attention_merge(
+          {numbers, numbers + shape_.heads, part + std::ptrdiff_t{head} * head_dim}, 1, head_dim,
+          total);
+    }
+    const Activations out = call.out.rows_from(pass.rows.begin + row)
+                                .columns_from(std::ptrdiff_t{head - heads.begin} * head_dim);
+    if (out.dtype == DType::kFloat32) {
+      ctx.kernels.attention_finish_f32(total, 1, 1, head_dim, out.f32(), out.ld, head_dim);
+    } else {
+      ctx.kernels.attention_finish_bf16(total, 1, 1, head_dim, out.b16(), out.ld, head_dim);
+    }
+  }
+  ctx.exchange.finish(ctx.member, ticket);
+}
+
 /// K and V of a split as the kernels read them, rebuilt in the scratch memory if need be.
 cpu::KvView AttentionSchedule::view_of(ExecutionContext& ctx, const Unit& unit, int split,
                                        const Call& call) const {
   const BatchSequence& sequence = call.batch.sequences[static_cast<std::size_t>(unit.sequence)];
   const std::int32_t* table = sequence.block_table;
   const int kv_head = unit.head / shape_.group();
-  const int first = sequence.first_position + unit.token;
-  const int seen = shape_.window > 0 ? std::max(0, first - shape_.window + 1) : 0;
-  const Range positions{std::max(seen, split * cpu::kKvSplit),
-                        std::min(first + unit.tokens, (split + 1) * cpu::kKvSplit)};
+  const Range range = seen(sequence, unit);
+  const Range positions{std::max(range.begin, split * cpu::kKvSplit),
+                        std::min(range.end, (split + 1) * cpu::kKvSplit)};
   auto* memory = reinterpret_cast<std::byte*>(
       ctx.scratch.attention.as<float>() + 2 * state_floats_ + kernel_floats(ctx.kernels, shape_));
   cpu::KvView view;
@@ -249,6 +330,7 @@ void AttentionSchedule::run_task(ExecutionContext& ctx, const Task& task, const 
   query.window = shape_.window;
   query.scale = shape_.scale;
   query.soft_cap = shape_.soft_cap;
+  query.share = shape_.share;
   auto* memory = ctx.scratch.attention.as<float>();
   auto attend = [&](int split, const cpu::AttentionState& state) {
     const bool f32 = call.kv.k.dtype == DType::kFloat32;
@@ -308,6 +390,7 @@ void AttentionSchedule::run(ExecutionContext& ctx, const Batch& batch, const flo
   if (shape_.absorbs_v()) call.v_dim = kv.v.shape.dim;
   for (const Pass& pass : passes_) {
     call.first_row = pass.rows.begin;
+    if (shape_.token_sharded()) call.partial = ctx.floats_to_send();
     if (shape_.absorbs_k()) absorb_queries(ctx, pass, call);
     auto first_of = [&](int member) {
       auto begin = tasks_.begin() + pass.tasks.begin;
@@ -324,9 +407,13 @@ void AttentionSchedule::run(ExecutionContext& ctx, const Batch& batch, const flo
       ctx.member.barrier();
     }
     if (shape_.absorbs_v()) {
+      const Activations partial{call.partial, DType::kFloat32, partial_columns()};
       expand_values(ctx, pass.rows.size(), latents, shape_.counts(), latent_outputs(call),
-                    out.rows_from(pass.rows.begin));
+                    shape_.token_sharded() ? partial : out.rows_from(pass.rows.begin));
     }
+    if (!shape_.token_sharded()) continue;
+    if (shape_.absorbs_v()) scale_contribution(ctx, pass, call);
+    merge_ranks(ctx, pass, call);
   }
 }
 

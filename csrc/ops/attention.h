@@ -1,4 +1,6 @@
-// Causal attention of a batch over paged KV, or over the latents that it was made of.
+// Causal attention of a batch over paged KV, or over the latents that it was made of. Where ranks
+// divide the tokens, each attends to its own for all heads; a rank receives what all found for its
+// heads and merges it in the order of the ranks, weighted by the sums of exponentials.
 #pragma once
 
 #include <vector>
@@ -20,6 +22,8 @@ struct AttentionShape {
   KvForms forms;          // of the layers that it serves
   int k_latent = 0;       // the largest rank of their absorbed keys
   int v_latent = 0;       // and values
+  cpu::TokenShare share;  // whose tokens' KV is here
+  Range out_heads;        // whose outputs are wanted, where ranks divide the tokens
 
   int group() const { return heads / kv_heads; }
   HeadCounts counts() const { return {heads, kv_heads, head_dim}; }
@@ -28,6 +32,7 @@ struct AttentionShape {
   bool rebuilds() const { return forms.k == KvForm::kRebuilt || forms.v == KvForm::kRebuilt; }
   int k_width() const { return absorbs_k() ? k_latent : head_dim; }
   int v_width() const { return absorbs_v() ? v_latent : head_dim; }
+  bool token_sharded() const { return share.size > 1; }
   bool operator==(const AttentionShape&) const = default;
 };
 
@@ -38,10 +43,12 @@ class AttentionSchedule {
   /// `activations` is the type of what run() writes.
   AttentionSchedule(const AttentionShape& shape, DType activations, int num_threads);
 
-  /// Plans `batch`; call it on one thread before the layers run.
-  void plan(const Batch& batch);
+  /// Plans `batch`; call it on one thread before the layers run. What ranks exchange goes in parts
+  /// of kAttentionTokens rows of each `tile_tokens` (Overlap).
+  void plan(const Batch& batch, int tile_tokens = kTileTokens);
 
-  /// out[m, heads * head_dim] = attention(q[m, heads, head_dim]) in the activation type.
+  /// out[m, heads * head_dim] = attention(q[m, heads, head_dim]) in the activation type; of
+  /// out_heads where ranks divide the tokens.
   void run(ExecutionContext& ctx, const Batch& batch, const float* q, std::ptrdiff_t ldq,
            const KvLayer& kv, const LatentKv& latents, const Activations& out);
 
@@ -84,12 +91,14 @@ class AttentionSchedule {
     const KvLayer& kv;
     const LatentKv& latents;
     Activations out;
-    int k_dim, v_dim;   // of the layer's K and V as attention sees them
-    int first_row = 0;  // of the pass
+    int k_dim, v_dim;          // of the layer's K and V as attention sees them
+    int first_row = 0;         // of the pass
+    float* partial = nullptr;  // this rank's contribution, where ranks divide the tokens
   };
 
   int tokens_of_unit(int rows) const;
   int heads_of_unit(int tokens) const;
+  Range seen(const BatchSequence& sequence, const Unit& unit) const;
   void plan_rows(const Batch& batch, Range rows);
   void plan_tasks(Pass& pass);
   cpu::AttentionState state_at(float* memory) const;
@@ -99,6 +108,10 @@ class AttentionSchedule {
   void merge_partials(ExecutionContext& ctx, const Pass& pass, const Call& call);
   void finish(ExecutionContext& ctx, const Unit& unit, const cpu::AttentionState& state,
               const Call& call);
+  void contribute(const Unit& unit, int row, const cpu::AttentionState& state, const Call& call);
+  void scale_contribution(ExecutionContext& ctx, const Pass& pass, const Call& call);
+  void merge_ranks(ExecutionContext& ctx, const Pass& pass, const Call& call);
+  int partial_columns() const { return shape_.heads * (shape_.head_dim + 2); }
   Activations latent_outputs(const Call& call);
 
   AttentionShape shape_;

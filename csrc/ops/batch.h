@@ -10,7 +10,7 @@ namespace deinfer {
 
 /// Where a token's K and V are stored.
 struct KvSlot {
-  std::int32_t block = 0;
+  std::int32_t block = 0;   // -1: nowhere, as another rank keeps them
   std::int32_t offset = 0;  // in the block, tokens
 };
 

@@ -14,16 +14,19 @@ cpu::KvSideView KvSide::view(int head, int group, const std::int32_t* block_tabl
   return side;
 }
 
-std::uint64_t KvCacheConfig::token_bytes() const {
+std::uint64_t KvCacheConfig::block_bytes() const {
   std::uint64_t bytes = 0;
-  for (const KvLayerShape& layer : layers) bytes += token_bytes(layer.k) + token_bytes(layer.v);
+  for (const KvLayerShape& layer : layers) {
+    bytes += (token_bytes(layer.k) + token_bytes(layer.v)) *
+             static_cast<std::uint64_t>(kept_tokens(layer));
+  }
   return bytes;
 }
 
 KvCache::KvCache(const KvCacheConfig& config) : config_(config) {
-  const std::uint64_t tokens =
-      static_cast<std::uint64_t>(config.block_size) * static_cast<std::uint64_t>(config.num_blocks);
   for (const KvLayerShape& layer : config.layers) {
+    const std::uint64_t tokens = static_cast<std::uint64_t>(config.kept_tokens(layer)) *
+                                 static_cast<std::uint64_t>(config.num_blocks);
     k_.emplace_back(config.token_bytes(layer.k) * tokens);
     v_.emplace_back(config.token_bytes(layer.v) * tokens);
   }
@@ -31,10 +34,12 @@ KvCache::KvCache(const KvCacheConfig& config) : config_(config) {
 
 KvLayer KvCache::layer(int index) {
   auto i = static_cast<std::size_t>(index);
+  const KvLayerShape& layer = config_.layers[i];
   auto side = [&](Buffer& pool, const KvSideShape& shape) {
-    return KvSide{pool.as<std::byte>(), shape, config_.dtype, config_.block_size};
+    return KvSide{pool.as<std::byte>(),       shape,        config_.dtype,
+                  config_.kept_tokens(layer), config_.rank, layer.ranks};
   };
-  return {side(k_[i], config_.layers[i].k), side(v_[i], config_.layers[i].v)};
+  return {side(k_[i], layer.k), side(v_[i], layer.v)};
 }
 
 }  // namespace deinfer

@@ -1,5 +1,6 @@
 // The paged KV memory of one rank: of every layer a pool of K and one of V, each as wide as what it
-// keeps. Block tables are common to all.
+// keeps. Block tables are common to all layers and ranks; of a token-sharded layer a rank has a run
+// of the tokens of every block.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,11 @@ struct KvSide {
   std::byte* data = nullptr;
   KvSideShape shape;
   DType dtype = DType::kFloat32;
-  int block_size = 0;
+  int block_size = 0;  // tokens of a block that the rank keeps
+  int rank = 0;        // of those that divide a block's tokens
+  int ranks = 1;
 
+  cpu::TokenShare share() const { return {rank, ranks, block_size}; }
   bool is_latent() const { return shape.form != KvForm::kDense; }
   std::ptrdiff_t head_stride() const { return std::ptrdiff_t{block_size} * shape.dim; }
   std::ptrdiff_t block_stride() const { return head_stride() * shape.heads; }
@@ -40,19 +44,19 @@ struct KvLayer {
 /// Shape of a rank's cache.
 struct KvCacheConfig {
   std::vector<KvLayerShape> layers;
-  int block_size = 16;
+  int block_size = 16;  // a multiple of 16 x the ranks that divide the tokens of a layer
   std::int64_t num_blocks = 0;
   DType dtype = DType::kFloat32;
+  int rank = 0;  // of those that divide tokens
 
-  /// Bytes that a token takes in one side of a layer, and in all.
+  /// Bytes that a token takes in one side of a layer where it is kept.
   std::uint64_t token_bytes(const KvSideShape& side) const {
     return side.elements() * dtype_size(dtype);
   }
-  std::uint64_t token_bytes() const;
+  /// Tokens of a block that the rank keeps.
+  int kept_tokens(const KvLayerShape& layer) const { return block_size / layer.ranks; }
   /// Bytes of one block over all layers, K and V.
-  std::uint64_t block_bytes() const {
-    return token_bytes() * static_cast<std::uint64_t>(block_size);
-  }
+  std::uint64_t block_bytes() const;
 };
 
 /// Owns the pools of all layers. Pages are taken from the OS when blocks are first used.

@@ -124,6 +124,7 @@ void run_heads(ExecutionContext& ctx, int m, int heads, F job_of) {
 
 void StoreLatent::store(const Activations& z, int row) const {
   const KvSlot slot = slots_[static_cast<std::size_t>(row)];
+  if (slot.block < 0) return;
   std::byte* block = side_.at(slot.block, 0);
   const Activations from = z.rows_from(row);
   if (!by_groups_) {
@@ -145,6 +146,7 @@ void StoreLatent::store(const Activations& z, int row) const {
 }
 
 void store_key_scale(const KvSide& side, KvSlot slot, float scale) {
+  if (slot.block < 0) return;
   const auto row = static_cast<std::size_t>(side.shape.dim) * dtype_size(side.dtype);
   std::memcpy(
       side.at(slot.block, 0) + static_cast<std::size_t>(slot.offset + 1) * row - sizeof scale,
@@ -171,6 +173,7 @@ void rebuild_keys(ExecutionContext& ctx, const LatentKv& latents, const KvSide& 
   const bool tiles_turn = angles.cos != nullptr && latents.key_norm_kind == QkNormKind::kNone;
   const int most = std::min(kRunTokens, kScratchFloats / head_dim);
   for_each_run(side, block_table, positions, most, [&](const Activations& z, int p, int count) {
+    const std::ptrdiff_t angle = side.share().position(p) * angles.ld;
     if (tiles_turn) {  // packed so that pairs meet
       const int panels = (half + cpu::kLanes - 1) / cpu::kLanes;
       for (int i = 0; i < panels; ++i) {
@@ -179,8 +182,7 @@ void rebuild_keys(ExecutionContext& ctx, const LatentKv& latents, const KvSide& 
         const float* bias = bias_of(linear);
         multiply_panel(kernels, linear.u, {0, linear.u.k_pad}, z, count, panel, nullptr, tile);
         kernels.rope_tile(tile, count, bias == nullptr ? nullptr : bias + panel * cpu::kPanelRows,
-                          angles.cos + p * angles.ld + pair, angles.sin + p * angles.ld + pair,
-                          angles.ld);
+                          angles.cos + angle + pair, angles.sin + angle + pair, angles.ld);
         const int pairs = std::min(cpu::kLanes, half - pair);
         for (int row = 0; row < count; ++row) {
           const float* values = tile + std::ptrdiff_t{row} * cpu::kPanelRows;
@@ -203,7 +205,7 @@ void rebuild_keys(ExecutionContext& ctx, const LatentKv& latents, const KvSide& 
         kernels.scale_row(values, head_dim, scale);
       }
       if (angles.cos != nullptr) {
-        const std::ptrdiff_t at = (p + row) * angles.ld;
+        const std::ptrdiff_t at = angle + row * angles.ld;
         rotate_head(kernels, values, head_dim, angles.cos + at, angles.sin + at);
       }
       write(values, head_dim, 0, head_dim, p + row - base, out);

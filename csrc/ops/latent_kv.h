@@ -56,9 +56,9 @@ void store_key_scale(const KvSide& side, KvSlot slot, float scale);
 /// Bytes of a rebuilt split of one kv head.
 std::size_t rebuilt_split_bytes(DType dtype, int head_dim);
 
-/// Makes K, or V, of kv head `head` at `positions` of one split, with the bits that a dense cache
-/// would have, in the layout of a block of kKvSplit tokens. One thread does it for itself, with the
-/// tiles of its scratch memory.
+/// Makes K, or V, of kv head `head` at `positions` of one split, numbered as in side.share(), with
+/// the bits that a dense cache would have, in the layout of a block of kKvSplit tokens. One thread
+/// does it for itself, with the tiles of its scratch memory.
 void rebuild_keys(ExecutionContext& ctx, const LatentKv& latents, const KvSide& side,
                   const HeadCounts& counts, int head, const std::int32_t* block_table,
                   Range positions, std::byte* out);

@@ -192,6 +192,7 @@ class StoreKey final : public Epilogue {
     tile_.rotate(kernels, tile, row, m, first, [&](const float* half, int count, int d0) {
       for (int i = 0; i < m; ++i) {
         KvSlot slot = out_.slots[static_cast<std::size_t>(row + i)];
+        if (slot.block < 0) continue;
         write(half + std::ptrdiff_t{i} * cpu::kPanelRows, count, d0, out_.head_dim, slot.offset,
               side.at(slot.block, head));
       }
@@ -217,11 +218,12 @@ class StoreCached final : public Epilogue {
     auto write = is_key_ ? write_k : write_v;
     int valid = std::min(cols, linear_.output_factor().n - first);
     for (int i = 0; i < m; ++i) {
+      KvSlot slot = out_.slots[static_cast<std::size_t>(row + i)];
+      if (slot.block < 0) continue;
       float* values = tile + std::ptrdiff_t{i} * cpu::kPanelRows;
       if (linear_.has_bias()) {
         for (int j = 0; j < valid; ++j) values[j] += bias_at(linear_, first)[j];
       }
-      KvSlot slot = out_.slots[static_cast<std::size_t>(row + i)];
       for (int j = 0; j < valid;) {  // a panel may span heads
         int head = (first + j) / out_.head_dim;
         int d0 = (first + j) % out_.head_dim;

@@ -113,6 +113,7 @@ class Normalizer {
                   angles_.sin + unit.row * angles_.ld);
       if (unit.is_query) continue;
       KvSlot slot = qkv_.slots[static_cast<std::size_t>(unit.row)];
+      if (slot.block < 0) continue;
       write(values, head_dim(), 0, head_dim(), slot.offset, side.at(slot.block, head));
     }
   }

@@ -64,7 +64,7 @@ GroupCost group_cost(const PlannedModel& model, const TensorParallelPlan& plan,
     bool after_u = false;
     double outputs = 0;
     for (const auto& [role, shape] : group.linears) {
-      const LinearPlacement place = plan.place(role, shape, rank);
+      const LinearPlacement place = place_linear(plan, role, shape, rank, group.all_heads);
       const double u_elements = elements(place.u_rows, place.u_cols);
       after_u |= place.after_u != Exchange::kNone;
       if (shape.rank == 0 || plan.multiplies_out()) {
@@ -195,12 +195,13 @@ double tiled_seconds(const GroupCost& tile, const Hardware& hardware, int tiles,
   return time.now();
 }
 
-/// Seconds of exchanges that nothing hides: of x before V, of statistics.
+/// Seconds of exchanges that nothing hides: of x before V, of statistics, of partial attention.
 double exposed_seconds(const GroupCost& group, const Hardware& hardware, const LinkModel& link,
                        int ranks) {
   double exposed = 0;
   for (const PlannedExchange& exchange : group.exchanges) {
-    if (exchange.stage != ExchangeStage::kBefore && exchange.stage != ExchangeStage::kStatistics) {
+    if (exchange.stage != ExchangeStage::kBefore && exchange.stage != ExchangeStage::kStatistics &&
+        exchange.stage != ExchangeStage::kAttention) {
       continue;
     }
     exposed += exchange_seconds(link, exchange.kind, exchange.bytes, ranks) +
@@ -250,14 +251,23 @@ Hardware parse_hardware(std::string_view text) {
   return hardware;
 }
 
+std::vector<KvForms> PlannedModel::kv_forms() const {
+  std::vector<KvForms> forms;
+  for (const LayerShape& layer : layers) forms.push_back(layer.kv);
+  return forms;
+}
+
+void PlannedModel::set_kv_forms(const std::vector<KvForms>& forms) {
+  for (std::size_t i = 0; i < layers.size(); ++i) layers[i].kv = forms[i];
+}
+
 StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
                    const Hardware& hardware, const LinkModel& link, const Phase& phase,
                    int chunks) {
   StepCost cost;
   cost.chunks = chunks;
   int operations = kEndOperations;
-  for (std::size_t i = 0; i < model.layers.size(); ++i) {
-    const LayerShape& layer = model.layers[i];
+  for (const LayerShape& layer : model.layers) {
     for (const LinearGroup& group : layer_groups(plan, layer)) {
       const GroupCost part = group_cost(model, plan, group, hardware, phase.tokens);
       cost.products += part.v + part.u;
@@ -265,9 +275,9 @@ StepCost step_cost(const PlannedModel& model, const TensorParallelPlan& plan,
       cost.exchanges +=
           exchange_cost(model, plan, group, part, hardware, link, phase.tokens, chunks);
     }
-    cost.attention += attention_seconds(model, plan, hardware, phase, layer,
-                                        model.kv_forms.empty() ? KvForms{} : model.kv_forms[i]);
+    cost.attention += attention_seconds(model, plan, hardware, phase, layer);
     operations += kLayerOperations + hidden_norms(model.norms);
+    if (layer.kv.token_sharded) ++operations;  // the merge of what ranks found
     if (model.norms.qk != QkNormKind::kNone) ++operations;
   }
 
@@ -314,16 +324,16 @@ StepCost best_step_cost(const PlannedModel& model, const TensorParallelPlan& pla
 std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelPlan& plan,
                                 int rank) {
   double weights = 0;
-  auto add = [&](LinearRole role, const LinearShape& shape) {
-    const LinearPlacement place = plan.place(role, shape, rank);
+  auto add = [&](LinearRole role, const LinearShape& shape, bool all_heads) {
+    const LinearPlacement place = place_linear(plan, role, shape, rank, all_heads);
     weights += elements(place.v_rows, place.v_cols) + elements(place.u_rows, place.u_cols);
   };
   for (const LayerShape& layer : model.layers) {
     for (const LinearGroup& group : layer_groups(plan, layer)) {
-      for (const auto& [role, shape] : group.linears) add(role, shape);
+      for (const auto& [role, shape] : group.linears) add(role, shape, group.all_heads);
     }
   }
-  add(LinearRole::kHead, model.head);
+  add(LinearRole::kHead, model.head, false);
   double bytes = weights * model.weight_bytes;
   if (!model.tied_embeddings) {
     bytes += static_cast<double>(plan.vocab_share(rank).size()) * model.shape.hidden_size *
@@ -336,6 +346,14 @@ std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelP
   const bool biases = model.norms.input == NormKind::kLayer;
   bytes += norms * model.shape.hidden_size * sizeof(float) * (biases ? 2 : 1);
   return static_cast<std::uint64_t>(bytes);
+}
+
+std::uint64_t most_weight_bytes(const PlannedModel& model, const TensorParallelPlan& plan) {
+  std::uint64_t most = 0;
+  for (int rank = 0; rank < plan.size(); ++rank) {
+    most = std::max(most, rank_weight_bytes(model, plan, rank));
+  }
+  return most;
 }
 
 double wire_bytes_per_token(const PlannedModel& model, const TensorParallelPlan& plan) {

@@ -44,12 +44,14 @@ struct PlannedModel {
   LinearShape head;
   bool tied_embeddings = false;
   LayerNorms norms;
-  bool absorbs_keys = false;      // as KvTraits
-  bool scales_keys = false;       // likewise
-  std::vector<KvForms> kv_forms;  // of every layer; none: all dense
-  int positions = 0;              // rows of the table of learned ones
-  int weight_bytes = 2;           // of an element of a linear
-  int activation_bytes = 2;       // of z, the KV cache and an untied embedding: 2 or 4
+  bool absorbs_keys = false;  // as KvTraits
+  bool scales_keys = false;   // likewise
+  int positions = 0;          // rows of the table of learned ones
+  int weight_bytes = 2;       // of an element of a linear
+  int activation_bytes = 2;   // of z, the KV cache and an untied embedding: 2 or 4
+
+  std::vector<KvForms> kv_forms() const;  // of every layer
+  void set_kv_forms(const std::vector<KvForms>& forms);
 
   KvTraits kv_traits() const {
     return {shape.num_heads / shape.num_kv_heads, shape.head_dim, absorbs_keys, scales_keys};
@@ -88,17 +90,19 @@ StepCost best_step_cost(const PlannedModel& model, const TensorParallelPlan& pla
 /// Bytes of the weights of one rank, without padding: linears, embedding, norms.
 std::uint64_t rank_weight_bytes(const PlannedModel& model, const TensorParallelPlan& plan,
                                 int rank);
-/// Bytes that a token takes in the KV cache of one rank, in model.kv_forms.
+/// The same of the rank with most.
+std::uint64_t most_weight_bytes(const PlannedModel& model, const TensorParallelPlan& plan);
+/// Bytes that a token takes in the KV cache of one rank, on average where ranks divide the tokens,
+/// rounded up.
 std::uint64_t rank_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan, int rank);
 /// The same of the rank with most.
 std::uint64_t most_kv_bytes(const PlannedModel& model, const TensorParallelPlan& plan);
-/// What a rank keeps of a layer in these forms.
+/// What a rank keeps of a layer.
 KvLayerShape rank_kv_shape(const PlannedModel& model, const TensorParallelPlan& plan,
-                           const LayerShape& layer, const KvForms& forms, int rank);
-/// Seconds of the attention of a layer in these forms, on the slowest rank.
+                           const LayerShape& layer, int rank);
+/// Seconds of the attention of a layer, on the slowest rank, without exchanges.
 double attention_seconds(const PlannedModel& model, const TensorParallelPlan& plan,
-                         const Hardware& hardware, const Phase& phase, const LayerShape& layer,
-                         const KvForms& forms);
+                         const Hardware& hardware, const Phase& phase, const LayerShape& layer);
 /// Bytes that a rank sends for one decoded token, on average over ranks, by the formulas of
 /// comm/communicator.h.
 double wire_bytes_per_token(const PlannedModel& model, const TensorParallelPlan& plan);

@@ -1,5 +1,6 @@
 #include "plan/exchanges.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "plan/overlap.h"
@@ -26,6 +27,10 @@ Collective collective_of(Exchange exchange) {
   }
 }
 
+int attention_part_columns(const ModelShape& model) {
+  return model.num_heads * (model.head_dim + 2);
+}
+
 std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const LayerShape& layer) {
   std::vector<LinearGroup> groups = {
       {"qkv",
@@ -37,6 +42,7 @@ std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const Laye
       {"gate_up", false, {{LinearRole::kGate, layer.gate}, {LinearRole::kUp, layer.up}}},
       {"down", true, {{LinearRole::kDown, layer.down}}},
   };
+  groups[0].all_heads = layer.kv.token_sharded;
   if (layer.gate.n == 0) groups[2].linears.erase(groups[2].linears.begin());
   if (plan.merges_exchanges()) return groups;
   std::vector<LinearGroup> single;
@@ -117,9 +123,15 @@ std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,
         count(m, statistics_columns(norms.output)) * sizeof(float));
   }
   const bool has_query = group.linears.front().first == LinearRole::kQuery;
-  if (has_query && norms.qk == QkNormKind::kFull && plan.divides_heads()) {
+  if (has_query && norms.qk == QkNormKind::kFull && plan.divides_heads() && !group.all_heads) {
     exchanges.push_back({Collective::kAllReduce, "qk_norm", ExchangeStage::kStatistics,
                          count(m, 2) * sizeof(float)});
+  }
+  for (int first = 0; group.all_heads && first < m; first += kAttentionTokens) {
+    exchanges.push_back(
+        {Collective::kReduceScatter, "attention", ExchangeStage::kAttention,
+         count(std::min(kAttentionTokens, m - first), attention_part_columns(plan.model())) *
+             sizeof(float)});
   }
   return exchanges;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "comm/communicator.h"
+#include "plan/kv_forms.h"
 #include "plan/norms.h"
 #include "plan/tensor_parallel_plan.h"
 
@@ -17,10 +18,15 @@ namespace deinfer {
 /// The linears of one layer. A plain MLP has no gate: n is 0.
 struct LayerShape {
   LinearShape query, key, value, attention_output, gate, up, down;
+  KvForms kv = {};  // what the KV cache keeps
 };
 
 /// The collective that makes an exchange, which must not be kNone.
 Collective collective_of(Exchange exchange);
+
+/// Floats per token of what a rank finds in its tokens: of every head an output, its maximum and
+/// its sum.
+int attention_part_columns(const ModelShape& model);
 
 /// Where in a layer or step an exchange stands.
 enum class ExchangeStage {
@@ -28,14 +34,15 @@ enum class ExchangeStage {
   kAfterV,
   kAfterU,
   kStatistics,  // of a norm after U, alone
+  kAttention,   // of what ranks find in their tokens
   kEnd,         // of the model: embedding, final norm, logits
 };
 
 struct PlannedExchange {
   Collective kind;
-  std::string_view
-      where;  // "qkv", "attention_output", "gate_up", "down", the linear ("query", ...)
-              // under naive, "qk_norm", or "embedding", "final_norm", "logits", "most_likely"
+  std::string_view where;  // "qkv", "attention_output", "gate_up", "down", the linear ("query",
+                           // ...) under naive, "qk_norm", "attention", or "embedding",
+                           // "final_norm", "logits", "most_likely"
   ExchangeStage stage;
   std::uint64_t bytes;  // contributed by the rank
   bool operator==(const PlannedExchange&) const = default;
@@ -46,6 +53,7 @@ struct LinearGroup {
   std::string_view where;
   bool adds_to_residual = false;
   std::vector<std::pair<LinearRole, LinearShape>> linears;
+  bool all_heads = false;  // as place_linear(); attention over token-sharded KV follows
 };
 
 /// In the order of execution: qkv, attention output, gate and up, down; one linear each under a
@@ -57,6 +65,9 @@ std::vector<LinearGroup> layer_groups(const TensorParallelPlan& plan, const Laye
 /// LayerNorm); gathered z and normed rows travel in the activation type, the gathered residual
 /// columns in fp32. Statistics of norms after U, of rows that ranks have parts of, travel alone: 1
 /// column under hidden shards for the RMSNorm of what a block adds, 2 for q and k over all heads.
+/// Attention over token-sharded KV follows the projections: for each token and head an output, its
+/// maximum and its sum, in fp32, of which a rank receives those of its heads; kAttentionTokens
+/// tokens at a time.
 /// `activation_bytes`: 2 or 4. Sums of z go in up to `chunks` chunks (plan/overlap.h), the
 /// statistics with the first.
 std::vector<PlannedExchange> group_exchanges(const TensorParallelPlan& plan,

@@ -36,7 +36,8 @@ Prediction predict(const PlannedModel& model, const TensorParallelPlan& plan,
   if (demand.tokens >= 0) {
     room = static_cast<double>(demand.tokens) / demand.context;
   } else if (demand.bytes > 0) {
-    room = static_cast<double>(demand.bytes) /
+    const std::uint64_t weights = demand.with_weights ? most_weight_bytes(model, plan) : 0;
+    room = static_cast<double>(demand.bytes - std::min(demand.bytes, weights)) /
            (static_cast<double>(most_kv_bytes(model, plan)) * demand.context);
   }
   // Contexts vary, so that there are as many on average, not a whole number.
@@ -62,17 +63,18 @@ std::vector<Candidate> candidates(const PlannedModel& model, const TensorParalle
   std::vector<Candidate> all;
   const Phase phase{false, 1, context};
   for (std::size_t i = 0; i < model.layers.size(); ++i) {
-    const LayerShape& layer = model.layers[i];
-    const double dense = attention_seconds(model, plan, hardware, phase, layer, {});
-    const KvLayerShape before = rank_kv_shape(model, plan, layer, {}, 0);
-    const KvForms sides[] = {{latent[i].k, KvForm::kDense}, {KvForm::kDense, latent[i].v}};
+    LayerShape layer = model.layers[i];
+    const double dense = attention_seconds(model, plan, hardware, phase, layer);
+    const double before = rank_kv_shape(model, plan, layer, 0).elements();
+    const bool sharded = latent[i].token_sharded;
+    const KvForms sides[] = {{latent[i].k, KvForm::kDense, sharded},
+                             {KvForm::kDense, latent[i].v, sharded}};
     for (const KvForms& forms : sides) {
-      if (forms == KvForms{}) continue;
-      const KvLayerShape after = rank_kv_shape(model, plan, layer, forms, 0);
-      const double saved = static_cast<double>(before.k.elements() + before.v.elements()) -
-                           static_cast<double>(after.k.elements() + after.v.elements());
+      if (!forms.any_latent()) continue;
+      layer.kv = forms;
+      const double saved = before - rank_kv_shape(model, plan, layer, 0).elements();
       if (saved <= 0) continue;
-      const double added = attention_seconds(model, plan, hardware, phase, layer, forms) - dense;
+      const double added = attention_seconds(model, plan, hardware, phase, layer) - dense;
       all.push_back({i, forms.k != KvForm::kDense, added / saved});
     }
   }
@@ -101,49 +103,114 @@ std::string side_text(const std::vector<KvForms>& forms, KvForm KvForms::* side)
   return text;
 }
 
-KvChoice choose_automatically(PlannedModel model, const TensorParallelPlan& plan,
-                              const Hardware& hardware, const LinkModel& link,
-                              const KvDemand& demand) {
-  const std::vector<KvForms> dense(model.layers.size());
-  const std::vector<KvForms> latent = latent_kv_forms(model, plan);
-  model.kv_forms = dense;
+/// The best of some sides being latent, all replicated or all token-sharded.
+struct Best {
+  std::vector<KvForms> forms;
+  Prediction prediction;
+  std::size_t candidates = 0;
+};
+
+Best best_latents(PlannedModel model, const TensorParallelPlan& plan, const Hardware& hardware,
+                  const LinkModel& link, const KvDemand& demand, bool token_sharded) {
+  const std::vector<KvForms> latent = latent_kv_forms(model, plan, token_sharded);
   const Prediction before = predict(model, plan, hardware, link, demand);
-  Prediction best = before;
-  KvChoice choice{dense, {}};
-  const std::uint64_t dense_bytes = most_kv_bytes(model, plan);
+  Best best{model.kv_forms(), before, 0};
   const std::vector<Candidate> sides = candidates(model, plan, hardware, latent, demand.context);
+  best.candidates = sides.size();
   for (std::size_t i = 0; i < sides.size(); ++i) {
-    KvForms& forms = model.kv_forms[sides[i].layer];
+    KvForms& forms = model.layers[sides[i].layer].kv;
     const KvForms& to = latent[sides[i].layer];
     (sides[i].is_key ? forms.k : forms.v) = sides[i].is_key ? to.k : to.v;
+    forms.token_sharded = to.token_sharded;
     // Sides of one price go together.
     if (i + 1 < sides.size() && sides[i + 1].price == sides[i].price) continue;
     const Prediction after = predict(model, plan, hardware, link, demand);
     // What only promises time is not worth the risk of a prediction: latents are for room.
     if (after.sequences <= before.sequences) continue;
-    if (after.rate() > best.rate() && after.rate() >= kLeastGain * before.rate()) {
-      best = after;
-      choice.forms = model.kv_forms;
+    if (after.rate() > best.prediction.rate() && after.rate() >= kLeastGain * before.rate()) {
+      best.prediction = after;
+      best.forms = model.kv_forms();
     }
   }
-  model.kv_forms = choice.forms;
-  const std::string at = str_cat(" at context ", demand.context);
-  if (choice.forms == dense) {
-    choice.reason = str_cat("dense: of ", sides.size(),
-                            " K and V that latents would shrink, none "
-                            "promises more throughput",
-                            at, " (", prediction_text(before), ")");
-    return choice;
+  return best;
+}
+
+/// The ways in which latents may lie on the ranks.
+std::vector<bool> shardings(const KvRequest& request, const TensorParallelPlan& plan) {
+  if (plan.size() == 1 || request.latents == "replicated") return {false};
+  if (request.latents == "token_sharded") return {true};
+  return {false, true};
+}
+
+KvChoice choose_automatically(const KvRequest& request, PlannedModel model,
+                              const TensorParallelPlan& plan, const Hardware& hardware,
+                              const LinkModel& link, const KvDemand& demand) {
+  model.set_kv_forms(std::vector<KvForms>(model.layers.size()));
+  const Prediction before = predict(model, plan, hardware, link, demand);
+  const std::uint64_t dense_bytes = most_kv_bytes(model, plan);
+  Best best{model.kv_forms(), before, 0};
+  std::size_t sides = 0;
+  for (const bool token_sharded : shardings(request, plan)) {
+    Best found = best_latents(model, plan, hardware, link, demand, token_sharded);
+    sides = std::max(sides, found.candidates);
+    if (found.prediction.rate() > best.prediction.rate()) best = std::move(found);
   }
-  choice.reason = str_cat(kv_forms_text(choice.forms), ": ", most_kv_bytes(model, plan),
-                          " bytes per token and rank instead of ", dense_bytes, "; predicted", at,
-                          ": ", prediction_text(best), " instead of ", prediction_text(before));
-  return choice;
+  const std::string at = str_cat(" at context ", demand.context);
+  if (best.forms == model.kv_forms()) {
+    return {best.forms, str_cat("dense: of ", sides,
+                                " K and V that latents would shrink, none "
+                                "promises more throughput",
+                                at, " (", prediction_text(before), ")")};
+  }
+  model.set_kv_forms(best.forms);
+  return {best.forms,
+          str_cat(kv_forms_text(best.forms, plan.size()), ": ", most_kv_bytes(model, plan),
+                  " bytes per token and rank instead of ", dense_bytes, "; predicted", at, ": ",
+                  prediction_text(best.prediction), " instead of ", prediction_text(before))};
+}
+
+/// All latents, where the ranks keep them as asked for or as promises more throughput.
+KvChoice choose_all(const KvRequest& request, PlannedModel model, const TensorParallelPlan& plan,
+                    const Hardware& hardware, const LinkModel& link, const KvDemand& demand) {
+  struct Option {
+    std::vector<KvForms> forms;
+    std::uint64_t bytes = 0;
+    Prediction prediction;
+  };
+  const std::vector<bool> ways = shardings(request, plan);
+  std::vector<Option> options;
+  for (const bool token_sharded : ways) {
+    Option& option = options.emplace_back();
+    option.forms = latent_kv_forms(model, plan, token_sharded);
+    model.set_kv_forms(option.forms);
+    option.bytes = most_kv_bytes(model, plan);
+    if (ways.size() > 1) option.prediction = predict(model, plan, hardware, link, demand);
+  }
+  std::string reason = "asked for";
+  if (options.size() > 1) {
+    if (options[1].prediction.rate() > options[0].prediction.rate()) {
+      std::swap(options[0], options[1]);
+    }
+    reason = str_cat("latents asked for; so they take ", options[0].bytes,
+                     " bytes per token and rank, predicted at context ", demand.context, ": ",
+                     prediction_text(options[0].prediction), ", the other way ", options[1].bytes,
+                     " bytes, ", prediction_text(options[1].prediction));
+  }
+  return {options[0].forms, str_cat(kv_forms_text(options[0].forms, plan.size()), ": ", reason)};
 }
 
 }  // namespace
 
-std::vector<KvForms> latent_kv_forms(const PlannedModel& model, const TensorParallelPlan& plan) {
+void KvRequest::validate() const {
+  check_argument(cache == "dense" || cache == "latent" || cache == "auto", "kv_cache=\"", cache,
+                 "\" is unknown; use \"dense\", \"latent\" or \"auto\"");
+  check_argument(latents == "replicated" || latents == "token_sharded" || latents == "auto",
+                 "kv_latents=\"", latents,
+                 "\" is unknown; use \"replicated\", \"token_sharded\" or \"auto\"");
+}
+
+std::vector<KvForms> latent_kv_forms(const PlannedModel& model, const TensorParallelPlan& plan,
+                                     bool token_sharded) {
   std::vector<KvForms> forms;
   for (const LayerShape& layer : model.layers) {
     KvForms& latent = forms.emplace_back();
@@ -153,60 +220,69 @@ std::vector<KvForms> latent_kv_forms(const PlannedModel& model, const TensorPara
     if (has_latents(plan, LinearRole::kValue, layer.value)) {
       latent.v = latent_value_form(model.kv_traits(), layer.value.rank);
     }
+    latent.token_sharded = token_sharded && plan.size() > 1 && latent.any_latent();
   }
   return forms;
 }
 
-KvChoice choose_kv_forms(std::string_view kind, const PlannedModel& model,
+KvChoice choose_kv_forms(const KvRequest& request, const PlannedModel& model,
                          const TensorParallelPlan& plan, const Hardware& hardware,
                          const LinkModel& link, const KvDemand& demand) {
+  request.validate();
   const std::vector<KvForms> dense(model.layers.size());
-  if (kind == "dense") return {dense, "dense: asked for"};
-  if (kind == "auto") return choose_automatically(model, plan, hardware, link, demand);
-  check_argument(kind == "latent", "kv_cache=\"", kind,
-                 "\" is unknown; use \"dense\", \"latent\" or \"auto\"");
-  KvChoice choice{latent_kv_forms(model, plan), {}};
+  if (request.cache == "dense") return {dense, "dense: asked for"};
+  if (request.cache == "auto") {
+    return choose_automatically(request, model, plan, hardware, link, demand);
+  }
   const bool decomposed = std::any_of(
       model.layers.begin(), model.layers.end(),
       [](const LayerShape& layer) { return layer.key.rank > 0 || layer.value.rank > 0; });
   check_argument(decomposed,
                  "kv_cache=\"latent\": no projection to k or v of this model is decomposed");
-  check_argument(choice.forms != dense, "kv_cache=\"latent\": under the plan ", plan.name(),
+  check_argument(latent_kv_forms(model, plan, false) != dense,
+                 "kv_cache=\"latent\": under the plan ", plan.name(),
                  " no rank has the whole latents of k and v; another tensor_parallel_plan has");
-  choice.reason = str_cat(kv_forms_text(choice.forms), ": asked for");
-  return choice;
+  return choose_all(request, model, plan, hardware, link, demand);
 }
 
 KvBreakEven kv_break_even(const PlannedModel& model, const TensorParallelPlan& plan,
-                          const Hardware& hardware) {
+                          const Hardware& hardware, bool token_sharded) {
   const Phase phase{false, 1, 4096};  // all terms grow with the context alike
   const KvTraits traits = model.kv_traits();
-  const double dense = attention_seconds(model, plan, hardware, phase, {}, {});
-  auto largest = [&](auto seconds) {
+  const bool sharded = token_sharded && plan.size() > 1;
+  const double dense = attention_seconds(model, plan, hardware, phase, {});
+  auto largest = [&](auto layer_of) {
     int fits = 0, exceeds = 4 * model.shape.num_heads * model.shape.head_dim;
     while (exceeds - fits > 1) {
       const int rank = (fits + exceeds) / 2;
-      (seconds(rank) <= dense ? fits : exceeds) = rank;
+      const bool within = attention_seconds(model, plan, hardware, phase, layer_of(rank)) <= dense;
+      (within ? fits : exceeds) = rank;
     }
     return fits;
   };
   auto keys = [&](int rank) {
     LayerShape layer;
     layer.key.rank = rank;
-    return attention_seconds(model, plan, hardware, phase, layer,
-                             {latent_key_form(traits, rank), KvForm::kDense});
+    layer.kv = {latent_key_form(traits, rank), KvForm::kDense, sharded};
+    return layer;
   };
   auto values = [&](int rank) {
     LayerShape layer;
     layer.value.rank = rank;
-    return attention_seconds(model, plan, hardware, phase, layer,
-                             {KvForm::kDense, latent_value_form(traits, rank)});
+    layer.kv = {KvForm::kDense, latent_value_form(traits, rank), sharded};
+    return layer;
   };
   return {largest(keys), largest(values)};
 }
 
-std::string kv_forms_text(const std::vector<KvForms>& forms) {
-  return str_cat("K", side_text(forms, &KvForms::k), "; V", side_text(forms, &KvForms::v));
+std::string kv_forms_text(const std::vector<KvForms>& forms, int ranks) {
+  std::string text =
+      str_cat("K", side_text(forms, &KvForms::k), "; V", side_text(forms, &KvForms::v));
+  if (ranks == 1) return text;
+  const bool sharded = std::any_of(forms.begin(), forms.end(),
+                                   [](const KvForms& layer) { return layer.token_sharded; });
+  return text + (sharded ? str_cat("; ", ranks, " ranks divide the tokens")
+                         : str_cat("; latents on each of ", ranks, " ranks"));
 }
 
 }  // namespace deinfer

@@ -19,6 +19,12 @@ const char* kv_form_name(KvForm form);
 struct KvForms {
   KvForm k = KvForm::kDense;
   KvForm v = KvForm::kDense;
+  /// Over tensor-parallel ranks: each keeps its share of the tokens, of all heads, and attends to
+  /// these for all heads; what they find is merged. Else each keeps all tokens: latents, and of
+  /// dense sides its heads. Only layers with latents are token-sharded.
+  bool token_sharded = false;
+
+  bool any_latent() const { return k != KvForm::kDense || v != KvForm::kDense; }
   bool operator==(const KvForms&) const = default;
 };
 
@@ -36,6 +42,10 @@ struct KvSideShape {
 
 struct KvLayerShape {
   KvSideShape k, v;
+  int ranks = 1;  // that divide the tokens; each keeps equally many of a block
+
+  /// Per token of a sequence, on average.
+  double elements() const { return static_cast<double>(k.elements() + v.elements()) / ranks; }
   bool operator==(const KvLayerShape&) const = default;
 };
 

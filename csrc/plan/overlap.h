@@ -21,6 +21,8 @@ namespace deinfer {
 inline constexpr int kTileTokens = 512;
 /// Up to so many tokens the rank dimension is cut, beyond the tokens.
 inline constexpr int kRankChunkTokens = 128;
+/// Tokens whose partial results of attention travel in one exchange, at most.
+inline constexpr int kAttentionTokens = 128;
 /// Shorter tiles would multiply too inefficiently.
 inline constexpr int kMinTileTokens = 16;
 /// Chunks of the rank dimension: as many exchanges as a communicator has under way.

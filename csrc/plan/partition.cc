@@ -62,6 +62,20 @@ HeadShare TensorParallelPlan::heads(int rank) const {
   return {{0, model_.num_heads}, {0, model_.num_kv_heads}};
 }
 
+LinearPlacement place_linear(const TensorParallelPlan& plan, LinearRole role,
+                             const LinearShape& shape, int rank, bool all_heads) {
+  LinearPlacement part = plan.place(role, shape, rank);
+  const bool projects =
+      role == LinearRole::kQuery || role == LinearRole::kKey || role == LinearRole::kValue;
+  if (all_heads && projects) part.u_rows = {0, shape.n};
+  return part;
+}
+
+HeadShare attention_heads(const TensorParallelPlan& plan, int rank, bool all_heads) {
+  if (!all_heads) return plan.heads(rank);
+  return {{0, plan.model().num_heads}, {0, plan.model().num_kv_heads}};
+}
+
 LinearPlacement place_whole(const LinearShape& shape) {
   LinearPlacement whole;
   if (shape.rank > 0) {

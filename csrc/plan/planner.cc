@@ -30,6 +30,7 @@ void check_options(const PlannerOptions& options) {
   check_argument(
       options.max_chunks == 1 || options.max_chunks == 2 || options.max_chunks == kMaxPlannedChunks,
       "max_chunks=", options.max_chunks, " must be 1, 2 or 4");
+  KvRequest{options.kv_cache, options.kv_latents}.validate();
 }
 
 std::vector<NamedPhase> make_phases(const PlannerOptions& options) {
@@ -97,28 +98,34 @@ void count_exchanges(const PlannedModel& model, const TensorParallelPlan& plan,
 /// plans may have latents.
 void choose_kv(PlannedModel& model, const TensorParallelPlan& plan, const PlannerOptions& options,
                std::uint64_t memory, PlanEstimate& estimate) {
-  const std::vector<KvForms> latent = latent_kv_forms(model, plan);
+  const std::vector<KvForms> dense = model.kv_forms();
   estimate.dense_kv_bytes_per_token = most_kv_bytes(model, plan);
-  model.kv_forms = latent;
+  const std::vector<KvForms> latent = latent_kv_forms(model, plan, false);
+  model.set_kv_forms(latent);
   estimate.latent_kv_bytes_per_token = most_kv_bytes(model, plan);
-  model.kv_forms.clear();
-  const KvBreakEven even = kv_break_even(model, plan, options.hardware);
-  estimate.k_break_even = even.k;
-  estimate.v_break_even = even.v;
+  model.set_kv_forms(latent_kv_forms(model, plan, true));
+  estimate.token_sharded_kv_bytes_per_token = most_kv_bytes(model, plan);
+  model.set_kv_forms(dense);
   KvDemand demand;
   demand.context = options.context;
   if (!options.batches.empty()) {
     demand.max_sequences = *std::max_element(options.batches.begin(), options.batches.end());
   }
-  if (memory > 0) demand.bytes = memory - std::min(memory - 1, estimate.weight_bytes);
-  const bool none = latent == std::vector<KvForms>(latent.size());
+  demand.bytes = memory;
+  demand.with_weights = true;
+  const KvRequest request{options.kv_cache, options.kv_latents};
   KvChoice choice =
-      options.kv_cache == "latent" && none
-          ? KvChoice{latent, "dense: this plan has no whole latents on a rank"}
-          : choose_kv_forms(options.kv_cache, model, plan, options.hardware, options.link, demand);
-  model.kv_forms = std::move(choice.forms);
+      options.kv_cache == "latent" && latent == dense
+          ? KvChoice{dense, "dense: this plan has no whole latents on a rank"}
+          : choose_kv_forms(request, model, plan, options.hardware, options.link, demand);
+  model.set_kv_forms(choice.forms);
   estimate.kv_reason = std::move(choice.reason);
   estimate.kv_bytes_per_token = most_kv_bytes(model, plan);
+  estimate.kv_token_sharded = std::any_of(choice.forms.begin(), choice.forms.end(),
+                                          [](const KvForms& forms) { return forms.token_sharded; });
+  const KvBreakEven even = kv_break_even(model, plan, options.hardware, estimate.kv_token_sharded);
+  estimate.k_break_even = even.k;
+  estimate.v_break_even = even.v;
 }
 
 PlanEstimate estimate_plan(std::string_view name, PlannedModel model, const PlannerOptions& options,
@@ -127,12 +134,10 @@ PlanEstimate estimate_plan(std::string_view name, PlannedModel model, const Plan
   PlanEstimate estimate;
   estimate.plan = name;
   estimate.layout = weight_layout(name);
+  choose_kv(model, *plan, options, memory, estimate);
   count_exchanges(model, *plan, estimate);
   estimate.wire_bytes_per_token = wire_bytes_per_token(model, *plan);
-  for (int rank = 0; rank < options.size; ++rank) {
-    estimate.weight_bytes = std::max(estimate.weight_bytes, rank_weight_bytes(model, *plan, rank));
-  }
-  choose_kv(model, *plan, options, memory, estimate);
+  estimate.weight_bytes = most_weight_bytes(model, *plan);
   if (memory > 0) {
     const std::uint64_t left = memory - std::min(memory, estimate.weight_bytes);
     estimate.kv_tokens = static_cast<std::int64_t>(left / estimate.kv_bytes_per_token);

@@ -25,7 +25,8 @@ struct PlannerOptions {
   std::vector<int> prefill;        // prefill phases, at the beginning of a prompt
   int context = 1024;
   std::map<std::string, double> mix;  // as PlannerConfig::mix
-  std::string kv_cache = "dense";     // as choose_kv_forms()
+  std::string kv_cache = "dense";     // as KvRequest::cache
+  std::string kv_latents = "auto";    // as KvRequest::latents
   int max_chunks = 1;
 };
 

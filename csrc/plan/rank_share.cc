@@ -32,9 +32,11 @@ RankShare::RankShare(const StepPlans& step_plans, int own_rank)
   for (int r = 0; r < size; ++r) hidden.push_back(plan.hidden_share(r));
 }
 
-LinearPlacement RankShare::place(StepKind kind, LinearRole role, const LinearShape& shape) const {
-  LinearPlacement place = plans[static_cast<std::size_t>(kind)]->place(role, shape, rank);
-  LinearPlacement first = plans[0]->place(role, shape, rank);
+LinearPlacement RankShare::place(StepKind kind, LinearRole role, const LinearShape& shape,
+                                 bool all_heads) const {
+  LinearPlacement place =
+      place_linear(*plans[static_cast<std::size_t>(kind)], role, shape, rank, all_heads);
+  LinearPlacement first = place_linear(*plans[0], role, shape, rank, all_heads);
   check_argument(place.v_rows == first.v_rows && place.v_cols == first.v_cols &&
                      place.u_rows == first.u_rows && place.u_cols == first.u_cols,
                  "the plans ", plans[0]->name(), " and ", plans[1]->name(),

@@ -38,7 +38,12 @@ struct RankShare {
   std::array<ResidualLayout, kNumStepKinds> residual;
 
   Range vocabulary() const { return vocabularies[static_cast<std::size_t>(rank)]; }
-  LinearPlacement place(StepKind kind, LinearRole role, const LinearShape& shape) const;
+  /// As place_linear().
+  LinearPlacement place(StepKind kind, LinearRole role, const LinearShape& shape,
+                        bool all_heads = false) const;
+  HeadShare attention_heads(bool all_heads) const {
+    return deinfer::attention_heads(*plans[0], rank, all_heads);
+  }
 };
 
 }  // namespace deinfer

@@ -108,6 +108,15 @@ class TensorParallelPlan {
   int size_;
 };
 
+/// The part of rank `rank` where it attends for `all_heads`, as token-sharded latents want
+/// (KvForms): q, k and v of all heads on every rank. Else plan.place(). Not for plans that exchange
+/// the outputs of q, k and v.
+LinearPlacement place_linear(const TensorParallelPlan& plan, LinearRole role,
+                             const LinearShape& shape, int rank, bool all_heads);
+
+/// Likewise, the heads of a rank's attention.
+HeadShare attention_heads(const TensorParallelPlan& plan, int rank, bool all_heads);
+
 /// Names of all plans, without "auto".
 std::vector<std::string_view> plan_names();
 

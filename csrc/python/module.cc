@@ -130,7 +130,8 @@ void bind_outputs(py::module_& m) {
       .def_readonly("k", &KvLayerInfo::k)
       .def_readonly("v", &KvLayerInfo::v)
       .def_readonly("k_bytes", &KvLayerInfo::k_bytes)
-      .def_readonly("v_bytes", &KvLayerInfo::v_bytes);
+      .def_readonly("v_bytes", &KvLayerInfo::v_bytes)
+      .def_readonly("ranks", &KvLayerInfo::ranks);
   py::class_<ModelInfo>(m, "ModelInfo")
       .def_readonly("architecture", &ModelInfo::architecture)
       .def_readonly("dtype", &ModelInfo::dtype)
@@ -144,6 +145,7 @@ void bind_outputs(py::module_& m) {
       .def_readonly("weight_bytes", &ModelInfo::weight_bytes)
       .def_readonly("kv_cache_bytes", &ModelInfo::kv_cache_bytes)
       .def_readonly("num_kv_blocks", &ModelInfo::num_kv_blocks)
+      .def_readonly("block_size", &ModelInfo::block_size)
       .def_readonly("kv_cache", &ModelInfo::kv_cache)
       .def_readonly("kv_reason", &ModelInfo::kv_reason)
       .def_readonly("kv_bytes_per_token", &ModelInfo::kv_bytes_per_token)
@@ -238,6 +240,9 @@ void bind_planner(py::module_& m) {
       .def_readonly("kv_bytes_per_token", &PlanEstimate::kv_bytes_per_token)
       .def_readonly("dense_kv_bytes_per_token", &PlanEstimate::dense_kv_bytes_per_token)
       .def_readonly("latent_kv_bytes_per_token", &PlanEstimate::latent_kv_bytes_per_token)
+      .def_readonly("token_sharded_kv_bytes_per_token",
+                    &PlanEstimate::token_sharded_kv_bytes_per_token)
+      .def_readonly("kv_token_sharded", &PlanEstimate::kv_token_sharded)
       .def_readonly("kv_reason", &PlanEstimate::kv_reason)
       .def_readonly("k_break_even", &PlanEstimate::k_break_even)
       .def_readonly("v_break_even", &PlanEstimate::v_break_even)

@@ -75,6 +75,7 @@ class EngineConfig:
         num_kv_blocks: int = 0,
         kv_cache_bytes: int = 0,
         kv_cache: str = "dense",
+        kv_latents: str = "auto",
         scheduling_policy: str = "fcfs",
         admission: str = "peak",
         safety: float = 0.0,
@@ -109,6 +110,7 @@ class EngineConfig:
     num_kv_blocks: int
     kv_cache_bytes: int
     kv_cache: str
+    kv_latents: str
     scheduling_policy: str
     admission: str
     safety: float
@@ -155,6 +157,7 @@ class KvLayerInfo:
     v: str
     k_bytes: int
     v_bytes: int
+    ranks: int
 
 class ModelInfo:
     architecture: str
@@ -169,6 +172,7 @@ class ModelInfo:
     weight_bytes: int
     kv_cache_bytes: int
     num_kv_blocks: int
+    block_size: int
     kv_cache: str
     kv_reason: str
     kv_bytes_per_token: int
@@ -264,6 +268,7 @@ class PlannerConfig:
         prefill: Sequence[int] = (2048,),
         mix: Mapping[str, float] = {},
         kv_cache: str = "dense",
+        kv_latents: str = "auto",
         max_chunks: int = 1,
     ) -> None: ...
     model: str
@@ -278,6 +283,7 @@ class PlannerConfig:
     prefill: list[int]
     mix: dict[str, float]
     kv_cache: str
+    kv_latents: str
     max_chunks: int
 
 class PhaseEstimate:
@@ -300,6 +306,8 @@ class PlanEstimate:
     kv_bytes_per_token: int
     dense_kv_bytes_per_token: int
     latent_kv_bytes_per_token: int
+    token_sharded_kv_bytes_per_token: int
+    kv_token_sharded: bool
     kv_reason: str
     k_break_even: int
     v_break_even: int

@@ -50,8 +50,8 @@ class LLM:
             `tensor_parallel_size`, `tensor_parallel_plan`, `emulated_link`,
             `exchange_chunks`, `num_threads`, `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `num_kv_blocks`, `kv_cache_bytes`,
-            `kv_cache`, `scheduling_policy`, `admission`, `safety`, `kv_watermark`, `max_pause`,
-            `preempt_limit`, `promote_after`, `promote_per_token`, `bucket_width`,
+            `kv_cache`, `kv_latents`, `scheduling_policy`, `admission`, `safety`, `kv_watermark`,
+            `max_pause`, `preempt_limit`, `promote_after`, `promote_per_token`, `bucket_width`,
             `static_group`, `static_batch_size`, `bucket_batch_sizes`, `recompute`,
             `enable_prefix_caching`, `hidden_state_layers` (whose states
             `SamplingParams(hidden_states=...)` reports, numbered as transformers does), `seed`.

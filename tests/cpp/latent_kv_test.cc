@@ -17,6 +17,7 @@ EngineConfig config_of(const test::TinyModel& model, const std::string& kv_cache
   config.model = model.path();
   config.dtype = "float32";
   config.kv_cache = kv_cache;
+  config.kv_latents = "replicated";
   config.tensor_parallel_plan = "hidden_sharded";
   config.num_threads = 1;
   config.max_num_batched_tokens = 64;
@@ -30,7 +31,7 @@ const std::vector<int> kLong = {1, 9, 40, 23, 300, 310};
 Outcome run(const EngineConfig& config, const std::vector<int>& lengths, int max_tokens = 8,
             std::int64_t* preemptions = nullptr) {
   Engine engine(config);
-  Outcome outcome = test::run_requests(engine, lengths, max_tokens, {40, 300});
+  Outcome outcome = test::run_requests(engine, lengths, max_tokens, {40, 300, 600});
   if (preemptions != nullptr) *preemptions = engine.stats().num_preemptions;
   return outcome;
 }
@@ -131,6 +132,72 @@ TEST_P(LatentKv, SeveralRanksComputeWhatOneDoes) {
       EXPECT_EQ(many.tokens, one.tokens);
     }
   }
+}
+
+EngineConfig token_sharded(const test::TinyModel& model, int ranks) {
+  EngineConfig config = config_of(model, "latent");
+  config.kv_latents = "token_sharded";
+  config.tensor_parallel_size = ranks;
+  return config;
+}
+
+TEST_P(LatentKv, RanksMayDivideTheTokens) {
+  test::TinyModel model(GetParam().config);
+  auto expect_near = [](const Outcome& many, const Outcome& one) {
+    EXPECT_LE(distance(many.logits, one.logits), 1e-5);
+    EXPECT_LE(distance(many.logprobs, one.logprobs), 1e-4);
+    EXPECT_EQ(many.tokens, one.tokens);
+  };
+  expect_near(run(token_sharded(model, 2), kLong), run(config_of(model, "dense"), kLong));
+  const Outcome one = run(config_of(model, "dense"), kShort);
+  expect_near(run(token_sharded(model, 3), kShort), one);
+  for (const char* plan : {"rank_gather", "two_collective", "token_sharded"}) {
+    SCOPED_TRACE(plan);
+    EngineConfig config = token_sharded(model, 2);
+    config.tensor_parallel_plan = plan;
+    config.exchange_chunks = 2;
+    expect_near(run(config, kShort), one);
+  }
+}
+
+TEST(LatentKvRanks, MayHaveSeveralSplitsEach) {
+  for (Kind kind : kinds()) {
+    if (kind.name != "llama_gqa" && kind.name != "olmo2" && kind.name != "opt" &&
+        kind.name != "gemma3") {
+      continue;
+    }
+    SCOPED_TRACE(kind.name);
+    kind.config.max_position = 700;
+    test::TinyModel model(kind.config);
+    const std::vector<int> lengths = {600, 9};  // the first has 300 tokens on each of 2 ranks
+    const Outcome one = run(config_of(model, "dense"), lengths);
+    EngineConfig config = token_sharded(model, 2);
+    config.num_threads = 2;
+    const Outcome many = run(config, lengths);
+    EXPECT_LE(distance(many.logits, one.logits), 1e-5);
+    EXPECT_EQ(many.tokens, one.tokens);
+    config.num_threads = 1;
+    config.max_num_batched_tokens = 230;
+    EXPECT_EQ(run(config, lengths), many);
+  }
+}
+
+TEST_P(LatentKv, BitsOfDividedTokensDoNotDependOnBatchesAndPreemption) {
+  test::TinyModel model(GetParam().config);
+  EngineConfig config = token_sharded(model, 2);
+  config.dtype = "bfloat16";
+  config.max_num_batched_tokens = 300;  // beyond what is exchanged at once
+  const Outcome expected = run(config, kLong, 30);
+  EngineConfig other = config;
+  other.max_num_batched_tokens = 17;
+  other.num_kv_blocks = 40;  // of 16 tokens, as blocks of 32 still have place for
+  other.enable_prefix_caching = false;
+  other.admission = "prompt";
+  other.max_pause = 0;
+  other.kv_watermark = 0.0;
+  std::int64_t preemptions = 0;
+  EXPECT_EQ(run(other, kLong, 30, &preemptions), expected);
+  EXPECT_GT(preemptions, 0);
 }
 
 TEST_P(LatentKv, IsAsExactInBfloat16AsADenseCache) {

@@ -17,12 +17,13 @@ inline constexpr int kKvBlocks = 128;  // 16 sequences
 inline constexpr int kBlockSize = 16;
 inline constexpr int kBlocksPerSequence = 8;
 
-/// The ranks of `config`, with a KV cache.
+/// The ranks of `config`, with a KV cache in these forms.
 inline std::unique_ptr<RankGroup> make_ranks(const EngineConfig& config, const StepPlans& plans,
                                              int threads = 1, const LoadProgress& progress = {},
-                                             const CommunicatorWrapper& wrap = {}) {
+                                             const CommunicatorWrapper& wrap = {},
+                                             const std::vector<KvForms>& kv_forms = {}) {
   ModelConfig model = read_model_config(config.model);
-  PlanChoice choice{plans, {}, {}};
+  PlanChoice choice{plans, {}, kv_forms};
   for (ExchangeChunks& chunks : choice.chunks) chunks.sizes = {{0, config.exchange_chunks}};
   auto ranks = std::make_unique<RankGroup>(config, model, choice, threads,
                                            model.max_position_embeddings, progress, wrap);
@@ -44,7 +45,8 @@ inline std::unique_ptr<RankGroup> make_ranks(const EngineConfig& config, int thr
 /// each the last row is wanted: its most likely token, or its logits for every second sequence.
 class RankBatch {
  public:
-  explicit RankBatch(const std::vector<int>& lengths, std::vector<int> computed = {}) {
+  explicit RankBatch(const std::vector<int>& lengths, std::vector<int> computed = {},
+                     int block_size = kBlockSize) {
     computed.resize(lengths.size());
     tables_.reserve(lengths.size());
     for (std::size_t i = 0; i < lengths.size(); ++i) {
@@ -56,7 +58,7 @@ class RankBatch {
         batch.token_ids.push_back(static_cast<TokenId>((7 * batch.num_tokens() + 3) % 97));
         batch.positions.push_back(position);
         batch.slots.push_back(
-            {table[static_cast<std::size_t>(position / kBlockSize)], position % kBlockSize});
+            {table[static_cast<std::size_t>(position / block_size)], position % block_size});
       }
       (i % 2 == 0 ? batch.argmax_rows : batch.logit_rows).push_back(batch.num_tokens() - 1);
     }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "comm/local.h"
+#include "plan/kv_choice.h"
 #include "rank_group_fixture.h"
 
 namespace deinfer {
@@ -97,6 +98,40 @@ TEST_P(TensorParallelMemory, WeightsAreThoseThatThePlanPredicts) {
           }
         }
       }
+    }
+  }
+}
+
+TEST_P(TensorParallelMemory, OfTokenShardedLatentsIsWhatThePlanPredicts) {
+  test::TinyConfig config;
+  config.hidden = 96;
+  config.intermediate = 160;
+  config.heads = 8;
+  config.kv_heads = 4;
+  config.head_dim = 32;
+  config.all_low_rank = true;
+  config.dense_key_layer = 1;
+  config.mlp_rank = 21;  // no empty shares, which are padded
+  test::TinyModel model(config);
+  const ModelConfig parsed = read_model_config(model.path());
+  PlannedModel planned = planned_model(parsed, 0.0, "bfloat16");
+  const std::uint64_t norms = static_cast<std::uint64_t>(2 * config.layers + 1) *
+                              static_cast<std::uint64_t>(config.hidden) * sizeof(float);
+  for (int size : {2, 3}) {
+    const StepPlans plans = make_step_plans(GetParam(), planned.shape, size);
+    planned.set_kv_forms(latent_kv_forms(planned, *plans[0], true));
+    EngineConfig engine = config_for(model, GetParam(), size, "bfloat16");
+    engine.block_size = 16 * size;
+    auto ranks = test::make_ranks(engine, plans, 1, {}, {}, planned.kv_forms());
+    for (int rank = 0; rank < size; ++rank) {
+      auto& worker = static_cast<CpuWorker&>(ranks->rank(rank));
+      EXPECT_EQ(held_by(worker.decoder().weights()).bytes + norms,
+                rank_weight_bytes(planned, *plans[0], rank));
+      // Of a whole block, as bytes per token may be no whole number.
+      const KvInfo kv = worker.kv_info();
+      const auto tokens = static_cast<std::uint64_t>(engine.block_size);
+      EXPECT_EQ((kv.block_bytes + tokens - 1) / tokens, rank_kv_bytes(planned, *plans[0], rank));
+      EXPECT_EQ(kv.pool_bytes, kv.block_bytes * test::kKvBlocks);
     }
   }
 }

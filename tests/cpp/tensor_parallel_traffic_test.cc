@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "plan/exchanges.h"
+#include "plan/kv_choice.h"
 #include "plan/overlap.h"
 #include "rank_group_fixture.h"
 #include "tiny_kinds.h"
@@ -131,6 +132,52 @@ TEST_P(TensorParallelTraffic, OfEveryRankIsWhatThePlanLists) {
             EXPECT_EQ(counted.calls, expected[i].calls);
             EXPECT_EQ(counted.bytes, expected[i].bytes);
             EXPECT_EQ(counted.wire_bytes, expected[i].wire_bytes);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(TensorParallelTraffic, OfTokenShardedLatentsIsWhatThePlanLists) {
+  for (const char* family : {"llama", "olmo2", "opt"}) {
+    test::TinyConfig tiny = kinds().back().config;
+    tiny.family = family;
+    tiny.dense_key_layer = 0;
+    tiny.dense_value_layer = 0;  // a layer without latents
+    test::TinyModel model(tiny);
+    PlannedModel shapes = planned_model(read_model_config(model.path()), 0.0, "float32");
+    for (int size : {2, 5}) {
+      auto plan = make_plan(GetParam(), shapes.shape, size);
+      const std::vector<KvForms> forms = latent_kv_forms(shapes, *plan, true);
+      if (!forms[1].any_latent()) continue;  // the plan has none
+      shapes.set_kv_forms(forms);
+      ASSERT_FALSE(forms[0].token_sharded);
+      for (const Work& work : {Work{"decode", test::RankBatch({1, 1}, {3, 40}, 16 * size), 4},
+                               Work{"prefill", test::RankBatch({90, 13, 70}, {}, 16 * size), 5},
+                               Work{"whole", test::RankBatch({100, 60}, {}, 16 * size), 1}}) {
+        EngineConfig config = config_for(model, GetParam(), size, work.chunks, "float32");
+        config.block_size = 16 * size;
+        auto ranks = test::make_ranks(config, make_step_plans(GetParam(), shapes.shape, size), 1,
+                                      {}, {}, forms);
+        std::vector<Traffic> loading;  // exchanges what LayerNorm needs
+        for (int rank = 0; rank < size; ++rank) {
+          loading.push_back(ranks->rank(rank).communicator().traffic());
+        }
+        ranks->execute(work.batch.batch, [](TeamMember&, int, int, float*) {});
+        for (int rank = 0; rank < size; ++rank) {
+          SCOPED_TRACE(std::string(family) + ", " + work.name + ", rank " + std::to_string(rank) +
+                       " of " + std::to_string(size));
+          auto& worker = static_cast<CpuWorker&>(ranks->rank(rank));
+          Traffic expected =
+              planned(*ranks->plans()[0], shapes, work, rank,
+                      worker.decoder().logit_rows(worker.communicator().max_bytes()));
+          for (std::size_t i = 0; i < kNumCollectives; ++i) {
+            const TrafficCounter& before = loading[static_cast<std::size_t>(rank)][i];
+            const TrafficCounter& counted = worker.communicator().traffic()[i];
+            EXPECT_EQ(counted.calls, before.calls + expected[i].calls);
+            EXPECT_EQ(counted.bytes, before.bytes + expected[i].bytes);
+            EXPECT_EQ(counted.wire_bytes, before.wire_bytes + expected[i].wire_bytes);
           }
         }
       }

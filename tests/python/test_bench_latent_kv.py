@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -24,6 +25,15 @@ def test_the_formula_is_what_engines_report(tmp_path: Path) -> None:
         row = bench.capacity(path, 1)
         assert bench.capacity_check(shape, row).ok
         assert row["of_dense"] > 4.9
+
+
+def test_token_sharded_latents_keep_their_gain_on_any_ranks(tmp_path: Path) -> None:
+    rows = bench.ranks("plain", tmp_path, "cpu:20:100")
+    assert [row["ranks"] for row in rows] == [1, 2, 4, 8]
+    for row in rows:
+        one = rows[0]["tokens_with_latents"]
+        assert row["tokens_with_latents"] * row["ranks"] == pytest.approx(one)
+        assert row["tokens_with_token_sharded_latents"] == pytest.approx(one, rel=1e-3)
 
 
 def test_checks_apply_where_they_belong() -> None:

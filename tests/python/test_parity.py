@@ -313,18 +313,56 @@ def test_positions_beyond_the_table_are_refused(tmp_path: Path) -> None:
 
 
 LATENT = [case for case, (ranks, _) in CASES.items() if {"k_proj", "v_proj"} & set(ranks or {})]
+LOW_RANK = [case for case in FAMILY_CASES if case.endswith("-low-rank")]
+TOKEN_SHARDED = {
+    "kv_latents": "token_sharded",
+    "tensor_parallel_size": 2,
+    "tensor_parallel_plan": "hidden_sharded",
+    "num_threads": 1,
+}
 
 
-@pytest.mark.parametrize("case", LATENT)
-def test_latents_match_transformers(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [(case, {}) for case in LATENT]
+    + [(case, TOKEN_SHARDED) for case in ["all-rank-7", "multi-query", *LOW_RANK]],
+    ids=lambda value: value if isinstance(value, str) else value.get("kv_latents", "one_rank"),
+)
+def test_latents_match_transformers(case: str, options: dict[str, Any], tmp_path: Path) -> None:
     ranks, fields = CASES[case]
     path = write_model(tmp_path / "model", ranks, **fields)
     tokens = random_tokens(LENGTHS.get(case, 90), fields.get("vocab_size", 131))
-    llm = load(path, dtype="float32", max_num_batched_tokens=37, kv_cache="latent")
+    llm = load(path, dtype="float32", max_num_batched_tokens=37, kv_cache="latent", **options)
     forms = {form for layer in llm.model_info.kv_layers for form in (layer.k, layer.v)}
     assert forms & {"absorbed", "rebuilt"}
+    divided_by = options.get("tensor_parallel_size", 1)
+    assert {layer.ranks for layer in llm.model_info.kv_layers} == {divided_by}
     expected = reference_logits(path, tokens, torch.float64)
     assert relative_error(llm.prompt_logits(tokens), expected) < 2e-5
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     answer = llm.generate([tokens], params, use_tqdm=False)[0].outputs[0].token_ids
     assert answer == greedy_tokens(load_reference(path, torch.float64), tokens, answer)
+
+
+ROUNDED_LATENT = ["all-rank-7", "all-rank-64", "multi-head", "multi-query", "rope-yarn"]
+ROUNDED_LATENT += [*LOW_RANK, "opt-mixed", "olmo2-biases", "qwen2-window", "gemma2-uncapped"]
+
+
+@pytest.mark.parametrize("case", ROUNDED_LATENT)
+def test_bfloat16_latents_are_as_near_to_float64_as_dense_caches(case: str, tmp_path: Path) -> None:
+    ranks, fields = CASES[case]
+    ways: dict[str, dict[str, Any]] = {
+        "dense": {},
+        "latent": {"kv_cache": "latent"},
+        "token_sharded": {"kv_cache": "latent", **TOKEN_SHARDED},
+    }
+    errors = dict.fromkeys(ways, 0.0)
+    for seed in range(4):
+        path = write_model(tmp_path / str(seed), ranks, dtype=torch.bfloat16, seed=seed, **fields)
+        tokens = random_tokens(120, fields.get("vocab_size", 131), seed)
+        exact = reference_logits(path, tokens, torch.float64)
+        for way, options in ways.items():
+            llm = load(path, **options)
+            assert llm.model_info.dtype == "bfloat16"
+            errors[way] += relative_error(llm.prompt_logits(tokens), exact)
+    assert max(errors["latent"], errors["token_sharded"]) <= 1.2 * errors["dense"], errors

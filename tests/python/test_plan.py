@@ -225,6 +225,33 @@ def test_table(plan: Command, tmp_path: Path) -> None:
     assert "2 AG + 2 RS" in text and "7 AR" in text and "choice: hidden_sharded" in text
 
 
+def test_latents_over_ranks(plan: Command, tmp_path: Path) -> None:
+    path = write_config(tmp_path, LLAMA_7B)
+    arguments = (path, "--tp", 4, "--keep", 0.4, "--memory", 8, "--kv-cache", "latent")
+    ways = ("replicated", "token_sharded")
+    one, all_ = (plan.report(*arguments, "--kv-latents", way)["plans"][3] for way in ways)
+    assert one["plan"] == "hidden_sharded"
+    # Of 819 elements, to which rebuilt K adds one that products read.
+    for entry in (one, all_):
+        assert entry["latent_kv_bytes_per_token"] == 32 * (820 + 819) * 2
+        assert entry["token_sharded_kv_bytes_per_token"] == 32 * (820 + 819) * 2 // 4
+        assert entry["dense_kv_bytes_per_token"] == 32 * 2 * 1024 * 2
+    assert (one["kv_token_sharded"], all_["kv_token_sharded"]) == (False, True)
+    assert all_["kv_bytes_per_token"] == all_["token_sharded_kv_bytes_per_token"]
+    # U of q, k and v of all heads, instead of a quarter.
+    assert all_["weight_bytes"] - one["weight_bytes"] == 32 * 3 * 3072 * 819 * 2
+    assert all_["kv_tokens"] > 3 * one["kv_tokens"]
+    reduce_scatters = [entry["collectives_per_layer"]["reduce_scatter"] for entry in (one, all_)]
+    assert reduce_scatters == [0, 1]
+    # An output, its maximum and its sum of each of 32 heads in fp32; of which 3 quarters leave.
+    wire = all_["wire_bytes_per_token"] - one["wire_bytes_per_token"]
+    assert wire == pytest.approx(32 * 32 * (128 + 2) * 4 * 3 / 4)
+    text = plan.text(*arguments)
+    assert "26224 where the ranks divide the" in " ".join(text.split())
+    assert "4 ranks divide the tokens" in text and "there is room for" in " ".join(text.split())
+    assert "--kv-latents" in plan.complaint(2, *arguments, "--kv-latents", "some")
+
+
 def test_overlap_is_predicted_only_where_the_runtime_has_it(plan: Command, tmp_path: Path) -> None:
     path = write_config(tmp_path, LLAMA3_70B)
     arguments = (path, "--tp", 8, "--keep", 0.4, "--link", "200:20", "--hardware", "cpu:100:2000")

@@ -51,6 +51,11 @@ struct DEINFER_API EngineConfig {
                                    // x of every decomposed projection to k or v, of any rank, and
                                    // the others dense; "auto": in each layer of K and of V what
                                    // promises the most throughput, see ModelInfo::kv_reason
+  std::string kv_latents = "auto";  // of latents over ranks: "replicated": every rank keeps all;
+                                    // "token_sharded": every rank keeps those of its share of the
+                                    // tokens, so that the capacity grows with the ranks, and has q,
+                                    // k and v of all heads; block_size is then rounded up to a
+                                    // multiple of 16 x ranks; "auto": what promises more throughput
   std::string scheduling_policy = "fcfs";  // "fcfs", "hrrn", "length_bucket", "longest_tail",
                                            // "sjf", "static", "static_bucket"
   std::string admission = "peak";  // what a waiting sequence must find room for: "peak" of the
@@ -124,7 +129,8 @@ struct RequestOutput {
 /// works on them as they are, and "rebuilt": it makes K or V of them, some positions at a time.
 struct KvLayerInfo {
   std::string k, v;
-  std::uint64_t k_bytes = 0, v_bytes = 0;  // per token
+  std::uint64_t k_bytes = 0, v_bytes = 0;  // per token that it keeps
+  int ranks = 1;                           // that divide the tokens
 };
 
 /// What was loaded.
@@ -141,6 +147,7 @@ struct ModelInfo {
   std::uint64_t weight_bytes = 0;  // resident on all ranks, padding included
   std::uint64_t kv_cache_bytes = 0;
   std::int64_t num_kv_blocks = 0;
+  int block_size = 0;                          // tokens of a block
   std::string kv_cache;                        // as configured
   std::string kv_reason;                       // why the layers keep what they do
   std::uint64_t kv_bytes_per_token = 0;        // on all ranks

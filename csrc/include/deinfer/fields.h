@@ -55,6 +55,7 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("num_kv_blocks", &T::num_kv_blocks);
   visitor("kv_cache_bytes", &T::kv_cache_bytes);
   visitor("kv_cache", &T::kv_cache);
+  visitor("kv_latents", &T::kv_latents);
   visitor("scheduling_policy", &T::scheduling_policy);
   visitor("admission", &T::admission);
   visitor("safety", &T::safety);
@@ -90,6 +91,7 @@ void visit_fields(PlannerConfig*, Visitor&& visitor) {
   visitor("prefill", &T::prefill);
   visitor("mix", &T::mix);
   visitor("kv_cache", &T::kv_cache);
+  visitor("kv_latents", &T::kv_latents);
   visitor("max_chunks", &T::max_chunks);
 }
 

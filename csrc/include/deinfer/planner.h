@@ -28,8 +28,9 @@ struct PlannerConfig {
   /// How much each phase counts, by name ("decode:16", "prefill:2048"). Empty: equally decode:1,
   /// decode:16 and decode:64, where listed (else all batches), and every prefill.
   std::map<std::string, double> mix;
-  std::string kv_cache = "dense";  // "dense", "latent" or "auto", as EngineConfig; "auto" is
-                                   // for decoding the largest batch of `batches` at `context`
+  std::string kv_cache = "dense";   // "dense", "latent" or "auto", as EngineConfig; "auto" is
+                                    // for decoding the largest batch of `batches` at `context`
+  std::string kv_latents = "auto";  // "replicated", "token_sharded" or "auto", as EngineConfig
   int max_chunks = 1;  // 1, 2 or 4: chunks of a product whose exchanges overlap with computation
 };
 
@@ -56,9 +57,12 @@ struct PlanEstimate {
   std::uint64_t weight_bytes = 0;        // of the rank with most
   std::uint64_t kv_bytes_per_token = 0;  // likewise, in what PlannerConfig::kv_cache chooses
   std::uint64_t dense_kv_bytes_per_token = 0;
-  std::uint64_t latent_kv_bytes_per_token = 0;  // with all latents that there can be
-  std::string kv_reason;                        // what was chosen, and why
-  // The largest ranks of k and of v with which decoding takes no longer from latents.
+  std::uint64_t latent_kv_bytes_per_token = 0;  // with all latents that there can be, replicated
+  std::uint64_t token_sharded_kv_bytes_per_token = 0;  // or divided by tokens
+  bool kv_token_sharded = false;                       // in what was chosen
+  std::string kv_reason;                               // what was chosen, and why
+  // The largest ranks of k and of v with which decoding takes no longer from latents, exchanges
+  // aside, replicated or token-sharded as chosen.
   int k_break_even = 0;
   int v_break_even = 0;
   std::int64_t kv_tokens = -1;        // that fit beside the weights; -1: memory not known

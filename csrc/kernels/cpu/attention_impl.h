@@ -59,8 +59,7 @@ struct Rows {
   int v_group;
   std::ptrdiff_t k_head_stride;
   std::ptrdiff_t v_head_stride;
-  int first_position;
-  int window;
+  const Range* sees;  // of each token; neither end falls from one to the next
   float soft_cap;
   int k_dim;
   int v_dim;
@@ -68,9 +67,9 @@ struct Rows {
 
   /// What a row sees of the tile at `base`; empty when end <= begin.
   Range visible(int row, int base) const {
-    int position = first_position + row / heads;
-    int begin = window > 0 ? position - window + 1 - base : -base;
-    int end = position + 1 - base;
+    const Range& range = sees[row / heads];
+    int begin = range.begin - base;
+    int end = range.end - base;
     return {begin > 0 ? begin : 0, end < kKvTile ? end : kKvTile};
   }
   bool sees_none(int row, int base) const {
@@ -143,7 +142,7 @@ void add_rows(const Rows& rows, int row, int base, const KvTile<T>& tile, std::p
   }
 }
 
-/// One tile for up to kAttentionBlock rows, which all see some of it.
+/// One tile for up to kAttentionBlock rows, of which the first and the last see some of it.
 template <typename T>
 void attend_block(const Rows& rows, int begin, int end, int base, const KvTile<T>& tile) {
   // A row's softmax looks at what it sees only.
@@ -157,6 +156,7 @@ void attend_block(const Rows& rows, int begin, int end, int base, const KvTile<T
     });
   });
   for (int row = begin; row < end; ++row) {
+    if (rows.sees_none(row, base)) continue;  // a window of which other ranks have all
     softmax_row(scores + (row - begin) * kKvTile, rows.visible(row, base), rows.soft_cap,
                 rows.v_dim, rows.state.maximum + row, rows.state.sum + row,
                 rows.state.output + std::ptrdiff_t{row} * rows.v_dim);
@@ -209,18 +209,15 @@ void attention_split(const QueryView& query, const KvView& kv, int split, float*
                      const AttentionState& state) {
   const int num_rows = query.tokens * query.heads;
   begin_rows(query, kv.k.dim, kv.v.dim, scratch, state);
-  const Rows rows = {scratch,
-                     query.heads,
-                     kv.k.group,
-                     kv.v.group,
-                     kv.k.head_stride,
-                     kv.v.head_stride,
-                     query.first_position,
-                     query.window,
-                     query.soft_cap,
-                     kv.k.dim,
-                     kv.v.dim,
-                     state};
+  Range sees[kMaxAttentionRows];
+  for (int i = 0; i < query.tokens; ++i) {
+    const int position = query.first_position + i;
+    const int first = query.window > 0 ? position - query.window + 1 : 0;
+    sees[i] = {query.share.before(first > 0 ? first : 0), query.share.before(position + 1)};
+  }
+  const Rows rows = {scratch,          query.heads,      kv.k.group, kv.v.group,
+                     kv.k.head_stride, kv.v.head_stride, sees,       query.soft_cap,
+                     kv.k.dim,         kv.v.dim,         state};
   const T* k = static_cast<const T*>(kv.k.data);
   const T* v = static_cast<const T*>(kv.v.data);
   for (int t = 0; t < kSplitTiles; ++t) {

@@ -39,6 +39,27 @@ inline constexpr int kSumBlock = 256;
 /// Rows (query tokens x heads) that one attention call may hold.
 inline constexpr int kMaxAttentionRows = 64;
 
+/// The tokens of a sequence of which one of `size` ranks keeps the KV: of every size * run
+/// consecutive ones the rank-th `run`. What it keeps is numbered without gaps. (Always inlined:
+/// code of one instruction set must not be linked into that of others.)
+struct TokenShare {
+  int rank = 0;
+  int size = 1;
+  int run = 1;
+
+  /// How many of the first `position` tokens it keeps.
+  [[gnu::always_inline]] constexpr int before(int position) const {
+    if (size == 1) return position;
+    const int rest = position % (size * run) - rank * run;
+    return position / (size * run) * run + (rest < 0 ? 0 : rest < run ? rest : run);
+  }
+  /// The position of what it keeps as number `index`.
+  [[gnu::always_inline]] constexpr int position(int index) const {
+    return size == 1 ? index : (index / run * size + rank) * run + index % run;
+  }
+  bool operator==(const TokenShare&) const = default;
+};
+
 /// K or V of one layer as the attention kernels read it, paged in the layouts above.
 struct KvSideView {
   const void* data = nullptr;                 // of head 0 in block 0; float or bf16
@@ -58,8 +79,9 @@ struct KvView {
 
 /// The queries of one attention call: rows = tokens x heads, row (i, h) at
 /// q + i * token_stride + h * k.dim. Token i stands at position first_position + i and sees
-/// the positions [max(0, its position - window + 1), its position]; window 0 means all. Scores are
-/// s = scale q . k, or soft_cap * tanh(s / soft_cap) where soft_cap is not 0.
+/// the positions [max(0, its position - window + 1), its position]; window 0 means all. Of these
+/// the KV has those of `share`, under their numbers there. Scores are s = scale q . k, or
+/// soft_cap * tanh(s / soft_cap) where soft_cap is not 0.
 struct QueryView {
   const float* q = nullptr;
   std::ptrdiff_t token_stride = 0;
@@ -69,6 +91,7 @@ struct QueryView {
   int window = 0;
   float scale = 1.0f;
   float soft_cap = 0.0f;
+  TokenShare share = {};
 };
 
 /// Softmax state of rows: running maximum, sum of exponentials and unnormalised output.
@@ -176,8 +199,9 @@ struct KernelTable {
   // -----------------------------------------------------------------------------------
   /// Floats of scratch (64-byte aligned) that attention_split needs for `rows` rows.
   std::size_t (*attention_scratch)(int rows, int k_dim);
-  /// The state of all rows over the KV positions [split * kKvSplit, (split + 1) * kKvSplit): each
-  /// row's own visible part of them. A row that sees nothing there gets (-inf, 0, 0).
+  /// The state of all rows over the KV positions [split * kKvSplit, (split + 1) * kKvSplit),
+  /// numbered as in QueryView::share: each row's own visible part of them. A row that sees nothing
+  /// there gets (-inf, 0, 0).
   void (*attention_split_f32)(const QueryView& query, const KvView& kv, int split, float* scratch,
                               const AttentionState& state);
   void (*attention_split_bf16)(const QueryView& query, const KvView& kv, int split, float* scratch,

@@ -99,6 +99,7 @@ def _latents(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("", tokens),
         ("", f"break-even: ranks of k and v below {report['kv_width']} take less memory"),
+        ("", "over N ranks: latents take as much on each, or token-sharded 1/N"),
     ]
 
 

@@ -107,6 +107,12 @@ _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
         "by predicted throughput (default: dense)",
     ),
     (
+        "kv_latents",
+        str,
+        "over ranks: replicated (all on each), token_sharded (each has those of its tokens) or "
+        "auto, by predicted throughput (default: auto)",
+    ),
+    (
         "scheduling_policy",
         str,
         "order of the requests: fcfs, hrrn, length_bucket, longest_tail, sjf, static or "

@@ -36,6 +36,7 @@ _FIELDS = {
     "prefill": "prefill",
     "mix": "mix",
     "kv_cache": "kv_cache",
+    "kv_latents": "kv_latents",
 }
 _WIDTH = 100
 
@@ -83,6 +84,12 @@ def add_parser(commands: Commands) -> None:
             str,
             "KIND",
             "dense, latent or auto, which is for decoding the largest batch (default: dense)",
+        ),
+        (
+            "--kv-latents",
+            str,
+            "WAY",
+            "over ranks: replicated, token_sharded or auto, as --kv-cache auto (default: auto)",
         ),
     ):
         parser.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
@@ -165,6 +172,7 @@ def run(options: argparse.Namespace) -> None:
         "keep": config.keep or None,
         "context": config.context,
         "kv_cache": config.kv_cache,
+        "kv_latents": config.kv_latents,
         "overlap": options.overlap,
     }
     if options.json:
@@ -207,6 +215,8 @@ def _as_json(report: PlanReport) -> dict[str, Any]:
                 "kv_bytes_per_token": plan.kv_bytes_per_token,
                 "dense_kv_bytes_per_token": plan.dense_kv_bytes_per_token,
                 "latent_kv_bytes_per_token": plan.latent_kv_bytes_per_token,
+                "token_sharded_kv_bytes_per_token": plan.token_sharded_kv_bytes_per_token,
+                "kv_token_sharded": plan.kv_token_sharded,
                 "kv_reason": plan.kv_reason,
                 "k_break_even_rank": plan.k_break_even,
                 "v_break_even_rank": plan.v_break_even,
@@ -279,11 +289,12 @@ def _print(settings: dict[str, Any], report: PlanReport) -> None:
     chosen = {(choice.phase, choice.plan) for choice in report.choices}
     phases = [phase.phase for phase in report.plans[0].phases]
     columns = [("b" if name.startswith("decode") else "p") + name.split(":")[1] for name in phases]
-    head = f"\n{'plan':16}{'per layer':>13}{'KB/token':>10}{'GiB/rank':>10}{'fits':>6}"
+    width = max(13, *(len(_collectives(plan)) for plan in report.plans))
+    head = f"\n{'plan':16}{'per layer':>{width}}{'KB/token':>10}{'GiB/rank':>10}{'fits':>6}"
     print(head + "".join(f"{column:>10}" for column in columns))
     for plan in report.plans:
         line = (
-            f"{plan.plan:16}{_collectives(plan):>13}{plan.wire_bytes_per_token / 1e3:>10,.1f}"
+            f"{plan.plan:16}{_collectives(plan):>{width}}{plan.wire_bytes_per_token / 1e3:>10,.1f}"
             f"{plan.weight_bytes / 2**30:>10.2f}{'yes' if plan.fits else 'no':>6}"
         )
         for phase in plan.phases:
@@ -297,16 +308,19 @@ def _print(settings: dict[str, Any], report: PlanReport) -> None:
         + ("; /N: in N chunks" if settings["overlap"] else "")
     )
     print("\n" + textwrap.fill(f"choice: {report.reason}", width=_WIDTH))
-    print("\n" + textwrap.fill(_kv_text(report), width=_WIDTH))
+    print("\n" + textwrap.fill(_kv_text(settings, report), width=_WIDTH))
 
 
-def _kv_text(report: PlanReport) -> str:
+def _kv_text(settings: dict[str, Any], report: PlanReport) -> str:
     """What the KV cache takes under the chosen plan for decoding, or the first."""
     chosen = [plan for plan in report.plans if plan.plan == report.decode_plan]
     plan = (chosen or report.plans)[0]
+    several = settings["tensor_parallel_size"] > 1
+    divided = f", {plan.token_sharded_kv_bytes_per_token} where the ranks divide the tokens"
+    room = f"; there is room for {plan.kv_tokens} tokens" if plan.kv_tokens >= 0 else ""
     return (
         f"KV cache under {plan.plan}: {plan.dense_kv_bytes_per_token} bytes per token and rank "
-        f"dense, {plan.latent_kv_bytes_per_token} with latents; decoding takes no longer from "
-        f"latents up to rank {plan.k_break_even} of k and {plan.v_break_even} of v. "
-        f"Choice: {plan.kv_reason}."
+        f"dense, {plan.latent_kv_bytes_per_token} with latents{divided if several else ''}; "
+        f"decoding takes no longer from latents up to rank {plan.k_break_even} of k and "
+        f"{plan.v_break_even} of v. Choice: {plan.kv_reason}{room}."
     )
