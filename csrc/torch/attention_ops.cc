@@ -32,7 +32,7 @@ PagedCache cache_of(const Tensor& k, const Tensor& v) {
   PagedCache cache;
   cache.k = k.mutable_data_ptr();
   cache.v = v.mutable_data_ptr();
-  if (!has_kernels(k.scalar_type())) torch_ops::fail("the caches must be float32 or bfloat16");
+  if (!has_kernels(k)) torch_ops::fail("the caches must be float32 or bfloat16");
   cache.dtype = k.scalar_type() == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
   cache.num_blocks = v.size(0);
   cache.kv_heads = static_cast<int>(v.size(1));

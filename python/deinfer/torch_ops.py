@@ -1,4 +1,4 @@
-"""deinfer's CPU kernels as torch custom ops (`torch.ops.deinfer.*`).
+"""deinfer's kernels as torch custom ops (`torch.ops.deinfer.*`).
 
 Importing this module loads the library and registers the ops; the names below are their overloads,
 which can be called directly and inside `torch.compile(fullgraph=True)`. x is [..., k]; a linear is
@@ -10,9 +10,9 @@ low-rank, V [r, k] and U [n, r], or dense, V None and U = W [n, k]; a bias is [n
     lowrank_qkv(x, q_v, q_u, k_v, k_u, v_v, v_u, q_bias=None, k_bias=None, v_bias=None)
         -> (q, k, v): all V in one pass over x, then all U
     lowrank_pack(v, u, bias) of lists, of one to three linears -> packed weights, uint8 [bytes]
-    lowrank_linear_packed(x, packed, out_features)
-    lowrank_gated_mlp_packed(x, packed, out_features), packed: gate, up
-    lowrank_qkv_packed(x, packed, q_features, k_features, v_features)
+    lowrank_linear_packed(x, packed, out_features, ranks=[])
+    lowrank_gated_mlp_packed(x, packed, out_features, ranks=[]), packed: gate, up
+    lowrank_qkv_packed(x, packed, q_features, k_features, v_features, ranks=[])
     kv_cache_write(k, v, k_cache, v_cache, slots), which writes the caches
     paged_attention(q, k_cache, v_cache, block_table, query_starts, lengths, scale, window=0)
         -> as q
@@ -22,13 +22,19 @@ x; any other dtype (float64, float16) of the unpacked linears is aten's. The ten
 one dtype. Unpacked ops pack their weights in every call: they are for training and large batches.
 Packed ones are for inference: they have no gradients, and read packed weights where they lie.
 Packed bytes hold no addresses and may be stored; a library that lays weights out otherwise refuses
-them.
+them. `ranks` are those of the packed linears (0: dense), which a CPU tensor knows by itself.
 
-The unpacked linears have gradients of everything, and autocast to bfloat16 on the CPU.
+The linears also take CUDA tensors, where deinfer is built with CUDA, in bfloat16, on torch's
+current stream of their device: nothing waits, so CUDA graphs may capture them. Weights are packed
+on the device, in another order than on the CPU; those bytes do not say what they are, so that
+`ranks` must be given with them, and they are not to be stored. float32 of the unpacked linears is
+aten's there. (None of this has run on a GPU yet.)
 
-Paged attention is causal and float32 or bfloat16. k_cache is [blocks, kv_heads, block_size / 16,
-head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim] (`new_kv_cache`), block_size
-a multiple of 16. `kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64
+The unpacked linears have gradients of everything, and autocast to bfloat16.
+
+Paged attention is causal and float32 or bfloat16, on the CPU. k_cache is [blocks, kv_heads,
+block_size / 16, head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim]
+(`new_kv_cache`), block_size a multiple of 16. `kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64
 [tokens]: block * block_size + place in it, or -1: nowhere. `paged_attention` takes q [tokens,
 heads, head_dim], in which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are
 the last tokens of sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are
@@ -120,7 +126,9 @@ def _up(value: int, multiple: int) -> int:
 
 
 def _packed_bytes(v: Sequence[Tensor | None], u: Sequence[Tensor], bias: Sequence[Any]) -> int:
-    """The size of csrc/functional/packed_format.h."""
+    """The size of csrc/functional/packed_format.h; for CUDA devices of cuda_ops.cc there."""
+    if u[0].device.type == "cuda":
+        return sum(map(_cuda_bytes, v, u))
     size = 128
     for first, second, b in zip(v, u, bias, strict=True):
         for matrix in (first, second):
@@ -130,6 +138,13 @@ def _packed_bytes(v: Sequence[Tensor | None], u: Sequence[Tensor], bias: Sequenc
         if b is not None:
             size += 4 * _up(second.shape[0], 32)
     return size
+
+
+def _cuda_bytes(v: Tensor | None, u: Tensor) -> int:
+    """Bytes of one packed linear: tiles of V and U, and a bias."""
+    n = _up(u.shape[0], 16)
+    inner = _up(u.shape[1], 32)
+    return 2 * n * inner + 4 * n + (0 if v is None else 2 * inner * _up(v.shape[1], 32))
 
 
 def _rows(x: Tensor, cols: int) -> Tensor:
@@ -146,7 +161,7 @@ def _fake_linear(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) ->
     return _rows(x, u.shape[0])
 
 
-def _fake_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+def _fake_packed(x: Tensor, packed: Tensor, out_features: int, ranks: Sequence[int] = ()) -> Tensor:
     return _rows(x, out_features)
 
 
@@ -178,7 +193,12 @@ def _fake_qkv(
 
 
 def _fake_qkv_packed(
-    x: Tensor, packed: Tensor, q_features: int, k_features: int, v_features: int
+    x: Tensor,
+    packed: Tensor,
+    q_features: int,
+    k_features: int,
+    v_features: int,
+    ranks: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _rows(x, q_features), _rows(x, k_features), _rows(x, v_features)
 
@@ -271,4 +291,5 @@ for _name, _backward in (
     ("lowrank_qkv", _qkv_backward),
 ):
     torch.library.register_autograd(f"deinfer::{_name}", _backward, setup_context=_save)
-    torch.library.register_autocast(f"deinfer::{_name}", "cpu", torch.bfloat16)
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"deinfer::{_name}", _device, torch.bfloat16)

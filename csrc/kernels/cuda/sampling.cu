@@ -394,7 +394,7 @@ __device__ void report(const Row& row, const SampleRow& sample, int token, Sampl
 __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleLaunch args) {
   __shared__ Shared shared;
   const std::int64_t index = blockIdx.x;
-  const SampleRow sample = args.samples[index];
+  const SampleRow& sample = args.samples[index];  // read where it is needed: registers are few
   if (sample.mode == SampleMode::kIdle) return;
   const Row row = {shared, args.logits + index * args.vocabulary, args.vocabulary,
                    args.lists + index * kLists * args.vocabulary};

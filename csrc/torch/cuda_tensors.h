@@ -1,0 +1,23 @@
+// torch's CUDA tensors as deinfer/cuda_ops.h takes them.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "deinfer/cuda_ops.h"
+#include "torch/tensors.h"
+
+namespace deinfer::torch_ops {
+
+/// bfloat16 weights as lowrank_pack leaves them on the device of `like`, uint8 [bytes].
+Tensor cuda_pack_linears(std::span<const LinearWeights> linears, const Tensor& like);
+
+/// The shapes of packed linears, of which device memory does not tell without waiting for it.
+std::vector<CudaLinearShape> cuda_shapes(std::initializer_list<std::int64_t> features,
+                                         const std::vector<std::int64_t>& ranks);
+
+/// outs = the linears of x, or (gated) the one output of a gated MLP, on torch's current stream.
+void cuda_run_linears(const Tensor& x, const Tensor& packed,
+                      std::span<const CudaLinearShape> shapes, std::span<Tensor> outs, bool gated);
+
+}  // namespace deinfer::torch_ops
