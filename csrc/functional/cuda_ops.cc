@@ -6,6 +6,7 @@
 
 #include "base/bf16.h"
 #include "base/check.h"
+#include "functional/cuda_checks.h"
 #include "functional/executor_impl.h"
 #include "kernels/cuda/runtime.h"
 
@@ -68,12 +69,6 @@ Layout layout_of(std::int64_t k, std::span<const CudaLinearShape> shapes) {
   return layout;
 }
 
-void check_memory(const char* name, const void* memory, std::size_t bytes, std::size_t wanted) {
-  check_argument(bytes >= wanted, name, " has ", bytes, " bytes, these shapes need ", wanted);
-  check_argument(reinterpret_cast<std::uintptr_t>(memory) % 16 == 0, name,
-                 " must lie at a multiple of 16 bytes, not at ", memory);
-}
-
 Layout check_packed(const CudaPackedLinears& packed) {
   const Layout layout = layout_of(packed.k, packed.shapes);
   check_argument(packed.bytes == layout.bytes, "the packed weights have ", packed.bytes,
@@ -81,12 +76,6 @@ Layout check_packed(const CudaPackedLinears& packed) {
                  ": shapes and ranks must be those that were packed on the device");
   check_memory("the packed memory", packed.memory, packed.bytes, layout.bytes);
   return layout;
-}
-
-void check_bfloat16(const char* name, DType dtype) {
-  if (dtype == DType::kBFloat16) return;
-  fail(ErrorCode::kUnsupported, name, " is ", dtype_name(dtype),
-       ": on CUDA devices the kernels are bfloat16 only");
 }
 
 /// Weights [rows, cols] or nothing.
@@ -98,8 +87,6 @@ void check_weights(const TensorView& view, const char* name, std::size_t index, 
   check_bfloat16(name, view.dtype);
   check_matrix(name, view);
 }
-
-cuda::Stream stream_of(const CudaStream& on) { return reinterpret_cast<cuda::Stream>(on.stream); }
 
 void pack_matrix(const TensorView& from, int tiles, int chunks, std::byte* to,
                  const CudaStream& on) {

@@ -3,37 +3,21 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cuda/attention_plan.h"
+
 namespace deinfer {
 namespace {
 
 using cuda::AttentionSequence;
 using cuda::AttentionTask;
-using cuda::kSplitPositions;
+using cuda::kQueryRows;
 using cuda::SampleMode;
 using cuda::SampleRow;
 using cuda::tiles_of;
 
-constexpr int kQueryRows = 16;
 constexpr int kTaskWords = sizeof(AttentionTask) / 4;
 constexpr int kSequenceWords = sizeof(AttentionSequence) / 4;
 constexpr int kSampleWords = sizeof(SampleRow) / 4;
-
-/// The splits that the rows of a tile see.
-struct TileSplits {
-  int first = 0;
-  int count = 0;
-  int rows = 0;
-};
-
-TileSplits splits_of(const BatchSequence& sequence, int tile, int group, int window) {
-  const int first_row = tile * kQueryRows;
-  const int last_row = std::min(first_row + kQueryRows, sequence.num_rows * group) - 1;
-  const int last_position = sequence.first_position + last_row / group;
-  const int first_position = sequence.first_position + first_row / group;
-  const int begin = window > 0 ? std::max(0, first_position - window + 1) : 0;
-  const int first = begin / kSplitPositions;
-  return {first, last_position / kSplitPositions + 1 - first, last_row - first_row + 1};
-}
 
 /// How a row is sampled, but for what it reads and writes.
 SampleRow sample_of(const SampledRow& row, int vocabulary) {
@@ -186,7 +170,7 @@ void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOff
   auto* combines = reinterpret_cast<AttentionTask*>(words + at.combines);
   int num_tiles = 0;
   for (const BatchSequence& sequence : batch.sequences) {
-    num_tiles += tiles_of(sequence.num_rows * group, kQueryRows);
+    num_tiles += cuda::query_tiles(sequence.num_rows, group);
   }
   // Tiles alone keep the device busy, or splits must. The result has the same bits.
   const bool divides = num_tiles * limits_.kv_heads < limits_.parallel_warps;
@@ -195,8 +179,9 @@ void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOff
   int partial = 0;
   for (std::size_t i = 0; i < batch.sequences.size(); ++i) {
     const BatchSequence& sequence = batch.sequences[i];
-    for (int tile = 0; tile < tiles_of(sequence.num_rows * group, kQueryRows); ++tile) {
-      const TileSplits splits = splits_of(sequence, tile, group, window);
+    for (int tile = 0; tile < cuda::query_tiles(sequence.num_rows, group); ++tile) {
+      const cuda::TileSplits splits =
+          cuda::splits_of(sequence.num_rows, sequence.first_position, tile, group, window);
       AttentionTask task{static_cast<int>(i), tile, splits.first, splits.count, -1};
       const int rows = limits_.kv_heads * splits.rows;
       const std::int64_t end = partial + std::int64_t{rows} * splits.count;

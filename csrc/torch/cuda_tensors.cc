@@ -3,7 +3,6 @@
 #include "torch/cuda_tensors.h"
 
 #include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 
 namespace deinfer::torch_ops {
 namespace {
@@ -20,28 +19,18 @@ GetStream find_get_stream() {
   return reinterpret_cast<GetStream>(symbol);
 }
 
-/// The stream that torch uses now on the device of a tensor, which stays the thread's as long as
-/// this lives.
-class CurrentStream {
- public:
-  explicit CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    static const GetStream get_stream = find_get_stream();
-    on_.device = tensor.get_device_index();
-    STABLE_TORCH_ERROR_CODE_CHECK(get_stream(on_.device, &on_.stream));
-  }
-  const CudaStream& get() const { return on_; }
+}  // namespace
 
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  CudaStream on_;
-};
+CurrentStream::CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  static const GetStream get_stream = find_get_stream();
+  on_.device = tensor.get_device_index();
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(on_.device, &on_.stream));
+}
 
 Tensor empty_bytes(const Tensor& like, std::size_t bytes) {
   const auto size = static_cast<std::int64_t>(bytes);
   return torch::stable::new_empty(like, {&size, 1}, ScalarType::Byte);
 }
-
-}  // namespace
 
 Tensor cuda_pack_linears(std::span<const LinearWeights> linears, const Tensor& like) {
   std::vector<CudaLinearShape> shapes;

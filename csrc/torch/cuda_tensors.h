@@ -1,6 +1,8 @@
 // torch's CUDA tensors as deinfer/cuda_ops.h takes them.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
+
 #include <span>
 #include <vector>
 
@@ -8,6 +10,21 @@
 #include "torch/tensors.h"
 
 namespace deinfer::torch_ops {
+
+/// The stream that torch uses now on the device of a tensor. That device stays the thread's as long
+/// as this lives.
+class CurrentStream {
+ public:
+  explicit CurrentStream(const Tensor& tensor);
+  const CudaStream& get() const { return on_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  CudaStream on_;
+};
+
+/// New memory on the device of `like`, uint8 [bytes].
+Tensor empty_bytes(const Tensor& like, std::size_t bytes);
 
 /// bfloat16 weights as lowrank_pack leaves them on the device of `like`, uint8 [bytes].
 Tensor cuda_pack_linears(std::span<const LinearWeights> linears, const Tensor& like);

@@ -54,4 +54,6 @@ STABLE_TORCH_LIBRARY_IMPL(deinfer, CUDA, library) {
   library.impl("lowrank_gated_mlp_packed", TORCH_BOX(&lowrank_gated_mlp_packed));
   library.impl("lowrank_qkv", TORCH_BOX(&lowrank_qkv));
   library.impl("lowrank_qkv_packed", TORCH_BOX(&lowrank_qkv_packed));
+  library.impl("kv_cache_write", TORCH_BOX(&kv_cache_write));
+  library.impl("paged_attention", TORCH_BOX(&paged_attention));
 }

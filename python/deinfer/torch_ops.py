@@ -24,22 +24,24 @@ Packed ones are for inference: they have no gradients, and read packed weights w
 Packed bytes hold no addresses and may be stored; a library that lays weights out otherwise refuses
 them. `ranks` are those of the packed linears (0: dense), which a CPU tensor knows by itself.
 
-The linears also take CUDA tensors, where deinfer is built with CUDA, in bfloat16, on torch's
-current stream of their device: nothing waits, so CUDA graphs may capture them. Weights are packed
-on the device, in another order than on the CPU; those bytes do not say what they are, so that
-`ranks` must be given with them, and they are not to be stored. float32 of the unpacked linears is
-aten's there. (None of this has run on a GPU yet.)
+All take CUDA tensors, too, where deinfer is built with CUDA, in bfloat16, on torch's current stream
+of their device: nothing waits, so CUDA graphs may capture them. Weights are packed on the device,
+in another order than on the CPU; those bytes do not say what they are, so that `ranks` must be
+given with them, and they are not to be stored. float32 of the unpacked linears is aten's there.
+Slots, lengths and block tables in device memory are not checked; slots outside of the caches are
+skipped. (None of this has run on a GPU yet.)
 
 The unpacked linears have gradients of everything, and autocast to bfloat16.
 
-Paged attention is causal and float32 or bfloat16, on the CPU. k_cache is [blocks, kv_heads,
-block_size / 16, head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim]
-(`new_kv_cache`), block_size a multiple of 16. `kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64
-[tokens]: block * block_size + place in it, or -1: nowhere. `paged_attention` takes q [tokens,
-heads, head_dim], in which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are
-the last tokens of sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are
-block_table[s] (int32 [sequences, most blocks]). `window`: positions that a token sees, itself
-included; 0: all.
+Paged attention is causal and float32 or bfloat16. k_cache is [blocks, kv_heads, block_size / 16,
+head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim] (`new_kv_cache`), block_size
+a multiple of 16; on CUDA devices [blocks, kv_heads, block_size, width] and [blocks, kv_heads,
+width, block_size], width the next of 64, 96, 128 and 256 from head_dim on, zero beyond that.
+`kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64 [tokens]: block *
+block_size + place in it, or -1: nowhere. `paged_attention` takes q [tokens, heads, head_dim], in
+which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are the last tokens of
+sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are block_table[s] (int32
+[sequences, most blocks]). `window`: positions that a token sees, itself included; 0: all.
 
 Errors are RuntimeErrors that name the operand and its value. Ops use `torch.get_num_threads()`
 threads at most, and may be called from any thread; calls take turns.
@@ -48,6 +50,7 @@ threads at most, and may be called from any thread; calls take turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,9 @@ __all__ = [
 ]
 
 
+_HEAD_WIDTHS = (64, 96, 128, 256)  # that the CUDA kernels are compiled for
+
+
 def new_kv_cache(
     num_blocks: int,
     kv_heads: int,
@@ -96,6 +102,7 @@ def new_kv_cache(
     *,
     block_size: int = 16,
     dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Make empty caches of one attention layer.
 
@@ -104,18 +111,27 @@ def new_kv_cache(
         kv_heads: Heads of K and V.
         head_dim: Elements of a head.
         block_size: Tokens of a block, a multiple of 16.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; bfloat16 on CUDA devices.
+        device: Where they are.
 
     Returns:
         k_cache and v_cache, as `kv_cache_write` and `paged_attention` take them.
 
     Raises:
-        ValueError: `block_size` is no positive multiple of 16.
+        ValueError: `block_size` is no positive multiple of 16, or `head_dim` more than the 256 of
+            the CUDA kernels.
     """
     if block_size <= 0 or block_size % 16:
         raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
-    k = torch.zeros(num_blocks, kv_heads, block_size // 16, head_dim, 16, dtype=dtype)
-    return k, torch.zeros(num_blocks, kv_heads, block_size, head_dim, dtype=dtype)
+    zeros = partial(torch.zeros, dtype=dtype, device=device)
+    if torch.device(device).type != "cuda":
+        k = zeros(num_blocks, kv_heads, block_size // 16, head_dim, 16)
+        return k, zeros(num_blocks, kv_heads, block_size, head_dim)
+    width = next((width for width in _HEAD_WIDTHS if head_dim <= width), None)
+    if width is None:
+        raise ValueError(f"head_dim must be at most {_HEAD_WIDTHS[-1]}, got {head_dim}")
+    k = zeros(num_blocks, kv_heads, block_size, width)
+    return k, zeros(num_blocks, kv_heads, width, block_size)
 
 
 # --- shapes, for tracing --------------------------------------------------------------------------

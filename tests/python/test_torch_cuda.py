@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("deinfer.torch_ops", reason="built without torch ops", exc_type=ImportError)
 
 from deinfer import nn, torch_ops  # noqa: E402
-from torch_helpers import assert_near, exact, factors, randn  # noqa: E402
+from torch_helpers import Paged, assert_near, exact, factors, randn  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 pytestmark = pytest.mark.cuda
@@ -73,6 +73,16 @@ def test_any_stream_and_graphs() -> None:
     x.neg_()
     graph.replay()
     assert torch.equal(captured, torch_ops.lowrank_linear_packed(x, packed, 48, [16]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_paged_attention_of_prefill_and_decode(window: int, head_dim: int) -> None:
+    lengths, queries = [1, 70, 300, 33], [1, 1, 50, 0]
+    paged = Paged(lengths, queries, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+    out = torch_ops.paged_attention(*paged.arguments(window))
+    assert_near(out.cpu(), paged.exact(window))
 
 
 @needs_gpu

@@ -1,4 +1,4 @@
-// deinfer/cuda_ops.h: the linears of ops.h on memory of a CUDA device, in bfloat16, for programs
+// deinfer/cuda_ops.h: the operations of ops.h on memory of a CUDA device, in bfloat16, for programs
 // whose tensors and streams are their own.
 //
 //   std::vector<deinfer::CudaLinearShape> shapes{{n, r}};
@@ -64,6 +64,48 @@ DEINFER_API void cuda_lowrank_linears(const TensorView& x, const CudaPackedLinea
 DEINFER_API void cuda_lowrank_gated_mlp(const TensorView& x, const CudaPackedLinears& gate_up,
                                         const MutableTensorView& out, void* workspace,
                                         std::size_t workspace_bytes, const CudaStream& on);
+
+/// Elements from one head to the next in a cache: head_dim, padded to what kernels are compiled
+/// for. Throws kUnsupported for more than 256.
+DEINFER_API int cuda_head_width(std::int64_t head_dim);
+
+/// K and V of one attention layer, bfloat16, in blocks of `block_size` tokens (a multiple of 16):
+///   k[num_blocks, kv_heads, block_size, width], v[num_blocks, kv_heads, width, block_size]
+/// with width = cuda_head_width(head_dim); zero beyond head_dim.
+struct CudaPagedCache {
+  void* k = nullptr;
+  void* v = nullptr;
+  std::int64_t num_blocks = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int block_size = 0;
+};
+
+/// As PagedSequences, with lists that the device alone has. So nothing in them is checked, and
+/// whatever does not fit together reads or writes where it should not.
+struct CudaPagedSequences {
+  const std::int32_t* query_starts = nullptr;  // [count + 1]
+  const std::int32_t* lengths = nullptr;       // [count]
+  const std::int32_t* block_table = nullptr;   // [count, .]
+  std::int64_t table_stride = 0;
+  std::int64_t count = 0;
+};
+
+/// Writes k and v[m, kv_heads * head_dim] to the places slots[m] of the cache; slots outside of it
+/// are skipped.
+DEINFER_API void cuda_write_kv(const TensorView& k, const TensorView& v, const std::int64_t* slots,
+                               const CudaPagedCache& cache, const CudaStream& on);
+
+/// Scratch that cuda_paged_attention() needs for q[m, heads * head_dim].
+DEINFER_API std::size_t cuda_attention_workspace_bytes(std::int64_t m, int heads,
+                                                       const CudaPagedCache& cache,
+                                                       std::int64_t sequences);
+
+/// As OpExecutor::paged_attention(). The rows of out must be contiguous.
+DEINFER_API void cuda_paged_attention(const TensorView& q, const CudaPagedCache& cache,
+                                      const CudaPagedSequences& sequences, float scale, int window,
+                                      const MutableTensorView& out, void* workspace,
+                                      std::size_t workspace_bytes, const CudaStream& on);
 
 }  // namespace DEINFER_ABI
 }  // namespace deinfer

@@ -202,11 +202,57 @@ struct AttentionLaunch {
   float soft_cap = 0.0f;
   float* partial_sums = nullptr;   // [partial rows, head_width]
   float* partial_stats = nullptr;  // [partial rows, 2]
-  void* out = nullptr;             // activations [m, heads * head_dim]
-  int out_chunks = 0;
-  int blocks = 0;  // of the grid: what is there to do is known on the device only
+  void* out = nullptr;             // activations [m, heads * head_dim], or rows
+  int out_chunks = 0;              // 0: rows
+  int blocks = 0;                  // of the grid: what is there to do is known on the device only
 };
 int launch_attention(const AttentionLaunch& args, Stream stream);
+
+/// Writes k and v, bf16 [m, kv_heads * head_dim] with rows apart as said, to slots[m] of the pool;
+/// nothing for slots outside [0, places).
+struct KvWriteLaunch {
+  const void* k = nullptr;
+  const void* v = nullptr;
+  std::int64_t k_ld = 0;
+  std::int64_t v_ld = 0;
+  int m = 0;
+  const std::int64_t* slots = nullptr;
+  std::int64_t places = 0;
+  KvPool kv;
+};
+int launch_kv_write(const KvWriteLaunch& args, Stream stream);
+
+/// out[m, heads, head_width] = q[m, heads * head_dim], rows ld apart, and zeros.
+struct PadHeadsLaunch {
+  const void* q = nullptr;
+  std::int64_t ld = 0;
+  int m = 0;
+  int heads = 0;
+  int head_dim = 0;
+  int head_width = 0;
+  void* out = nullptr;
+};
+int launch_pad_heads(const PadHeadsLaunch& args, Stream stream);
+
+/// Divides attention into tasks as CudaStep does, from lists in device memory: sequence s has the
+/// rows query_starts[s] .. query_starts[s + 1] and its block table from s * table_stride on.
+struct AttentionPlanLaunch {
+  const int* query_starts = nullptr;  // [num_sequences + 1]
+  const int* lengths = nullptr;       // [num_sequences]
+  int num_sequences = 0;
+  int table_stride = 0;
+  int group = 0;
+  int kv_heads = 0;
+  int window = 0;
+  int parallel_warps = 0;      // that attention should have work for
+  int partial_rows = 0;        // room for states of splits
+  int* first_tiles = nullptr;  // [num_sequences + 1]
+  int* counts = nullptr;       // num_tasks, num_combines
+  AttentionTask* tasks = nullptr;
+  AttentionTask* combines = nullptr;
+  AttentionSequence* sequences = nullptr;
+};
+int launch_attention_plan(const AttentionPlanLaunch& args, Stream stream);
 
 /// tokens[i] = the place of the largest of logits[i, vocabulary], the lowest of equal ones; NaN is
 /// never the largest.

@@ -18,6 +18,7 @@ bool is_compiled() { return false; }
 std::vector<DeviceInfo> devices() { return {}; }
 
 void use_device(int) { unavailable(); }
+int multiprocessors(int) { unavailable(); }
 std::uint64_t free_memory() { unavailable(); }
 void check_launch(int, const char*) { unavailable(); }
 
@@ -43,6 +44,9 @@ int launch_norm(const NormLaunch&, Stream) { unavailable(); }
 int launch_embed(const EmbedLaunch&, Stream) { unavailable(); }
 int launch_rope(const RopeLaunch&, Stream) { unavailable(); }
 int launch_qk_norm(const QkNormLaunch&, Stream) { unavailable(); }
+int launch_kv_write(const KvWriteLaunch&, Stream) { unavailable(); }
+int launch_pad_heads(const PadHeadsLaunch&, Stream) { unavailable(); }
+int launch_attention_plan(const AttentionPlanLaunch&, Stream) { unavailable(); }
 int launch_attention(const AttentionLaunch&, Stream) { unavailable(); }
 int launch_sample(const SampleLaunch&, Stream) { unavailable(); }
 int launch_argmax(const ArgmaxLaunch&, Stream) { unavailable(); }
