@@ -222,6 +222,9 @@ def judge(measured: dict[str, Any]) -> list[Check]:
         Check("device tests failed", measured["failed_tests"], 0, at_least=False),
         Check("tests of torch's ops failed", measured["failed_torch_tests"], 0, at_least=False),
     ]
+    if measured["sanitizer"] is not None:
+        found = len(measured["sanitizer"])
+        checks.append(Check("findings of compute-sanitizer", found, 0, at_least=False))
     if agreement := measured["agreement"]:
         others = len(agreement["others"])
         checks.append(Check("answers that differ, no ties", others, 0, at_least=False))
@@ -315,6 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "gpu" / "models")
     parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="run the kernel tests under compute-sanitizer, too (many minutes)",
+    )
+    parser.add_argument(
         "--smollm2",
         type=Path,
         default=ROOT / "build" / "smollm2-135m-instruct-keep0.8",
@@ -337,8 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [sys.executable, __file__, "--measure", str(out), "--models", str(options.models)]
     command += ["--smollm2", str(options.smollm2)]
     subprocess.run(command, env=environment, check=True)
+    tests = ROOT / "build" / "gpu" / "tests" / "cpp"
     measured = {
         "failed_tests": failed,
+        "sanitizer": gpu_checks.sanitizer_findings(tests) if options.sanitize else None,
         "failed_torch_tests": gpu_checks.failed_torch_tests(package),
         **json.loads(out.read_text()),
     }

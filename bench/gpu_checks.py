@@ -20,6 +20,9 @@ from common import ROOT
 from numpy.typing import NDArray
 
 TOKENS = 64
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+KERNEL_TESTS = ("attention", "linear", "ops", "ops_attention", "rows", "sampling")
+SANITIZER_SECONDS = 300
 QUESTIONS = (
     "What is the capital of France?",
     "Explain in one sentence why the sky is blue.",
@@ -137,6 +140,27 @@ def failed_torch_tests(package: Path) -> int:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(run.stdout)
     return failures_of(run.stdout, run.returncode)
+
+
+def sanitizer_findings(tests: Path, run: Callable[..., Any] = subprocess.run) -> list[str]:
+    """Tools of compute-sanitizer that find something in the kernel tests, "tool: test" each.
+
+    Args:
+        tests: The folder of the built tests.
+        run: Runs a command.
+    """
+    found = []
+    for tool in SANITIZERS:
+        for name in KERNEL_TESTS:
+            test = tests / f"cuda_{name}_test_on_device"
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(test)]
+            try:
+                code = run(command, timeout=SANITIZER_SECONDS).returncode
+            except subprocess.TimeoutExpired:
+                code = -1
+            if code:
+                found.append(f"{tool}: {name}")
+    return found
 
 
 def failures_of(output: str, code: int) -> int:

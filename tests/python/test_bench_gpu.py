@@ -63,6 +63,7 @@ def measured(**changes: float) -> dict[str, Any]:
     return {
         "failed_tests": 0,
         "failed_torch_tests": 0,
+        "sanitizer": [],
         "agreement": {"equal": 18, "ties": 2, "others": []},
         "busy_ms": {"decode 64": 5.8},
         "dense_bytes": 2_000_000_000,
@@ -81,8 +82,8 @@ def test_the_table_knows_the_targets() -> None:
     assert checks["bandwidth bound / decode of 1"].value == pytest.approx(7 / 4 / 3)
     assert checks["bandwidth bound / dense decode of 1"].value == pytest.approx(0.5 / 0.6)
     assert checks["no kernel runs, decode of 64"].value == pytest.approx(0.2 / 6.0)
-    without = gpu.judge({**measured(), "agreement": None})
-    assert len(without) == len(checks) - 1
+    without = gpu.judge({**measured(), "agreement": None, "sanitizer": None})
+    assert len(without) == len(checks) - 2
     differs = {"equal": 19, "ties": 0, "others": [{"question": "", "place": 3}]}
     assert [c.name for c in gpu.judge({**measured(), "agreement": differs}) if not c.ok] == [
         "answers that differ, no ties"
@@ -100,6 +101,22 @@ def test_kernels_are_told_from_copies() -> None:
     events = [("linear", 0, 10), ("Memcpy HtoD", 5, 30), ("norm", 8, 12), ("norm", 40, 41)]
     assert gpu_checks.busy_of(events) == 13
     assert gpu_checks.busy_of([]) == 0
+
+
+def test_sanitizers_findings_are_named(tmp_path: Path) -> None:
+    def run(command: list[str], timeout: float) -> Any:
+        tool, test = command[2], Path(command[-1]).name
+        assert test.startswith("cuda_") and test.endswith("_test_on_device")
+        if tool == "racecheck" and "linear" in test:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return answer(9 if tool == "memcheck" and "rows" in test else 0)()
+
+    found = gpu_checks.sanitizer_findings(tmp_path, run)
+    assert found == ["memcheck: rows", "racecheck: linear"]
+    # They are built: tests/cpp/CMakeLists.txt makes them for the device.
+    listed = (Path(gpu_checks.ROOT) / "tests" / "cpp" / "CMakeLists.txt").read_text()
+    for name in gpu_checks.KERNEL_TESTS:
+        assert f"deinfer_cuda_test(cuda_{name}_test ON_DEVICE)" in listed
 
 
 def test_pytest_and_ties_are_read() -> None:
