@@ -5,7 +5,7 @@
 
 #include "cuda_fixture.h"
 #include "engine/candidates.h"
-#include "engine/sampler.h"
+#include "engine/worker.h"
 #include "model/cuda_sampling.h"
 #include "model/cuda_step.h"
 #include "sampler_rows.h"
@@ -155,6 +155,30 @@ TEST_F(CudaSamplingTest, ChoosesTheTokensOfTheHost) {
     for (int j = 0; j < 6; ++j) rows.push_back(random_case(dice, vocab));
     compare(rows);
   }
+}
+
+TEST(SamplingRoomTest, IsForOneStep) {
+  const std::vector<TokenId> tokens = {1, 2, 3, 4, 5, 6}, banned = {7, 8};
+  SamplingParams plain, all, generated;
+  all.repetition_penalty = 1.1f;
+  generated.presence_penalty = 1.0f;
+  const auto row = [&](const SamplingParams& params, int top, bool bans = false) {
+    return SampledRow{0,   &params, tokens, 4, bans ? banned : std::span<const TokenId>{},
+                      0.0, -1,      top};
+  };
+  SamplingRoom room{3, 10, 7};
+  EXPECT_TRUE(room.take(row(plain, -1)));
+  EXPECT_FALSE(room.take(row(plain, 4))) << "no report is so long";
+  EXPECT_TRUE(room.take(row(plain, 3)));
+  EXPECT_TRUE(room.take(row(plain, 3)));
+  EXPECT_FALSE(room.take(row(plain, 2))) << "6 of 7 are taken";
+  EXPECT_TRUE(room.take(row(plain, 1)));
+  EXPECT_TRUE(room.take(row(all, 0))) << "6 of 10 tokens";
+  EXPECT_FALSE(room.take(row(all, 0)));
+  EXPECT_TRUE(room.take(row(generated, 0, true))) << "2 generated, 2 banned";
+  EXPECT_FALSE(room.take(row(generated, 0)));
+  EXPECT_TRUE(room.take(row(plain, 0)));
+  EXPECT_FALSE(SamplingRoom{}.take(row(plain, -1))) << "what a CPU worker offers";
 }
 
 TEST_F(CudaSamplingTest, TakesLargeVocabularies) {
