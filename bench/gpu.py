@@ -3,10 +3,12 @@
     python bench/gpu.py            # everything; cut to fit 8 minutes of an H100, which nobody timed
     python bench/gpu.py --check    # and exit with 1 where a target is missed
 
-Builds the preset `gpu`, runs the tests that are labelled cuda on the device, and measures the
-engine with random weights in the shape of LLaMA-7B at keep 0.5, beside what the device itself can
-do: its read bandwidth and its rate of bf16 products, and the same products by torch in a CUDA
-graph. Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
+Builds the preset `gpu`, runs the tests that are labelled cuda on the device and those of torch's
+ops, compares greedy tokens with the CPU engine's (of --smollm2, where there is such a folder), and
+measures the engine with random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer
+layers, beside what the device itself can do: its read bandwidth and its rate of bf16 products, and
+the same products by torch (cuBLAS) in a CUDA graph. Writes bench/results/gpu-DEVICE-DATE.json. It
+has never run: there was no GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import gpu_checks
 from common import ROOT, Check
 
 LLAMA_7B = {
@@ -40,6 +43,7 @@ LLAMA_7B = {
     "max_position_embeddings": 4096,
 }
 KEEP = 0.5
+DENSE_LAYERS = 8  # of the dense shape: 2 GB, which no cache holds
 CONTEXT = 1024
 BATCHES = (1, 16, 64, 128)
 PREFILL = 2048
@@ -109,12 +113,13 @@ class Stepper:
         self.engine = _C.Engine(config)
         self.numbers = random.Random(0)
 
-    def _submit(self, new: int) -> None:
+    def _submit(self, new: int, **sampling: float) -> None:
         from deinfer import SamplingParams
 
         most = self.engine.model_info.vocab_size
         ids = [self.numbers.randrange(3, most) for _ in range(self.prompt)]
-        self.engine.submit(ids, SamplingParams(max_tokens=new, temperature=0, ignore_eos=True))
+        params = SamplingParams(max_tokens=new, ignore_eos=True, **{"temperature": 0, **sampling})
+        self.engine.submit(ids, params)
 
     def _step(self) -> tuple[float, float]:
         """Milliseconds of a step, and those of them within the model."""
@@ -132,16 +137,27 @@ class Stepper:
             times.append(self._step()[0])
         return times[1:]
 
-    def decode(self, batch: int) -> tuple[list[float], float]:
-        """Steps of `batch` sequences in milliseconds, and the share of them outside the model."""
+    def decode(
+        self,
+        batch: int,
+        watch: Callable[[Callable[[], object]], None] | None = None,
+        **sampling: float,
+    ) -> tuple[list[float], float]:
+        """Steps of `batch` sequences in milliseconds, and the share of them outside the model.
+
+        `watch` is given a function that makes one more step; `sampling` are SamplingParams.
+        """
         for _ in range(batch):
-            self._submit(STEPS + 2 * batch)  # the first decodes while prompts of others run
+            # The first decodes while prompts of others run.
+            self._submit(STEPS + 2 * batch, **sampling)
         self._step()
         while self.engine.stats.num_waiting:
             self._step()
         for _ in range(4):  # the last prompt, and the capture of the graph
             self._step()
         steps = [self._step() for _ in range(STEPS - 8)]
+        if watch:
+            watch(self.engine.step)
         while self.engine.has_unfinished_requests():
             self.engine.step()
         total = sum(step[0] for step in steps)
@@ -202,7 +218,16 @@ def torch_products(shapes: Shapes, m: int) -> list[float]:
 
 def judge(measured: dict[str, Any]) -> list[Check]:
     """The checks on what measure() and the tests gave."""
-    checks = [Check("device tests failed", measured["failed_tests"], 0, at_least=False)]
+    checks = [
+        Check("device tests failed", measured["failed_tests"], 0, at_least=False),
+        Check("tests of torch's ops failed", measured["failed_torch_tests"], 0, at_least=False),
+    ]
+    if measured["sanitizer"] is not None:
+        found = len(measured["sanitizer"])
+        checks.append(Check("findings of compute-sanitizer", found, 0, at_least=False))
+    if agreement := measured["agreement"]:
+        others = len(agreement["others"])
+        checks.append(Check("answers that differ, no ties", others, 0, at_least=False))
     engine = {name: statistics.median(times) for name, times in measured["engine_ms"].items()}
     torch_ms = {name: statistics.median(times) for name, times in measured["torch_ms"].items()}
     bound = 1e3 * measured["weight_bytes"] / (measured["ceilings"]["read_gb_per_s"] * 1e9)
@@ -213,28 +238,52 @@ def judge(measured: dict[str, Any]) -> list[Check]:
         ),
         Check("bandwidth bound / decode of 1", bound / engine["decode 1"], 0.5),
     ]
+    dense = 1e3 * measured["dense_bytes"] / (measured["ceilings"]["read_gb_per_s"] * 1e9)
+    checks.append(Check("bandwidth bound / dense decode of 1", dense / engine["dense 1"], 0.7))
     for name in ("decode 16", "decode 128", "prefill"):
         checks.append(Check(f"torch's products / {name}", torch_ms[name] / engine[name], 0.95))
     overhead = measured["outside_model"]["decode 64"]
-    return [*checks, Check("outside the model, decode of 64", overhead, 0.05, at_least=False)]
+    idle = 1 - measured["busy_ms"]["decode 64"] / engine["decode 64"]
+    sampled = engine["sampled 64"] / engine["decode 64"]
+    return [
+        *checks,
+        Check("outside the model, decode of 64", overhead, 0.05, at_least=False),
+        Check("no kernel runs, decode of 64", idle, 0.05, at_least=False),
+        Check("sampled / greedy decode of 64", sampled, 1.05, at_least=False),
+    ]
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """All times, on the device."""
+def measure(folder: Path, smollm2: Path) -> dict[str, Any]:
+    """All times, on the device, and how its answers agree with the CPU's."""
     from random_llama import write_random_llama
 
+    has_model = (smollm2 / "config.json").is_file()
+    agreement = gpu_checks.agreement(smollm2) if has_model else None
+    if not has_model:
+        print(f"answers are not compared: there is no model in {smollm2}")
     model = write_random_llama(folder / "llama-7b-keep0.5", keep=KEEP, **LLAMA_7B)
-    results: dict[str, Any] = {"engine_ms": {}, "outside_model": {}, "ceilings": ceilings()}
+    results: dict[str, Any] = {"engine_ms": {}, "outside_model": {}, "busy_ms": {}}
+    results |= {"ceilings": ceilings(), "agreement": agreement}
     shapes = products(LLAMA_7B, KEEP)
     results["torch_ms"] = {f"decode {m}": torch_products(shapes, m) for m in BATCHES}
     results["torch_ms"]["prefill"] = torch_products(shapes[:-1], PREFILL)
     results["weight_bytes"] = 2 * sum(n * k for n, k in shapes)
     stepper = Stepper(model, "cuda", max(BATCHES), CONTEXT)
+
+    def watch(step: Callable[[], object]) -> None:
+        results["busy_ms"]["decode 64"] = gpu_checks.busy_ms(step)
+
     for m in BATCHES:
-        times, outside = stepper.decode(m)
+        times, outside = stepper.decode(m, watch if m == 64 else None)
         results["engine_ms"][f"decode {m}"] = times
         results["outside_model"][f"decode {m}"] = outside
+    sampling = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
+    results["engine_ms"]["sampled 64"] = stepper.decode(64, **sampling)[0]
     del stepper
+    few = {**LLAMA_7B, "num_hidden_layers": DENSE_LAYERS}
+    dense = write_random_llama(folder / "llama-7b-dense", **few)
+    results["dense_bytes"] = 2 * sum(n * k for n, k in products(few, 0))
+    results["engine_ms"]["dense 1"] = Stepper(dense, "cuda", 1, CONTEXT).decode(1)[0]
     results["engine_ms"]["prefill"] = Stepper(model, "cuda", 1, PREFILL).prefill()
     return results
 
@@ -268,6 +317,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "gpu" / "models")
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="run the kernel tests under compute-sanitizer, too (many minutes)",
+    )
+    parser.add_argument(
+        "--smollm2",
+        type=Path,
+        default=ROOT / "build" / "smollm2-135m-instruct-keep0.8",
+        help="SmolLM2 at keep 0.8, as `make demo` leaves it",
+    )
     parser.add_argument("--measure", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -276,15 +336,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench/gpu.py: {error}", file=sys.stderr)
         return 2
     if options.measure:  # within the package that was built for the device
-        options.measure.write_text(json.dumps(measure(options.models)))
+        options.measure.write_text(json.dumps(measure(options.models, options.smollm2)))
         return 0
     package = build()
     failed = failed_tests()
     out = ROOT / "build" / "gpu" / "measured.json"
     environment = {**os.environ, "PYTHONPATH": str(package)}
     command = [sys.executable, __file__, "--measure", str(out), "--models", str(options.models)]
+    command += ["--smollm2", str(options.smollm2)]
     subprocess.run(command, env=environment, check=True)
-    measured = {"failed_tests": failed, **json.loads(out.read_text())}
+    tests = ROOT / "build" / "gpu" / "tests" / "cpp"
+    measured = {
+        "failed_tests": failed,
+        "sanitizer": gpu_checks.sanitizer_findings(tests) if options.sanitize else None,
+        "failed_torch_tests": gpu_checks.failed_torch_tests(package),
+        **json.loads(out.read_text()),
+    }
     results = {"environment": {**common.environment(), **device}, **measured}
     name = result_name(device["name"], datetime.date.today())
     common.finish(name, results, judge(measured), None, options.check)

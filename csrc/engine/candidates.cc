@@ -6,18 +6,21 @@
 #include <functional>
 #include <limits>
 
+#include "ops/sampling.h"
+
 namespace deinfer {
 namespace {
 
 using cpu::Compare;
 
-// Windows up to this size are sorted; smaller ones are not worth the calls of a selection.
-constexpr int kSortedWindow = 64;
-constexpr int kPivotSample = 15;
+constexpr int kSortedWindow = Candidates::kSortedWindow;
+constexpr int kPivotSample = Candidates::kPivotSample;
 
 std::size_t parts(int vocab_size, int span) {
   return static_cast<std::size_t>((vocab_size + span - 1) / span);
 }
+
+constexpr double kLogTwo = 0.693147180559945309;
 
 // About the median logit of a view.
 float pivot_of(const CandidateView& view) {
@@ -87,10 +90,9 @@ void Candidates::keep_top_k(int k, float bound) {
 
 void Candidates::keep_top_p(float top_p, const Softmax& softmax) {
   double total = mass(kept_, softmax);
-  // Tokens below (1 - top_p) / vocab of the total cannot make up 1 - top_p of it together. Half of
-  // that, and the next lower logit, leave room for rounding.
-  double share = 0.5 * (1.0 - static_cast<double>(top_p)) * total / vocab_size_;
-  double bound = softmax.maximum + std::log(share) / softmax.scale;
+  // What is too little to matter goes, of the power of 2 below the total: devices find the same.
+  double share = tail_log_share(top_p, vocab_size_) + kLogTwo * std::ilogb(total);
+  double bound = softmax.maximum + share / softmax.scale;
   float lowest = std::numeric_limits<float>::lowest();
   keep_at_least(bound > lowest ? std::nextafter(static_cast<float>(bound), lowest) : lowest);
   keep_through(

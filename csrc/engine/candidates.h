@@ -43,6 +43,10 @@ struct Softmax {
 /// reset, any keep_*, then reads and draws. The row must stay as it is until the last of them.
 class Candidates {
  public:
+  // Windows up to this size are sorted; smaller ones are not worth the calls of a selection.
+  static constexpr int kSortedWindow = 64;
+  static constexpr int kPivotSample = 15;  // logits, whose median divides a window
+
   Candidates(const cpu::KernelTable& kernels, int vocab_size);
 
   /// Starts with all tokens of logits[vocab]; returns the largest logit, NaN counts as -inf.
@@ -57,6 +61,9 @@ class Candidates {
 
   /// What is left. A row from which nothing was dropped yet is viewed in place and may hold NaN.
   const CandidateView& kept() const { return kept_; }
+
+  /// The sum of the probabilities of what is left.
+  double mass(const Softmax& softmax) { return mass(kept_, softmax); }
 
   /// Inverts the distribution function at u in [0, 1), summed in ascending order of the tokens.
   /// Tokens of probability 0 are never drawn; at least one other must be left.

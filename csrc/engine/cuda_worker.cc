@@ -7,6 +7,10 @@
 
 namespace deinfer {
 
+static_assert(cuda::kSortedWindow == Candidates::kSortedWindow &&
+                  cuda::kPivotSample == Candidates::kPivotSample,
+              "windows are those of the host");
+
 CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
                        int device, std::unique_ptr<Communicator> communicator, int threads,
                        int max_model_len, const LoadProgress& progress)
@@ -78,7 +82,30 @@ std::span<const TokenId> CudaWorker::execute(const Batch& batch, const LogitsCon
     team_.run([&](TeamMember& member) { consume(member, first, count, logits); });
   }
   decoder_->finish();
+  take_sampled(batch);
   return decoder_->most_likely();
+}
+
+SamplingRoom CudaWorker::sampling_room() const {
+  if (!decoder_->samples()) return {};
+  return {cuda::kMaxReported, CudaSampling::kHistoryTokens, CudaSampling::kReportedTokens};
+}
+
+void CudaWorker::take_sampled(const Batch& batch) {
+  sampled_.resize(batch.sampled.size());
+  std::vector<Candidate> ranked;
+  const cuda::ReportedToken* reported = decoder_->reported().data();
+  for (std::size_t i = 0; i < sampled_.size(); ++i) {
+    const cuda::SampledToken& token = decoder_->sampled()[i];
+    sampled_[i] = {token.token, {}};
+    const int top = batch.sampled[i].top;
+    if (top < 0) continue;
+    ranked.clear();
+    for (int j = 0; j < token.top; ++j) ranked.push_back({reported[j].logit, reported[j].token});
+    reported += top;
+    sampled_[i].logprobs = log_probabilities(
+        {{token.logit, token.token}, token.rank, token.maximum, token.total, ranked});
+  }
 }
 
 }  // namespace deinfer

@@ -10,8 +10,11 @@
 
 namespace deinfer {
 
-/// Computes in bf16. Sampling other than the most likely token is the host's, by `threads` threads,
-/// from logits that are copied there.
+/// Computes in bf16 and samples, with the tokens and reports that the host's sampler finds from the
+/// same logits. Left to the host, by `threads` threads and from logits that are copied there: rows
+/// whose logits are asked for, reports of more than cuda::kMaxReported tokens (as much to copy as
+/// the logits), penalties on more tokens than CudaSampling::kHistoryTokens, larger vocabularies
+/// than cuda::kMaxSampledVocabulary.
 class CudaWorker final : public Worker {
  public:
   /// Loads all weights onto device `device`. Throws kUnsupported for what the CUDA engine does not
@@ -22,6 +25,8 @@ class CudaWorker final : public Worker {
 
   void allocate_kv_cache(std::int64_t num_blocks) override;
   std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
+  SamplingRoom sampling_room() const override;
+  std::span<SampleResult> sampled() override { return sampled_; }
   std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
   std::uint64_t kv_block_bytes() const override { return decoder_->kv_block_bytes(); }
   std::uint64_t kv_memory() const override;
@@ -33,6 +38,9 @@ class CudaWorker final : public Worker {
   const CudaDecoder& decoder() const { return *decoder_; }
 
  private:
+  /// What the device has sampled, as the host's sampler would say it.
+  void take_sampled(const Batch& batch);
+
   int device_;
   int block_size_;
   std::int64_t num_kv_blocks_ = 0;
@@ -42,6 +50,7 @@ class CudaWorker final : public Worker {
   std::uint64_t parameters_ = 0;
   std::unique_ptr<cuda::DeviceStream> stream_;
   std::unique_ptr<CudaDecoder> decoder_;
+  std::vector<SampleResult> sampled_;
 };
 
 }  // namespace deinfer

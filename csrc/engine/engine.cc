@@ -49,6 +49,7 @@ struct Engine::Impl {
   void take_inbox();
   void build_batch(const ScheduledBatch& scheduled);
   void take_logits(TeamMember& member, int first, int count, float* logits);
+  void take_sampled();
   void finish_step(const ScheduledBatch& scheduled);
   void end_sample(Request& request, int index, FinishReason reason, RequestOutput& output);
   RequestOutput& output_of(RequestId id);
@@ -81,9 +82,10 @@ struct Engine::Impl {
   SequenceId next_sequence = 0;
   std::int64_t execute_us = 0;
   Batch batch;
-  std::vector<RowTarget> targets;     // per logit row
-  std::vector<SampleResult> results;  // per sampled row
-  std::vector<int> argmax_results;    // per argmax row, index of its SampleResult
+  std::vector<RowTarget> targets;          // per logit row
+  std::vector<RowTarget> sampled_targets;  // per row that the worker samples
+  std::vector<SampleResult> results;       // per sampled row
+  std::vector<int> argmax_results;         // per argmax row, index of its SampleResult
   std::vector<SampledToken> sampled;
   std::map<RequestId, RequestOutput> outputs;
 };
@@ -236,6 +238,18 @@ void Engine::Impl::take_inbox() {
 void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
   batch.clear();
   targets.clear();
+  sampled_targets.clear();
+  SamplingRoom room = ranks->rank(0).sampling_room();
+  // The worker samples the row, or the consumer of its logits does.
+  auto want_row = [&](const SampledRow& row, const RowTarget& target, bool needs_logits) {
+    if (!needs_logits && room.take(row)) {
+      batch.sampled.push_back(row);
+      sampled_targets.push_back(target);
+    } else {
+      batch.logit_rows.push_back(row.row);
+      targets.push_back(target);
+    }
+  };
   argmax_results.clear();
   int num_results = 0;
   for (const ScheduledSequence& item : scheduled.items) {
@@ -252,9 +266,9 @@ void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
       batch.slots.push_back(
           {sequence.block_table[static_cast<std::size_t>(position / config.block_size)],
            position % config.block_size});
-      if (prompt_rows && position < request->prompt_length()) {
-        batch.logit_rows.push_back(first_row + i);
-        targets.push_back({request, &sequence, index, position, -1});
+      if (prompt_rows && request->wants_prompt_row(position)) {
+        want_row(request->reported_row(first_row + i, position),
+                 {request, &sequence, index, position, -1}, request->params().prompt_logits);
       }
     }
     if (!item.samples) continue;
@@ -264,8 +278,8 @@ void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
       batch.argmax_rows.push_back(last_row);
       argmax_results.push_back(num_results++);
     } else {
-      batch.logit_rows.push_back(last_row);
-      targets.push_back({request, &sequence, index, -1, num_results++});
+      want_row(request->sampled_row(last_row, sequence, index),
+               {request, &sequence, index, -1, num_results++}, false);
     }
   }
   if (static_cast<int>(results.size()) < num_results) {
@@ -284,6 +298,19 @@ void Engine::Impl::take_logits(TeamMember& member, int first, int count, float* 
     } else {
       sampler.sample(target.request->sample_input(*target.sequence, target.index), row,
                      results[static_cast<std::size_t>(target.result)]);
+    }
+  }
+}
+
+void Engine::Impl::take_sampled() {
+  std::span<SampleResult> sampled_rows = ranks->rank(0).sampled();
+  for (std::size_t i = 0; i < sampled_targets.size(); ++i) {
+    const RowTarget& target = sampled_targets[i];
+    if (target.prompt_position >= 0) {
+      target.request->take_prompt_report(target.prompt_position,
+                                         std::move(sampled_rows[i].logprobs));
+    } else {
+      results[static_cast<std::size_t>(target.result)] = std::move(sampled_rows[i]);
     }
   }
 }
@@ -355,6 +382,7 @@ std::vector<RequestOutput> Engine::Impl::step() {
             take_logits(member, first, count, logits);
           });
       execute_us += now_us() - start;
+      take_sampled();
       for (std::size_t i = 0; i < most_likely.size(); ++i) {
         results[static_cast<std::size_t>(argmax_results[i])] = {most_likely[i], {}};
       }

@@ -78,6 +78,20 @@ void Request::take_prompt_row(int position, const float* logits, int vocab_size,
   }
 }
 
+SampledRow Request::reported_row(int row, int position) const {
+  SampledRow sampled;
+  sampled.row = row;
+  sampled.params = &params_;
+  const auto next = static_cast<std::size_t>(position) + 1;
+  if (next < prompt_.size()) sampled.given = prompt_[next];
+  sampled.top = params_.prompt_logprobs.value_or(-1);
+  return sampled;
+}
+
+void Request::take_prompt_report(int position, std::vector<TokenLogprob> report) {
+  prompt_logprobs_[static_cast<std::size_t>(position)] = std::move(report);
+}
+
 void Request::prepare_prompt_rows(int vocab_size) {
   if (params_.prompt_logprobs) prompt_logprobs_.resize(prompt_.size() - 1);
   if (params_.prompt_logits) {
@@ -86,8 +100,7 @@ void Request::prepare_prompt_rows(int vocab_size) {
 }
 
 bool Request::takes_most_likely(const Sequence& sequence) const {
-  return params_.temperature == 0.0f && !params_.logprobs && params_.repetition_penalty == 1.0f &&
-         params_.presence_penalty == 0.0f && params_.frequency_penalty == 0.0f &&
+  return params_.temperature == 0.0f && !params_.logprobs && !has_penalties(params_) &&
          sequence.num_generated() >= params_.min_tokens;
 }
 
@@ -100,6 +113,15 @@ SampleInput Request::sample_input(const Sequence& sequence, int index) const {
   input.index = index;
   if (sequence.num_generated() < params_.min_tokens) input.banned = stop_ids_;
   return input;
+}
+
+SampledRow Request::sampled_row(int row, const Sequence& sequence, int index) const {
+  const SampleInput input = sample_input(sequence, index);
+  const int step = static_cast<int>(input.tokens.size()) - input.prompt_length;
+  return {row,          input.params,
+          input.tokens, input.prompt_length,
+          input.banned, uniform_at(input.seed, input.index, step),
+          -1,           params_.logprobs.value_or(-1)};
 }
 
 FinishReason Request::finish_reason(TokenId token, int count) const {

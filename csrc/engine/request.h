@@ -7,6 +7,7 @@
 
 #include "deinfer/engine.h"
 #include "engine/sampler.h"
+#include "ops/sampling.h"
 #include "scheduler/sequence.h"
 
 namespace deinfer {
@@ -47,6 +48,13 @@ class Request {
   }
   /// Makes room for the rows; call it before the first take_prompt_row().
   void prepare_prompt_rows(int vocab_size);
+  /// Whether the logits of a position of the prompt matter to what was asked of it.
+  bool wants_prompt_row(int position) const {
+    return position < (params_.prompt_logits ? prompt_length() : prompt_length() - 1);
+  }
+  /// The report on the token after a prompt position, for a worker that makes it of row `row`.
+  SampledRow reported_row(int row, int position) const;
+  void take_prompt_report(int position, std::vector<TokenLogprob> report);
   /// Takes logits[vocab] of a prompt position. Different positions may come from different threads.
   void take_prompt_row(int position, const float* logits, int vocab_size, Sampler& sampler);
 
@@ -54,6 +62,8 @@ class Request {
   /// logits.
   bool takes_most_likely(const Sequence& sequence) const;
   SampleInput sample_input(const Sequence& sequence, int index) const;
+  /// The same for a worker that samples row `row` of its batch.
+  SampledRow sampled_row(int row, const Sequence& sequence, int index) const;
 
   /// Why a sample that has just generated `token` as its `count`th token ends, if it does.
   FinishReason finish_reason(TokenId token, int count) const;

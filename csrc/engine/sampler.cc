@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/sampling.h"
+
 namespace deinfer {
 namespace {
 
@@ -16,9 +18,7 @@ std::uint64_t mix(std::uint64_t x) {
 }
 
 bool changes_logits(const SampleInput& input) {
-  const SamplingParams& params = *input.params;
-  return !input.banned.empty() || params.repetition_penalty != 1.0f ||
-         params.presence_penalty != 0.0f || params.frequency_penalty != 0.0f;
+  return !input.banned.empty() || has_penalties(*input.params);
 }
 
 }  // namespace
@@ -96,12 +96,10 @@ TokenId Sampler::draw(const SampleInput& input, const float* logits) {
 }
 
 Softmax truncate(const SamplingParams& params, float maximum, Candidates& candidates) {
-  // A tiny temperature must not make 0 x infinity of the largest logit.
-  float largest = std::numeric_limits<float>::max();
-  Softmax softmax = {maximum, std::min(1.0f / params.temperature, largest)};
-  float lowest = -largest;  // all but NaN and -inf
+  Softmax softmax = {maximum, softmax_scale(params.temperature)};
+  float lowest = std::numeric_limits<float>::lowest();  // all but NaN and -inf
   if (params.min_p > 0.0f) {
-    lowest = std::max(lowest, maximum + std::log(params.min_p) * params.temperature);
+    lowest = std::max(lowest, maximum + min_p_drop(params.min_p, params.temperature));
   }
   if (params.top_k > 0 && params.top_k < candidates.kept().size) {
     candidates.keep_top_k(params.top_k, lowest);
@@ -113,24 +111,32 @@ Softmax truncate(const SamplingParams& params, float maximum, Candidates& candid
 }
 
 std::vector<TokenLogprob> Sampler::report(const float* logits, TokenId chosen, int top) {
-  float maximum = candidates_.reset(logits);
-  float log_sum = std::log(kernels_.exp_sum(logits, vocab_size_, maximum, 1.0f));
-  auto entry = [&](TokenId token, int rank) {
-    return TokenLogprob{token, logits[token] - maximum - log_sum, rank};
-  };
-  int rank = 1;
-  for (TokenId token = 0; token < vocab_size_; ++token) rank += logits[token] > logits[chosen];
-  std::vector<TokenLogprob> entries = {entry(chosen, rank)};
-  top = std::min(top, vocab_size_);
-  if (top == 0) return entries;
-  candidates_.keep_top_k(top, -std::numeric_limits<float>::infinity());
+  RawReport report{{logits[chosen], chosen}, 1, candidates_.reset(logits), 0.0, {}};
+  report.total = candidates_.mass({report.maximum, 1.0f});
+  for (TokenId token = 0; token < vocab_size_; ++token) {
+    report.rank += logits[token] > logits[chosen];
+  }
   ranked_.clear();
-  for (int i = 0; i < candidates_.kept().size; ++i) ranked_.push_back(candidates_.kept()[i]);
-  std::sort(ranked_.begin(), ranked_.end(), ranks_before);
+  top = std::min(top, vocab_size_);
+  if (top > 0) {
+    candidates_.keep_top_k(top, -std::numeric_limits<float>::infinity());
+    for (int i = 0; i < candidates_.kept().size; ++i) ranked_.push_back(candidates_.kept()[i]);
+    std::sort(ranked_.begin(), ranked_.end(), ranks_before);
+  }
+  report.ranked = ranked_;
+  return log_probabilities(report);
+}
+
+std::vector<TokenLogprob> log_probabilities(const RawReport& report) {
+  const auto log_sum = static_cast<float>(std::log(report.total));
+  auto entry = [&](const Candidate& candidate, int rank) {
+    return TokenLogprob{candidate.token, candidate.logit - report.maximum - log_sum, rank};
+  };
+  std::vector<TokenLogprob> entries = {entry(report.chosen, report.rank)};
   int place = 0;
-  for (const Candidate& candidate : ranked_) {
+  for (const Candidate& candidate : report.ranked) {
     ++place;
-    if (candidate.token != chosen) entries.push_back(entry(candidate.token, place));
+    if (candidate.token != report.chosen.token) entries.push_back(entry(candidate, place));
   }
   return entries;
 }

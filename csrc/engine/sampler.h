@@ -29,6 +29,18 @@ struct SampleResult {
   std::vector<TokenLogprob> logprobs;  // as params->logprobs asks; else empty
 };
 
+/// What a report is made of.
+struct RawReport {
+  Candidate chosen;
+  int rank = 0;                       // of the chosen token, from 1
+  float maximum = 0.0f;               // the largest logit
+  double total = 0.0;                 // sum of exp(logit - maximum)
+  std::span<const Candidate> ranked;  // the most likely tokens, in order
+};
+
+/// The chosen token first, then the others in descending order.
+std::vector<TokenLogprob> log_probabilities(const RawReport& report);
+
 /// A uniform double in [0, 1): a counter-based generator, one value per (seed, sample, step).
 double uniform_at(std::uint64_t seed, int index, int step);
 

@@ -12,6 +12,15 @@ constexpr int kMaxNormedRows = 8;
 
 }  // namespace
 
+bool SamplingRoom::take(const SampledRow& row) {
+  const auto tokens = static_cast<int>(penalized_tokens(row).size() + row.banned.size());
+  const int top = std::max(row.top, 0);
+  if (top > most_reported || tokens > history || top > reported) return false;
+  history -= tokens;
+  reported -= top;
+  return true;
+}
+
 CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
                      const StepChunks& chunks, const std::vector<KvForms>& kv_forms,
                      std::unique_ptr<Communicator> communicator, int threads, int max_model_len,

@@ -9,6 +9,7 @@
 #include "base/thread_team.h"
 #include "comm/communicator.h"
 #include "deinfer/engine.h"
+#include "engine/sampler.h"
 #include "model/decoder.h"
 
 namespace deinfer {
@@ -43,6 +44,16 @@ struct KvInfo {
 /// The part of the free memory that the KV pool takes on a CPU unless told otherwise.
 constexpr std::uint64_t kv_share(std::uint64_t memory) { return memory / 4; }
 
+/// What a worker samples by itself in one step, as far as there is room.
+struct SamplingRoom {
+  int most_reported = -1;  // tokens that a report may list; -1: no row is sampled
+  int history = 0;         // tokens that are punished or banned, of all rows
+  int reported = 0;        // tokens that reports list, of all rows
+
+  /// Takes a row in; false where there is no room for it.
+  bool take(const SampledRow& row);
+};
+
 /// What runs a rank's part of every batch.
 class Worker {
  public:
@@ -64,6 +75,11 @@ class Worker {
   /// (on rank 0), valid until the next call. Errors of any thread surface here;
   /// CommunicatorAborted when another rank has failed.
   virtual std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) = 0;
+
+  /// What it can sample by itself of a step. Other rows are logit_rows, for the consumer.
+  virtual SamplingRoom sampling_room() const { return {}; }
+  /// Of the last batch's sampled rows, on rank 0; may be moved from.
+  virtual std::span<SampleResult> sampled() { return {}; }
 
   /// Of the last batch, on rank 0; see Decoder.
   virtual std::span<const float> hidden_states() const = 0;

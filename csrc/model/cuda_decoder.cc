@@ -30,6 +30,8 @@ CudaStepLimits step_limits(const ModelConfig& config, const BatchLimits& limits,
   for (const AttentionKind& kind : config.attention) step.windows.push_back(kind.window);
   step.partial_rows = kPartialRows;
   step.parallel_warps = multiprocessors * kWarpsPerMultiprocessor;
+  step.vocabulary = config.vocab_size;
+  step.history_tokens = CudaSampling::kHistoryTokens;
   return step;
 }
 
@@ -56,7 +58,9 @@ CudaDecoder::CudaDecoder(const ModelConfig& config, CudaWeights weights, const B
       block_size_(block_size),
       attention_blocks_(multiprocessors * kBlocksPerMultiprocessor),
       stream_(stream),
-      step_(step_limits(config, limits, max_sequences, block_size, multiprocessors)) {
+      step_(step_limits(config, limits, max_sequences, block_size, multiprocessors)),
+      sampling_(config.vocab_size, padded_tokens(limits.max_tokens),
+                static_cast<std::size_t>(step_.offsets().end - step_.offsets().tables), stream) {
   const int width = cuda::head_width(config.head_dim);
   if (width == 0) {
     fail(ErrorCode::kUnsupported, "head_dim=", config.head_dim,
@@ -153,10 +157,18 @@ void CudaDecoder::head(const int* rows, int count) {
   run_linear(launch);
 }
 
-void CudaDecoder::argmax(int rows) {
-  for (int first = 0; first < rows; first += kLogitRows) {
+void CudaDecoder::choose(int rows, Choice choice) {
+  const CudaStep::Offsets& at = step_.offsets();
+  const bool samples = choice == Choice::kSampled;
+  for (int first = 0; choice != Choice::kNone && first < rows; first += kLogitRows) {
     const int count = std::min(kLogitRows, rows - first);
-    head(inputs(step_.offsets().argmax_rows) + first, count);
+    head(inputs(samples ? at.sampled_rows : at.argmax_rows) + first, count);
+    if (samples) {
+      sampling_.launch(logits_.as<float>(),
+                       reinterpret_cast<const cuda::SampleRow*>(inputs(at.samples)),
+                       inputs(at.tables), first, count);
+      continue;
+    }
     check_launch(cuda::launch_argmax(
                      {logits_.as<float>(), count, config_.vocab_size, best_.as<int>() + first},
                      stream_.get()),
@@ -164,14 +176,18 @@ void CudaDecoder::argmax(int rows) {
   }
 }
 
-void CudaDecoder::run_bucket(int bucket, bool with_argmax) {
+void CudaDecoder::run_bucket(int bucket, Choice choice) {
   run_layers(bucket, 0);
-  if (with_argmax) argmax(bucket);
+  choose(bucket, choice);
 }
 
 void CudaDecoder::forward(const Batch& batch) {
   const int m = batch.num_tokens();
   const int argmax_rows = static_cast<int>(batch.argmax_rows.size());
+  const int sampled_rows = CudaStep::num_sampled(batch);
+  const Choice choice = sampled_rows > 0  ? Choice::kSampled
+                        : argmax_rows > 0 ? Choice::kMostLikely
+                                          : Choice::kNone;
   const int state_rows = static_cast<int>(batch.state_rows.size());
   const bool decodes = std::all_of(batch.sequences.begin(), batch.sequences.end(),
                                    [](const BatchSequence& run) { return run.num_rows == 1; });
@@ -181,24 +197,27 @@ void CudaDecoder::forward(const Batch& batch) {
       step_.build(batch, has_graph ? bucket : m, host_inputs_.as<std::byte>());
   stream_.upload(inputs_.as<void>(), host_inputs_.as<void>(), bytes);
   if (has_graph) {
-    const std::pair<int, bool> key = {bucket, argmax_rows > 0};
+    const std::pair<int, Choice> key = {bucket, choice};
     auto found = graphs_.find(key);
     if (found != graphs_.end()) {
       stream_.launch(found->second);
     } else {
       // The first step of a size runs as it is: the driver loads kernels at their first launch,
       // which is better not captured.
-      run_bucket(bucket, argmax_rows > 0);
+      run_bucket(bucket, choice);
       stream_.begin_capture();
-      run_bucket(bucket, argmax_rows > 0);
+      run_bucket(bucket, choice);
       graphs_.emplace(key, stream_.end_capture());
     }
   } else {
     run_layers(m, state_rows);
-    argmax(argmax_rows);
+    choose(std::max(sampled_rows, argmax_rows), choice);
   }
   tokens_ = {host_best_.as<TokenId>(), batch.argmax_rows.size()};
-  if (argmax_rows > 0) {
+  int reported = 0;
+  for (const SampledRow& row : batch.sampled) reported += std::max(row.top, 0);
+  sampling_.download(sampled_rows, reported);
+  if (choice == Choice::kMostLikely) {
     stream_.download(host_best_.as<void>(), best_.as<void>(), tokens_.size_bytes());
   }
   states_ = {host_states_.as<float>(), limits_.state_layers.size() * batch.state_rows.size() *
@@ -217,6 +236,13 @@ float* CudaDecoder::logits(int first, int count) {
   return host_logits_.as<float>();
 }
 
-void CudaDecoder::finish() { stream_.synchronize(); }
+void CudaDecoder::finish() {
+  stream_.synchronize();
+  // Rows of which only the most likely token is wanted come behind the batch's sampled ones.
+  const std::span<const cuda::SampledToken> sampled = sampling_.tokens();
+  if (sampled.empty()) return;
+  const std::size_t first = sampled.size() - tokens_.size();
+  for (std::size_t i = 0; i < tokens_.size(); ++i) tokens_[i] = sampled[first + i].token;
+}
 
 }  // namespace deinfer

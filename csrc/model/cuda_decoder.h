@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "model/cuda_sampling.h"
 #include "model/cuda_step.h"
 #include "model/cuda_weights.h"
 #include "model/decoder.h"
@@ -17,7 +18,7 @@ namespace deinfer {
 class CudaDecoder {
  public:
   /// Rows that one call of logits() computes at most.
-  static constexpr int kLogitRows = 64;
+  static constexpr int kLogitRows = CudaSampling::kRows;
 
   /// Throws kUnsupported for heads that the kernels are not compiled for. All methods are to be
   /// called on threads whose device is the stream's.
@@ -28,9 +29,9 @@ class CudaDecoder {
   std::uint64_t kv_block_bytes() const;
   void allocate_kv_cache(std::int64_t num_blocks);
 
-  /// Starts a batch: K and V of all tokens, the most likely tokens of argmax_rows, the states of
-  /// state_rows, and whatever logits() needs. The batch may change when finish() or logits() has
-  /// returned.
+  /// Starts a batch: K and V of all tokens, the most likely tokens of argmax_rows, the choice and
+  /// report of sampled rows, the states of state_rows, and whatever logits() needs. The batch may
+  /// change when finish() or logits() has returned.
   void forward(const Batch& batch);
   /// logits[count, vocab] of batch.logit_rows[first ..], in host memory until the next call.
   float* logits(int first, int count);
@@ -39,6 +40,10 @@ class CudaDecoder {
 
   /// After finish().
   std::span<const TokenId> most_likely() const { return tokens_; }
+  /// Of the batch's sampled rows, likewise; reported tokens of all in order.
+  std::span<const cuda::SampledToken> sampled() const { return sampling_.tokens(); }
+  std::span<const cuda::ReportedToken> reported() const { return sampling_.reported(); }
+  bool samples() const { return sampling_.available(); }
   /// As Decoder::hidden_states(), after finish().
   std::span<const float> hidden_states() const { return states_; }
   const CudaWeights& weights() const { return weights_; }
@@ -57,8 +62,11 @@ class CudaDecoder {
 
   /// All layers for m tokens; the rows whose states are kept.
   void run_layers(int m, int state_rows);
+  /// What is wanted of the rows that end a step: nothing, their most likely tokens, or sampling.
+  enum class Choice { kNone, kMostLikely, kSampled };
   /// What the graph of a size does.
-  void run_bucket(int bucket, bool with_argmax);
+  void run_bucket(int bucket, Choice choice);
+  void choose(int rows, Choice choice);
   void project_qkv(int m, const CudaLayer& layer, const cuda::KvPool& kv, std::size_t rope);
   void attention_block(int m, const CudaLayer& layer, const cuda::KvPool& kv, int kind);
   void mlp_block(int m, const CudaLayer& layer);
@@ -67,7 +75,6 @@ class CudaDecoder {
   void normalize(int m, const CudaNorm& norm, const int* rows, const Activations& out);
   /// Logits of the `count` rows that are listed at `rows` in device memory.
   void head(const int* rows, int count);
-  void argmax(int rows);
   /// A segment of a linear that reads x, or z at `z_chunk` where it is low-rank.
   cuda::LinearFactor outer(const CudaLinear& linear, const Activations& x, int z_chunk) const;
   /// The product of one linear; its epilogue and output are left to fill in.
@@ -90,6 +97,7 @@ class CudaDecoder {
   int attention_blocks_;
   cuda::DeviceStream& stream_;
   CudaStep step_;
+  CudaSampling sampling_;
   cuda::PinnedBuffer host_inputs_;
   cuda::DeviceBuffer inputs_;
   std::vector<Rope> ropes_;  // those that differ
@@ -106,9 +114,9 @@ class CudaDecoder {
   cuda::DeviceBuffer best_;          // [max_tokens]
   cuda::DeviceBuffer state_memory_;  // [state_layers, max_state_rows, hidden]
   cuda::PinnedBuffer host_logits_, host_best_, host_states_;
-  std::vector<cuda::DeviceBuffer> k_, v_;               // per layer
-  std::map<std::pair<int, bool>, cuda::Graph> graphs_;  // of (tokens, with argmax)
-  std::span<const TokenId> tokens_;
+  std::vector<cuda::DeviceBuffer> k_, v_;                 // per layer
+  std::map<std::pair<int, Choice>, cuda::Graph> graphs_;  // of numbers of tokens
+  std::span<TokenId> tokens_;
   std::span<const float> states_;
 };
 

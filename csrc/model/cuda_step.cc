@@ -3,33 +3,46 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cuda/attention_plan.h"
+
 namespace deinfer {
 namespace {
 
 using cuda::AttentionSequence;
 using cuda::AttentionTask;
-using cuda::kSplitPositions;
+using cuda::kQueryRows;
+using cuda::SampleMode;
+using cuda::SampleRow;
 using cuda::tiles_of;
 
-constexpr int kQueryRows = 16;
 constexpr int kTaskWords = sizeof(AttentionTask) / 4;
 constexpr int kSequenceWords = sizeof(AttentionSequence) / 4;
+constexpr int kSampleWords = sizeof(SampleRow) / 4;
 
-/// The splits that the rows of a tile see.
-struct TileSplits {
-  int first = 0;
-  int count = 0;
-  int rows = 0;
-};
-
-TileSplits splits_of(const BatchSequence& sequence, int tile, int group, int window) {
-  const int first_row = tile * kQueryRows;
-  const int last_row = std::min(first_row + kQueryRows, sequence.num_rows * group) - 1;
-  const int last_position = sequence.first_position + last_row / group;
-  const int first_position = sequence.first_position + first_row / group;
-  const int begin = window > 0 ? std::max(0, first_position - window + 1) : 0;
-  const int first = begin / kSplitPositions;
-  return {first, last_position / kSplitPositions + 1 - first, last_row - first_row + 1};
+/// How a row is sampled, but for what it reads and writes.
+SampleRow sample_of(const SampledRow& row, int vocabulary) {
+  const SamplingParams& params = *row.params;
+  SampleRow sample;
+  sample.top = row.top;
+  sample.given = row.given;
+  sample.mode = SampleMode::kGiven;
+  if (row.given >= 0) return sample;
+  sample.repetition_penalty = params.repetition_penalty;
+  sample.presence_penalty = params.presence_penalty;
+  sample.frequency_penalty = params.frequency_penalty;
+  sample.mode = SampleMode::kLargest;
+  if (params.temperature == 0.0f) return sample;
+  sample.mode = SampleMode::kDraw;
+  sample.uniform = row.uniform;
+  sample.scale = softmax_scale(params.temperature);
+  sample.top_p = params.top_p;
+  if (params.top_p < 1.0f) sample.tail_log_share = tail_log_share(params.top_p, vocabulary);
+  if (params.top_k > 0 && params.top_k < vocabulary) sample.top_k = params.top_k;
+  if (params.min_p > 0.0f) {
+    sample.has_min_p = 1;
+    sample.min_p_drop = min_p_drop(params.min_p, params.temperature);
+  }
+  return sample;
 }
 
 }  // namespace
@@ -60,6 +73,8 @@ CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
   offsets_.argmax_rows = take(tokens);
   offsets_.logit_rows = take(tokens);
   offsets_.state_rows = take(tokens);
+  offsets_.sampled_rows = take(tokens);
+  offsets_.samples = take(std::int64_t{tokens} * kSampleWords);
   offsets_.sequences = take(std::int64_t{limits.max_sequences} * kSequenceWords);
   for (std::size_t kind = 0; kind < limits.windows.size(); ++kind) {
     AttentionOffsets at{};
@@ -70,7 +85,8 @@ CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
     offsets_.attention.push_back(at);
   }
   offsets_.tables =
-      take(std::int64_t{limits.max_sequences} * tiles_of(limits.max_model_len, limits.block_size));
+      take(std::int64_t{limits.max_sequences} * tiles_of(limits.max_model_len, limits.block_size) +
+           limits.history_tokens);
   offsets_.end = next;
 }
 
@@ -105,7 +121,46 @@ std::size_t CudaStep::build(const Batch& batch, int tokens, std::byte* block) co
   for (std::size_t kind = 0; kind < limits_.windows.size(); ++kind) {
     plan_attention(batch, limits_.windows[kind], offsets_.attention[kind], words);
   }
-  return static_cast<std::size_t>(table) * 4;
+  const bool samples = num_sampled(batch) > 0;
+  return static_cast<std::size_t>(samples ? lay_out_samples(batch, tokens, table, words) : table) *
+         4;
+}
+
+int CudaStep::num_sampled(const Batch& batch) {
+  return batch.sampled.empty() ? 0
+                               : static_cast<int>(batch.sampled.size() + batch.argmax_rows.size());
+}
+
+std::int64_t CudaStep::lay_out_samples(const Batch& batch, int tokens, std::int64_t pool,
+                                       std::int32_t* words) const {
+  std::int32_t* rows = words + offsets_.sampled_rows;
+  auto* samples = reinterpret_cast<std::byte*>(words + offsets_.samples);
+  auto put = [&](int row, const SampleRow& sample) {
+    *rows++ = row;
+    std::memcpy(samples, &sample, sizeof sample);
+    samples += sizeof sample;
+  };
+  int reported = 0;
+  for (const SampledRow& row : batch.sampled) {
+    SampleRow sample = sample_of(row, limits_.vocabulary);
+    sample.history = static_cast<int>(pool - offsets_.tables);
+    if (row.given < 0) {
+      const std::span<const TokenId> history = penalized_tokens(row);
+      sample.tokens = static_cast<int>(history.size());
+      sample.prompt_tokens = row.params->repetition_penalty != 1.0f ? row.prompt_length : 0;
+      sample.banned = static_cast<int>(row.banned.size());
+      std::int32_t* end = std::copy(history.begin(), history.end(), words + pool);
+      pool = std::copy(row.banned.begin(), row.banned.end(), end) - words;
+    }
+    sample.report = reported;
+    reported += std::max(row.top, 0);
+    put(row.row, sample);
+  }
+  SampleRow largest;
+  largest.mode = SampleMode::kLargest;
+  for (int row : batch.argmax_rows) put(row, largest);
+  for (int i = num_sampled(batch); i < tokens; ++i) put(0, {});
+  return pool;
 }
 
 void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOffsets& at,
@@ -115,7 +170,7 @@ void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOff
   auto* combines = reinterpret_cast<AttentionTask*>(words + at.combines);
   int num_tiles = 0;
   for (const BatchSequence& sequence : batch.sequences) {
-    num_tiles += tiles_of(sequence.num_rows * group, kQueryRows);
+    num_tiles += cuda::query_tiles(sequence.num_rows, group);
   }
   // Tiles alone keep the device busy, or splits must. The result has the same bits.
   const bool divides = num_tiles * limits_.kv_heads < limits_.parallel_warps;
@@ -124,8 +179,9 @@ void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOff
   int partial = 0;
   for (std::size_t i = 0; i < batch.sequences.size(); ++i) {
     const BatchSequence& sequence = batch.sequences[i];
-    for (int tile = 0; tile < tiles_of(sequence.num_rows * group, kQueryRows); ++tile) {
-      const TileSplits splits = splits_of(sequence, tile, group, window);
+    for (int tile = 0; tile < cuda::query_tiles(sequence.num_rows, group); ++tile) {
+      const cuda::TileSplits splits =
+          cuda::splits_of(sequence.num_rows, sequence.first_position, tile, group, window);
       AttentionTask task{static_cast<int>(i), tile, splits.first, splits.count, -1};
       const int rows = limits_.kv_heads * splits.rows;
       const std::int64_t end = partial + std::int64_t{rows} * splits.count;

@@ -30,6 +30,8 @@ struct CudaStepLimits {
   std::vector<int> windows;  // of the kinds of attention; 0: none
   int partial_rows = 0;      // room for states of splits
   int parallel_warps = 0;    // that attention should have work for
+  int vocabulary = 0;
+  int history_tokens = 0;  // that penalties of a step may need
 };
 
 /// Lays out a batch. Offsets are in 32-bit words from the block's beginning.
@@ -41,8 +43,9 @@ class CudaStep {
   };
   struct Offsets {
     std::int64_t tokens, positions, slots, argmax_rows, logit_rows, state_rows, sequences;
+    std::int64_t sampled_rows, samples;  // samples: cuda::SampleRow
     std::vector<AttentionOffsets> attention;
-    std::int64_t tables;
+    std::int64_t tables;  // of blocks, and behind those in use the history of sampled rows
     std::int64_t end;
   };
 
@@ -56,7 +59,14 @@ class CudaStep {
   /// covered by their block tables.
   std::size_t build(const Batch& batch, int tokens, std::byte* block) const;
 
+  /// Rows that are sampled: the batch's, and with them those of which the most likely token is
+  /// wanted, so that one product serves all.
+  static int num_sampled(const Batch& batch);
+
  private:
+  /// Describes the sampled rows; their histories begin at word `pool` and end where it returns.
+  std::int64_t lay_out_samples(const Batch& batch, int tokens, std::int64_t pool,
+                               std::int32_t* words) const;
   void plan_attention(const Batch& batch, int window, const AttentionOffsets& at,
                       std::int32_t* words) const;
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "deinfer/sampling_params.h"
+#include "ops/sampling.h"
 
 namespace deinfer {
 
@@ -27,9 +28,10 @@ struct Batch {
   std::vector<int> positions;      // [m]
   std::vector<KvSlot> slots;       // [m]
   std::vector<BatchSequence> sequences;
-  std::vector<int> logit_rows;   // ascending rows whose logits are wanted
-  std::vector<int> argmax_rows;  // ascending rows of which only the most likely token is wanted
-  std::vector<int> state_rows;   // ascending rows whose hidden states are wanted
+  std::vector<int> logit_rows;      // ascending rows whose logits are wanted
+  std::vector<int> argmax_rows;     // ascending rows of which only the most likely token is wanted
+  std::vector<int> state_rows;      // ascending rows whose hidden states are wanted
+  std::vector<SampledRow> sampled;  // ascending rows that the worker samples; none but as it offers
 
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   void clear() {
@@ -40,6 +42,7 @@ struct Batch {
     logit_rows.clear();
     argmax_rows.clear();
     state_rows.clear();
+    sampled.clear();
   }
 };
 

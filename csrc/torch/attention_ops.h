@@ -1,4 +1,5 @@
-// The CPU implementations of the ops on the paged cache; their schemas stand in library.cc.
+// The implementations of the ops on the paged cache, for CPU and CUDA tensors; their schemas stand
+// in library.cc.
 #pragma once
 
 #include "torch/tensors.h"

@@ -17,6 +17,13 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+void check_scalar_type(const Tensor& tensor, ScalarType type, const char* name) {
+  if (tensor.scalar_type() != type) {
+    fail(std::string(name) + " is " + torch::headeronly::toString(tensor.scalar_type()) +
+         " where " + torch::headeronly::toString(type) + " is wanted");
+  }
+}
+
 std::int64_t leading(const Tensor& tensor) {
   std::int64_t rows = 1;
   for (std::int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
@@ -38,16 +45,24 @@ OpExecutor& executor() {
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-bool has_kernels(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16;
+bool has_kernels(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::BFloat16 || (type == ScalarType::Float && !tensor.is_cuda());
 }
 
 void check_type(const Tensor& tensor, ScalarType type, const char* name) {
   if (!tensor.is_cpu()) fail(std::string(name) + " must be on the CPU, as the other tensors");
-  if (tensor.scalar_type() != type) {
-    fail(std::string(name) + " is " + torch::headeronly::toString(tensor.scalar_type()) +
-         " where " + torch::headeronly::toString(type) + " is wanted");
+  check_scalar_type(tensor, type, name);
+}
+
+void check_like(const Tensor& tensor, const Tensor& like, ScalarType type, const char* name) {
+  if (!like.is_cuda()) return check_type(tensor, type, name);
+  const auto device = like.get_device_index();
+  if (!tensor.is_cuda() || tensor.get_device_index() != device) {
+    fail(std::string(name) + " must be on cuda:" + std::to_string(device) +
+         ", as the other tensors");
   }
+  check_scalar_type(tensor, type, name);
 }
 
 TensorView rows_of(const Tensor& tensor, const char* name, std::optional<Tensor>& holder) {

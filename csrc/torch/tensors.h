@@ -24,11 +24,15 @@ OpExecutor& executor();
 /// torch's own setting, torch.set_num_threads().
 int num_threads();
 
-/// Whether deinfer's kernels take this element type; the others go to aten.
-bool has_kernels(ScalarType type);
+/// Whether deinfer's kernels take tensors of the element type and device of this one; others go to
+/// aten.
+bool has_kernels(const Tensor& tensor);
 
 /// Throws naming the tensor unless it is on the CPU and of the type.
 void check_type(const Tensor& tensor, ScalarType type, const char* name);
+
+/// The same, unless it is on the device of `like`.
+void check_like(const Tensor& tensor, const Tensor& like, ScalarType type, const char* name);
 
 /// A tensor [..., cols] as a matrix; `holder` keeps what had to be copied to be one.
 TensorView rows_of(const Tensor& tensor, const char* name, std::optional<Tensor>& holder);

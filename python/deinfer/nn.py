@@ -12,7 +12,7 @@ from deinfer import torch_ops
 
 __all__ = ["LowRankLinear", "accelerate"]
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 # Names of a first and a second factor in one module: ours, ASVD's, Dobi-SVD's, KFAC-SVD's and those
 # of a plain nn.Sequential. ALinear and BLinear are either's first: shapes decide.
 _PAIRS = (
@@ -65,13 +65,14 @@ class OuterFactor(nn.Linear):
         packs = (
             not torch.is_grad_enabled()
             and input.dtype == self.weight.dtype
-            and input.dtype in _KERNEL_DTYPES
-            and input.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")
+            and input.dtype in _KERNEL_DTYPES.get(input.device.type, ())
+            and not torch.is_autocast_enabled(input.device.type)
         )
         y: Tensor
         if packs:
-            y = torch_ops.lowrank_linear_packed(input, self.packed(), self.out_features)
+            y = torch_ops.lowrank_linear_packed(
+                input, self.packed(), self.out_features, [self.in_features]
+            )
         else:
             y = torch_ops.lowrank_linear(input, v, self.weight, self.bias)
         return y
@@ -196,7 +197,7 @@ def accelerate(model: Any) -> Any:
     first runs without gradients, and take as much memory as the factors.
 
     Args:
-        model: The model, on the CPU; it is changed in place.
+        model: The model, on the CPU or, in bfloat16, on a CUDA device; it is changed in place.
 
     Returns:
         The model.

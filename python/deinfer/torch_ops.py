@@ -1,4 +1,4 @@
-"""deinfer's CPU kernels as torch custom ops (`torch.ops.deinfer.*`).
+"""deinfer's kernels as torch custom ops (`torch.ops.deinfer.*`).
 
 Importing this module loads the library and registers the ops; the names below are their overloads,
 which can be called directly and inside `torch.compile(fullgraph=True)`. x is [..., k]; a linear is
@@ -10,9 +10,9 @@ low-rank, V [r, k] and U [n, r], or dense, V None and U = W [n, k]; a bias is [n
     lowrank_qkv(x, q_v, q_u, k_v, k_u, v_v, v_u, q_bias=None, k_bias=None, v_bias=None)
         -> (q, k, v): all V in one pass over x, then all U
     lowrank_pack(v, u, bias) of lists, of one to three linears -> packed weights, uint8 [bytes]
-    lowrank_linear_packed(x, packed, out_features)
-    lowrank_gated_mlp_packed(x, packed, out_features), packed: gate, up
-    lowrank_qkv_packed(x, packed, q_features, k_features, v_features)
+    lowrank_linear_packed(x, packed, out_features, ranks=[])
+    lowrank_gated_mlp_packed(x, packed, out_features, ranks=[]), packed: gate, up
+    lowrank_qkv_packed(x, packed, q_features, k_features, v_features, ranks=[])
     kv_cache_write(k, v, k_cache, v_cache, slots), which writes the caches
     paged_attention(q, k_cache, v_cache, block_table, query_starts, lengths, scale, window=0)
         -> as q
@@ -22,18 +22,26 @@ x; any other dtype (float64, float16) of the unpacked linears is aten's. The ten
 one dtype. Unpacked ops pack their weights in every call: they are for training and large batches.
 Packed ones are for inference: they have no gradients, and read packed weights where they lie.
 Packed bytes hold no addresses and may be stored; a library that lays weights out otherwise refuses
-them.
+them. `ranks` are those of the packed linears (0: dense), which a CPU tensor knows by itself.
 
-The unpacked linears have gradients of everything, and autocast to bfloat16 on the CPU.
+All take CUDA tensors, too, where deinfer is built with CUDA, in bfloat16, on torch's current stream
+of their device: nothing waits, so CUDA graphs may capture them. Weights are packed on the device,
+in another order than on the CPU; those bytes do not say what they are, so that `ranks` must be
+given with them, and they are not to be stored. float32 of the unpacked linears is aten's there.
+Slots, lengths and block tables in device memory are not checked; slots outside of the caches are
+skipped. (None of this has run on a GPU yet.)
+
+The unpacked linears have gradients of everything, and autocast to bfloat16.
 
 Paged attention is causal and float32 or bfloat16. k_cache is [blocks, kv_heads, block_size / 16,
 head_dim, 16 tokens], v_cache [blocks, kv_heads, block_size, head_dim] (`new_kv_cache`), block_size
-a multiple of 16. `kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64
-[tokens]: block * block_size + place in it, or -1: nowhere. `paged_attention` takes q [tokens,
-heads, head_dim], in which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are
-the last tokens of sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are
-block_table[s] (int32 [sequences, most blocks]). `window`: positions that a token sees, itself
-included; 0: all.
+a multiple of 16; on CUDA devices [blocks, kv_heads, block_size, width] and [blocks, kv_heads,
+width, block_size], width the next of 64, 96, 128 and 256 from head_dim on, zero beyond that.
+`kv_cache_write` takes k, v [tokens, kv_heads, head_dim] and distinct slots int64 [tokens]: block *
+block_size + place in it, or -1: nowhere. `paged_attention` takes q [tokens, heads, head_dim], in
+which rows query_starts[s] to query_starts[s + 1] (int32 [sequences + 1]) are the last tokens of
+sequence s, of lengths[s] (int32 [sequences]) tokens, whose blocks are block_table[s] (int32
+[sequences, most blocks]). `window`: positions that a token sees, itself included; 0: all.
 
 Errors are RuntimeErrors that name the operand and its value. Ops use `torch.get_num_threads()`
 threads at most, and may be called from any thread; calls take turns.
@@ -42,6 +50,7 @@ threads at most, and may be called from any thread; calls take turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +92,9 @@ __all__ = [
 ]
 
 
+_HEAD_WIDTHS = (64, 96, 128, 256)  # that the CUDA kernels are compiled for
+
+
 def new_kv_cache(
     num_blocks: int,
     kv_heads: int,
@@ -90,6 +102,7 @@ def new_kv_cache(
     *,
     block_size: int = 16,
     dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Make empty caches of one attention layer.
 
@@ -98,18 +111,27 @@ def new_kv_cache(
         kv_heads: Heads of K and V.
         head_dim: Elements of a head.
         block_size: Tokens of a block, a multiple of 16.
-        dtype: float32 or bfloat16.
+        dtype: float32 or bfloat16; bfloat16 on CUDA devices.
+        device: Where they are.
 
     Returns:
         k_cache and v_cache, as `kv_cache_write` and `paged_attention` take them.
 
     Raises:
-        ValueError: `block_size` is no positive multiple of 16.
+        ValueError: `block_size` is no positive multiple of 16, or `head_dim` more than the 256 of
+            the CUDA kernels.
     """
     if block_size <= 0 or block_size % 16:
         raise ValueError(f"block_size must be a positive multiple of 16, got {block_size}")
-    k = torch.zeros(num_blocks, kv_heads, block_size // 16, head_dim, 16, dtype=dtype)
-    return k, torch.zeros(num_blocks, kv_heads, block_size, head_dim, dtype=dtype)
+    zeros = partial(torch.zeros, dtype=dtype, device=device)
+    if torch.device(device).type != "cuda":
+        k = zeros(num_blocks, kv_heads, block_size // 16, head_dim, 16)
+        return k, zeros(num_blocks, kv_heads, block_size, head_dim)
+    width = next((width for width in _HEAD_WIDTHS if head_dim <= width), None)
+    if width is None:
+        raise ValueError(f"head_dim must be at most {_HEAD_WIDTHS[-1]}, got {head_dim}")
+    k = zeros(num_blocks, kv_heads, block_size, width)
+    return k, zeros(num_blocks, kv_heads, width, block_size)
 
 
 # --- shapes, for tracing --------------------------------------------------------------------------
@@ -120,7 +142,9 @@ def _up(value: int, multiple: int) -> int:
 
 
 def _packed_bytes(v: Sequence[Tensor | None], u: Sequence[Tensor], bias: Sequence[Any]) -> int:
-    """The size of csrc/functional/packed_format.h."""
+    """The size of csrc/functional/packed_format.h; for CUDA devices of cuda_ops.cc there."""
+    if u[0].device.type == "cuda":
+        return sum(map(_cuda_bytes, v, u))
     size = 128
     for first, second, b in zip(v, u, bias, strict=True):
         for matrix in (first, second):
@@ -130,6 +154,13 @@ def _packed_bytes(v: Sequence[Tensor | None], u: Sequence[Tensor], bias: Sequenc
         if b is not None:
             size += 4 * _up(second.shape[0], 32)
     return size
+
+
+def _cuda_bytes(v: Tensor | None, u: Tensor) -> int:
+    """Bytes of one packed linear: tiles of V and U, and a bias."""
+    n = _up(u.shape[0], 16)
+    inner = _up(u.shape[1], 32)
+    return 2 * n * inner + 4 * n + (0 if v is None else 2 * inner * _up(v.shape[1], 32))
 
 
 def _rows(x: Tensor, cols: int) -> Tensor:
@@ -146,7 +177,7 @@ def _fake_linear(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) ->
     return _rows(x, u.shape[0])
 
 
-def _fake_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+def _fake_packed(x: Tensor, packed: Tensor, out_features: int, ranks: Sequence[int] = ()) -> Tensor:
     return _rows(x, out_features)
 
 
@@ -178,7 +209,12 @@ def _fake_qkv(
 
 
 def _fake_qkv_packed(
-    x: Tensor, packed: Tensor, q_features: int, k_features: int, v_features: int
+    x: Tensor,
+    packed: Tensor,
+    q_features: int,
+    k_features: int,
+    v_features: int,
+    ranks: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _rows(x, q_features), _rows(x, k_features), _rows(x, v_features)
 
@@ -271,4 +307,5 @@ for _name, _backward in (
     ("lowrank_qkv", _qkv_backward),
 ):
     torch.library.register_autograd(f"deinfer::{_name}", _backward, setup_context=_save)
-    torch.library.register_autocast(f"deinfer::{_name}", "cpu", torch.bfloat16)
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"deinfer::{_name}", _device, torch.bfloat16)

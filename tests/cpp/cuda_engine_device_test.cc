@@ -57,6 +57,31 @@ TEST(CudaEngineDevice, DecodesByGraphsWithoutAllocations) {
   EXPECT_EQ(device.graphs - graphs, 2);
 }
 
+TEST(CudaEngineDevice, SampledStepsAreGraphsThatReadBackOnce) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  EngineConfig engine_config = config_for(model, "cuda");
+  engine_config.hidden_state_layers.clear();
+  Engine engine(engine_config);
+  std::vector<Request> requests = {greedy(4, 1, 12), greedy(4, 2, 12), greedy(4, 3, 12)};
+  requests[1].params.temperature = 0.8f;
+  requests[1].params.top_p = 0.9f;
+  requests[1].params.repetition_penalty = 1.2f;
+  requests[2].params.logprobs = 3;
+  generate(engine, requests);
+  emulation::DeviceState& device = emulation::device_state();
+  const int graphs = device.graphs;
+  const std::size_t used = device.used_bytes;
+  const int launches = device.graph_launches;
+  const int waits = device.synchronizations;
+  generate(engine, requests);
+  EXPECT_EQ(device.graphs, graphs);
+  EXPECT_EQ(device.graph_launches - launches, 11) << "all but the prompts";
+  EXPECT_EQ(device.synchronizations - waits, 12) << "one read-back per step";
+  EXPECT_EQ(device.used_bytes, used);
+}
+
 void expect_error(ErrorCode code, const std::string& text, const std::function<void()>& f) {
   try {
     f();

@@ -5,6 +5,7 @@
 
 #include "cuda_engine_fixture.h"
 #include "cuda_fixture.h"
+#include "kernels/cuda/kernels.h"
 #include "tiny_kinds.h"
 
 namespace deinfer {
@@ -18,6 +19,9 @@ using test::Kind;
 using test::Request;
 
 class CudaEngine : public test::CudaDeviceTest {};
+
+/// So many logprobs make a row the host sampler's.
+constexpr int kSampledOnTheHost = cuda::kMaxReported + 1;
 
 /// Every kind of model: each family, with factors in some linears, in all, and in none.
 std::vector<Kind> kinds() {
@@ -42,6 +46,9 @@ std::vector<Kind> kinds() {
   }
   return all;
 }
+
+/// The log-probabilities of a request's tokens, in order.
+using Report = std::vector<std::vector<TokenLogprob>>;
 
 double root_mean_square(const std::vector<float>& a, const std::vector<float>& b) {
   EXPECT_EQ(a.size(), b.size());
@@ -111,10 +118,10 @@ TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
   std::vector<Request> requests;
   for (int i = 0; i < 12; ++i) {
     Request request = greedy(2 + 11 * i % 70, i, 6 + i % 3);
-    if (i % 3 == 1) {  // sampled on the host
+    if (i % 3 == 1) {
       request.params.temperature = 0.8f;
       request.params.top_p = 0.9f;
-      request.params.logprobs = 2;
+      request.params.logprobs = i % 2 == 0 ? 2 : kSampledOnTheHost;
     }
     requests.push_back(request);
   }
@@ -127,6 +134,72 @@ TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
   engine_config.num_kv_blocks = 14;
   Engine crowded(engine_config);
   EXPECT_EQ(generate(crowded, requests, true), all) << "other chunks, preemptions";
+}
+
+/// Whatever is asked for, a row that the device samples has the tokens and reports of the host.
+TEST_F(CudaEngine, SamplesAsTheHostDoes) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  std::vector<Request> requests;
+  for (int i = 0; i < 12; ++i) {
+    Request request = greedy(5 + 7 * i % 40, i, 7);
+    SamplingParams& params = request.params;
+    params.seed = static_cast<std::uint64_t>(i);
+    params.logprobs = i % 4;
+    params.temperature = i % 5 == 4 ? 0.0f : 0.5f + 0.2f * static_cast<float>(i);
+    if (i % 2 == 1) params.top_p = 0.8f;
+    if (i % 3 == 1) params.top_k = 20;
+    if (i % 4 == 2) params.min_p = 0.1f;
+    if (i % 3 == 2) params.repetition_penalty = 1.3f;
+    if (i % 4 == 1) params.frequency_penalty = 0.8f;
+    if (i % 5 == 2) params.presence_penalty = -0.4f;
+    if (i % 6 == 3) {
+      params.ignore_eos = false;
+      params.min_tokens = 5;
+      params.stop_token_ids = {3, 4, 5, 6, 7, 8, 9};
+    }
+    if (i % 3 == 0) params.prompt_logprobs = 2;
+    requests.push_back(request);
+  }
+  const auto run = [&] {
+    Engine engine(config_for(model, "cuda"));
+    std::map<RequestId, std::size_t> places;
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      places[engine.submit(requests[i].prompt, requests[i].params)] = i;
+    }
+    std::vector<Report> reports(requests.size());
+    while (engine.has_unfinished_requests()) {
+      for (const RequestOutput& output : engine.step()) {
+        Report& report = reports[places.at(output.request_id)];
+        for (const auto& entries : output.prompt_logprobs) report.push_back(entries);
+        for (const SequenceOutput& sample : output.outputs) {
+          for (const auto& entries : sample.logprobs) report.push_back(entries);
+        }
+      }
+    }
+    return reports;
+  };
+  const std::vector<Report> device = run();
+  for (Request& request : requests) {
+    request.params.logprobs = kSampledOnTheHost;
+    if (request.params.prompt_logprobs) request.params.prompt_logprobs = kSampledOnTheHost;
+  }
+  const std::vector<Report> host = run();
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    SCOPED_TRACE(i);
+    ASSERT_EQ(device[i].size(), host[i].size());
+    ASSERT_GE(device[i].size(), 5u);
+    for (std::size_t j = 0; j < device[i].size(); ++j) {
+      // The chosen token, and of the others as many as were asked for.
+      ASSERT_LT(device[i][j].size(), host[i][j].size());
+      for (std::size_t k = 0; k < device[i][j].size(); ++k) {
+        EXPECT_EQ(device[i][j][k].token, host[i][j][k].token);
+        EXPECT_EQ(device[i][j][k].logprob, host[i][j][k].logprob);
+        EXPECT_EQ(device[i][j][k].rank, host[i][j][k].rank);
+      }
+    }
+  }
 }
 
 TEST_F(CudaEngine, TellsHiddenStates) {

@@ -21,6 +21,8 @@ CudaStepLimits limits() {
   limits.windows = {0, 64};
   limits.partial_rows = 1000;
   limits.parallel_warps = 1000;
+  limits.vocabulary = 100;
+  limits.history_tokens = 50;
   return limits;
 }
 
@@ -69,6 +71,63 @@ TEST(CudaStep, LaysOutABatchAtFixedPlaces) {
     EXPECT_EQ(words[kind.num_tasks], 2);
     EXPECT_EQ(words[kind.num_combines], 0);
   }
+}
+
+TEST(CudaStep, DescribesSampledRowsBehindTheTables) {
+  CudaStep step(limits());
+  std::vector<std::byte> block(step.capacity_bytes(), std::byte{0xff});
+  const std::int32_t table[] = {7, 3};
+  const std::vector<TokenId> history = {4, 5, 4, 9}, banned = {8};
+  SamplingParams drawn;
+  drawn.temperature = 0.5f;
+  drawn.top_p = 0.75f;
+  drawn.min_p = 0.5f;
+  drawn.top_k = 100;
+  drawn.frequency_penalty = 1.0f;
+  SamplingParams largest;
+  largest.temperature = 0.0f;
+  largest.repetition_penalty = 2.0f;
+  Batch batch;
+  batch.token_ids = {5, 6, 11, 12};
+  batch.positions = {16, 17, 18, 19};
+  batch.slots = {{3, 0}, {3, 1}, {3, 2}, {3, 3}};
+  batch.sequences = {{0, 4, 16, table}};
+  EXPECT_EQ(CudaStep::num_sampled(batch), 0);
+  batch.argmax_rows = {3};
+  EXPECT_EQ(CudaStep::num_sampled(batch), 0) << "those alone are not sampled";
+  batch.sampled = {{0, &drawn, history, 3, banned, 0.25, -1, 5},
+                   {1, &drawn, {}, 0, {}, 0.0, 17, 2},
+                   {2, &largest, history, 3, {}, 0.0, -1, -1}};
+  EXPECT_EQ(CudaStep::num_sampled(batch), 4);
+  const std::size_t used = step.build(batch, 8, block.data());
+  const auto* words = reinterpret_cast<const std::int32_t*>(block.data());
+  const CudaStep::Offsets& at = step.offsets();
+  const std::vector<int> pool(words + at.tables, words + used / 4);
+  EXPECT_EQ(pool, (std::vector<int>{7, 3, 9, 8, 4, 5, 4, 9})) << "generated ones; all";
+  EXPECT_EQ(std::vector<int>(words + at.sampled_rows, words + at.sampled_rows + 8),
+            (std::vector<int>{0, 1, 2, 3, 0, 0, 0, 0}));
+  const auto* samples = reinterpret_cast<const cuda::SampleRow*>(words + at.samples);
+  EXPECT_EQ(samples[0].mode, cuda::SampleMode::kDraw);
+  EXPECT_EQ(samples[0].uniform, 0.25);
+  EXPECT_EQ(samples[0].scale, 2.0f);
+  EXPECT_EQ(samples[0].top_p, 0.75);
+  EXPECT_EQ(samples[0].top_k, 0) << "all";
+  EXPECT_EQ(samples[0].has_min_p, 1);
+  EXPECT_EQ(samples[0].history, 2);
+  EXPECT_EQ(samples[0].prompt_tokens, 0);
+  EXPECT_EQ(samples[0].tokens, 1);
+  EXPECT_EQ(samples[0].banned, 1);
+  EXPECT_EQ(samples[0].report, 0);
+  EXPECT_EQ(samples[1].mode, cuda::SampleMode::kGiven);
+  EXPECT_EQ(samples[1].given, 17);
+  EXPECT_EQ(samples[1].report, 5);
+  EXPECT_EQ(samples[2].mode, cuda::SampleMode::kLargest);
+  EXPECT_EQ(samples[2].history, 4);
+  EXPECT_EQ(samples[2].prompt_tokens, 3);
+  EXPECT_EQ(samples[2].tokens, 4);
+  EXPECT_EQ(samples[2].top, -1);
+  EXPECT_EQ(samples[3].mode, cuda::SampleMode::kLargest) << "the most likely token of row 3";
+  for (int i = 4; i < 8; ++i) EXPECT_EQ(samples[i].mode, cuda::SampleMode::kIdle);
 }
 
 /// The tasks of a kind of attention.

@@ -383,7 +383,7 @@ TEST(AmxIsa, SharesTheOtherKernelsWithAvx512Bf16) {
   EXPECT_EQ(amx.panel_gemm_f32, avx.panel_gemm_f32);
   EXPECT_EQ(amx.store_bf16, avx.store_bf16);
   EXPECT_EQ(amx.attention_split_bf16, avx.attention_split_bf16);
-  EXPECT_EQ(amx.exp_sum, avx.exp_sum);
+  EXPECT_EQ(amx.exp_blocks, avx.exp_blocks);
 }
 
 TEST(AmxIsa, IsTheDefaultWhereItRunsAndRefusedWhereTheCpuLacksIt) {

@@ -49,10 +49,11 @@ class Paged:
         head_dim: int = 20,
         block_size: int = 32,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         blocks = [-(-length // block_size) for length in lengths]
         self.caches = torch_ops.new_kv_cache(
-            sum(blocks) + 3, kv_heads, head_dim, block_size=block_size, dtype=dtype
+            sum(blocks) + 3, kv_heads, head_dim, block_size=block_size, dtype=dtype, device=device
         )
         order = torch.randperm(sum(blocks) + 3, dtype=torch.int32)
         self.table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
@@ -62,12 +63,14 @@ class Paged:
             k, v = (randn(length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
             places = torch.arange(length)
             slots = self.table[s].long()[places // block_size] * block_size + places % block_size
-            torch_ops.kv_cache_write(k, v, *self.caches, slots)
+            torch_ops.kv_cache_write(k.to(device), v.to(device), *self.caches, slots.to(device))
             self.k.append(k)
             self.v.append(v)
-        self.lengths = torch.tensor(lengths, dtype=torch.int32)
-        self.starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.q = randn(sum(queries), heads, head_dim, dtype=dtype)
+        self.table = self.table.to(device)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.starts = starts.to(device)
+        self.q = randn(sum(queries), heads, head_dim, dtype=dtype).to(device)
         self.scale = head_dim**-0.5
 
     def arguments(self, window: int = 0) -> tuple[Any, ...]:
@@ -79,7 +82,7 @@ class Paged:
         outs = []
         group = self.q.shape[1] // self.k[0].shape[1]
         for s, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
-            q = self.q[self.starts[s] : self.starts[s + 1]].double()
+            q = self.q[self.starts[s] : self.starts[s + 1]].cpu().double()
             k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
             position = torch.arange(len(k))
             row = position[len(k) - len(q) :, None]

@@ -239,8 +239,6 @@ struct KernelTable {
   /// Largest element of x[n] and the lowest index that has it; NaN counts as -inf. n >= 1. When
   /// nothing is larger than -inf the index is 0.
   void (*argmax)(const float* x, int n, float* value, int* index);
-  /// sum of exp((x[j] - shift) * scale) over x[n].
-  float (*exp_sum)(const float* x, int n, float shift, float scale);
   /// Divides x[n] into disjoint groups and writes the largest element of each to
   /// maxima[ceil(n / kMaximaSpan) * kLanes]; NaN counts as -inf, an empty group has -inf.
   void (*group_maxima)(const float* x, int n, float* maxima);

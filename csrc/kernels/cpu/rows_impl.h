@@ -97,15 +97,6 @@ void argmax(const float* x, int n, float* value, int* index) {
   }
 }
 
-float exp_sum(const float* x, int n, float shift, float scale) {
-  Vec sum = zero();
-  for_each_chunk(n, [&](int j, int count) {
-    Vec v = mul(sub(load_some(x + j, count), broadcast(shift)), broadcast(scale));
-    sum = add(sum, exp(keep_range(v, 0, count, -kInfinity)));
-  });
-  return reduce_add(sum);
-}
-
 void group_maxima(const float* x, int n, float* maxima) {
   for (int begin = 0; begin < n; begin += kMaximaSpan, maxima += kLanes) {
     // A group is a lane of a span, which needs no reduction across lanes.

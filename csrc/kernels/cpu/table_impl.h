@@ -55,7 +55,6 @@ constexpr KernelTable make_table(Isa isa) {
       .scale_row = scale_row,
       .soft_cap = soft_cap,
       .argmax = argmax,
-      .exp_sum = exp_sum,
       .group_maxima = group_maxima,
       .select = select,
       .exp_blocks = exp_blocks,

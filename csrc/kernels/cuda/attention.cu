@@ -1,6 +1,7 @@
 // Causal attention over paged KV on tensor cores; online softmax (FlashAttention-2, arXiv
 // 2307.08691) within splits of fixed position, which are then combined in order, by the same warp
 // or by another kernel: with the same bits.
+#include "kernels/cuda/attention_plan.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/mma.cuh"
@@ -8,8 +9,7 @@
 namespace deinfer::cuda {
 namespace {
 
-constexpr int kQueryRows = 16;  // of a tile
-constexpr int kChunk = 32;      // positions at a time
+constexpr int kChunk = 32;  // positions at a time
 static_assert(kSplitPositions % kChunk == 0, "splits are whole chunks");
 
 /// How a split's state joins those before it: state * old + split * added.
@@ -34,6 +34,13 @@ struct QueryRows {
   int position[2];
   bool valid[2];
 };
+
+/// Where element `col` of a token's output lies: in activations, or in rows.
+__device__ __forceinline__ std::int64_t out_offset(const AttentionLaunch& args, int token,
+                                                   int col) {
+  if (args.out_chunks > 0) return activation_offset(token, col, args.out_chunks);
+  return std::int64_t{token} * args.heads * args.kv.head_dim + col;
+}
 
 /// Zeroes values of keys from `keys` on (of 8).
 __device__ __forceinline__ uint4 first_keys(uint4 v, int keys) {
@@ -241,7 +248,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) attention_kernel(const Atten
         const int dim = d * 8 + quad * 2 + e % 2;
         if (!rows.valid[e / 2] || dim >= kv.head_dim) continue;
         const int col = rows.head[e / 2] * kv.head_dim + dim;
-        store_bf16(args.out, activation_offset(rows.token[e / 2], col, args.out_chunks),
+        store_bf16(args.out, out_offset(args, rows.token[e / 2], col),
                    values[e] / total_sum[e / 2]);
       }
     }
@@ -276,8 +283,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Attentio
       }
       const int r = task.tile * kQueryRows + row;
       const int col = (kv_head * group + r % group) * kv.head_dim + dim;
-      store_bf16(args.out, activation_offset(sequence.first_row + r / group, col, args.out_chunks),
-                 total / sum);
+      store_bf16(args.out, out_offset(args, sequence.first_row + r / group, col), total / sum);
     }
   }
 }

@@ -31,7 +31,8 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
 }
 
 /// The sum over a warp, the same in every lane.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, lanes);
   }
@@ -49,6 +50,43 @@ __device__ __forceinline__ float block_sum(float value) {
   float sum = 0.0f;
   for (int i = 0; i < kThreads / kWarp; ++i) sum += parts[i];
   return sum;
+}
+
+/// An element of a row: the largest, of equal ones the first. NaN is never the largest.
+struct Best {
+  float value;
+  int index;
+};
+
+/// Of the elements that are this thread's; {-inf, 0} where none is larger than -inf.
+template <int kThreads>
+__device__ __forceinline__ Best largest_of(const float* x, int n) {
+  Best best = {-INFINITY, 0};
+  for (int j = static_cast<int>(threadIdx.x); j < n; j += kThreads) {
+    if (x[j] > best.value) best = {x[j], j};
+  }
+  return best;
+}
+
+__device__ __forceinline__ Best better(Best a, Best b) {
+  const bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
+  return second ? b : a;
+}
+
+/// The best of a block's, the same in every thread.
+template <int kThreads>
+__device__ __forceinline__ Best block_best(Best best) {
+  __shared__ Best parts[kThreads / kWarp];
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    best = better(best, {__shfl_xor_sync(kAllLanes, best.value, lanes),
+                         __shfl_xor_sync(kAllLanes, best.index, lanes)});
+  }
+  __syncthreads();  // the parts before have been read
+  if (lane_id() == 0) parts[warp_id()] = best;
+  __syncthreads();
+  best = parts[0];
+  for (int i = 1; i < kThreads / kWarp; ++i) best = better(best, parts[i]);
+  return best;
 }
 
 __device__ __forceinline__ float soft_capped(float value, float cap) {

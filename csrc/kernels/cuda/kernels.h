@@ -33,7 +33,8 @@ struct Rotation {
 
 /// What becomes of a product y[m, n] in fp32, its bias added.
 enum class LinearEpilogue {
-  kActivation,   // out = y, activations of `out_chunks`, padded rows included
+  kActivation,   // out = y, activations of `out_chunks`, padded rows included; or, where that is 0,
+                 // out[m, n] bf16, rows ld apart
   kRelu,         // out = max(y, 0), likewise
   kGatedSilu,    // out = silu(y) * y2, likewise; y2 is the product of `second`
   kGatedGelu,    // out = gelu(y) * y2 in its tanh form
@@ -78,6 +79,21 @@ struct LinearLaunch {
   KvPool kv;
   const int* slots = nullptr;  // [m]: block * block_size + offset; -1: nowhere
 };
+
+/// A matrix of another program, bf16 [rows, cols], rows ld apart, becomes tiles; zero beyond it.
+struct TileLaunch {
+  const void* from = nullptr;
+  std::int64_t ld = 0;
+  int rows = 0;
+  int cols = 0;
+  int tiles = 0;   // of rows
+  int chunks = 0;  // tiles of columns
+  void* out = nullptr;
+};
+int launch_tile_weights(const TileLaunch& args, Stream stream);
+int launch_tile_activations(const TileLaunch& args, Stream stream);
+/// out[padded] = from[n] (bf16; null: zeros), and zeros.
+int launch_widen(const void* from, int n, int padded, float* out, Stream stream);
 
 /// Up to so many tokens, blocks share the sum over k of a few rows; beyond, they have many.
 inline constexpr int kFewTokens = 64;
@@ -186,11 +202,57 @@ struct AttentionLaunch {
   float soft_cap = 0.0f;
   float* partial_sums = nullptr;   // [partial rows, head_width]
   float* partial_stats = nullptr;  // [partial rows, 2]
-  void* out = nullptr;             // activations [m, heads * head_dim]
-  int out_chunks = 0;
-  int blocks = 0;  // of the grid: what is there to do is known on the device only
+  void* out = nullptr;             // activations [m, heads * head_dim], or rows
+  int out_chunks = 0;              // 0: rows
+  int blocks = 0;                  // of the grid: what is there to do is known on the device only
 };
 int launch_attention(const AttentionLaunch& args, Stream stream);
+
+/// Writes k and v, bf16 [m, kv_heads * head_dim] with rows apart as said, to slots[m] of the pool;
+/// nothing for slots outside [0, places).
+struct KvWriteLaunch {
+  const void* k = nullptr;
+  const void* v = nullptr;
+  std::int64_t k_ld = 0;
+  std::int64_t v_ld = 0;
+  int m = 0;
+  const std::int64_t* slots = nullptr;
+  std::int64_t places = 0;
+  KvPool kv;
+};
+int launch_kv_write(const KvWriteLaunch& args, Stream stream);
+
+/// out[m, heads, head_width] = q[m, heads * head_dim], rows ld apart, and zeros.
+struct PadHeadsLaunch {
+  const void* q = nullptr;
+  std::int64_t ld = 0;
+  int m = 0;
+  int heads = 0;
+  int head_dim = 0;
+  int head_width = 0;
+  void* out = nullptr;
+};
+int launch_pad_heads(const PadHeadsLaunch& args, Stream stream);
+
+/// Divides attention into tasks as CudaStep does, from lists in device memory: sequence s has the
+/// rows query_starts[s] .. query_starts[s + 1] and its block table from s * table_stride on.
+struct AttentionPlanLaunch {
+  const int* query_starts = nullptr;  // [num_sequences + 1]
+  const int* lengths = nullptr;       // [num_sequences]
+  int num_sequences = 0;
+  int table_stride = 0;
+  int group = 0;
+  int kv_heads = 0;
+  int window = 0;
+  int parallel_warps = 0;      // that attention should have work for
+  int partial_rows = 0;        // room for states of splits
+  int* first_tiles = nullptr;  // [num_sequences + 1]
+  int* counts = nullptr;       // num_tasks, num_combines
+  AttentionTask* tasks = nullptr;
+  AttentionTask* combines = nullptr;
+  AttentionSequence* sequences = nullptr;
+};
+int launch_attention_plan(const AttentionPlanLaunch& args, Stream stream);
 
 /// tokens[i] = the place of the largest of logits[i, vocabulary], the lowest of equal ones; NaN is
 /// never the largest.
@@ -201,5 +263,76 @@ struct ArgmaxLaunch {
   int* tokens = nullptr;
 };
 int launch_argmax(const ArgmaxLaunch& args, Stream stream);
+
+/// What becomes of a row of logits.
+enum class SampleMode : int {
+  kIdle,     // nothing
+  kLargest,  // its largest token is taken
+  kDraw,     // a token is drawn
+  kGiven,    // a given token is reported on
+};
+
+/// How a row is sampled: SamplingParams and what follows from them (ops/sampling.h).
+struct SampleRow {
+  double uniform = 0.0;  // in [0, 1)
+  double top_p = 1.0;
+  double tail_log_share = 0.0;  // where top_p < 1
+  float scale = 1.0f;           // of logits less the largest
+  float min_p_drop = 0.0f;
+  float repetition_penalty = 1.0f;
+  float presence_penalty = 0.0f;
+  float frequency_penalty = 0.0f;
+  SampleMode mode = SampleMode::kIdle;
+  int top_k = 0;      // less than the vocabulary; 0: all
+  int has_min_p = 0;  // 1: min_p_drop counts
+  int history = 0;    // place in the pool: tokens so far, then banned ones
+  int prompt_tokens = 0;
+  int tokens = 0;  // so far, prompt included
+  int banned = 0;
+  int given = 0;
+  int top = -1;    // tokens that are reported, at most kMaxReported; -1: no report
+  int report = 0;  // their place among those of all rows
+};
+
+/// What came of it. All but the token where a report is wanted.
+struct SampledToken {
+  double total = 0.0;  // sum of exp(logit - maximum)
+  float maximum = 0.0f;
+  float logit = 0.0f;  // of the token
+  int token = 0;
+  int rank = 0;  // from 1
+  int top = 0;   // reported tokens: fewer than asked for where logits are NaN
+};
+struct ReportedToken {
+  float logit = 0.0f;
+  int token = 0;
+};
+
+inline constexpr int kSampleThreads = 1024;
+/// Weights that are summed in single precision, by so many lanes; as on the CPU.
+inline constexpr int kSumBlock = 256;
+inline constexpr int kSumLanes = 16;
+/// Windows that are sorted, and the logits whose median divides larger ones; as on the CPU.
+inline constexpr int kSortedWindow = 64;
+inline constexpr int kPivotSample = 15;
+/// Beyond these, rows are the host's.
+inline constexpr int kMaxReported = 128;
+inline constexpr int kMaxSampledVocabulary = 2048 * kSumBlock;
+
+/// Chooses tokens as engine/sampler.cc does from the same logits, bit for bit: whatever rounds does
+/// so in the same order.
+struct SampleLaunch {
+  float* logits = nullptr;  // [rows, vocabulary]; penalties change them
+  int rows = 0;
+  int vocabulary = 0;
+  const SampleRow* samples = nullptr;  // [rows]
+  const int* pool = nullptr;
+  float* saved = nullptr;            // as many as in the pool; scratch
+  int* lists = nullptr;              // [rows, 3, vocabulary]; scratch
+  int* counts = nullptr;             // [rows, vocabulary], zero before and after
+  SampledToken* out = nullptr;       // [rows]
+  ReportedToken* reports = nullptr;  // of all rows
+};
+int launch_sample(const SampleLaunch& args, Stream stream);
 
 }  // namespace deinfer::cuda

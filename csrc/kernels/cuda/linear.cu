@@ -67,6 +67,16 @@ __device__ __forceinline__ void store_head_element(const LinearLaunch& args,
   }
 }
 
+/// Stores an element of an output that is activations, or rows.
+__device__ __forceinline__ void store_activation(const LinearSegment& segment, int token, int row,
+                                                 float value) {
+  if (segment.out_chunks > 0) {
+    store_bf16(segment.out, activation_offset(token, row, segment.out_chunks), value);
+  } else if (row < segment.n) {
+    store_bf16(segment.out, token * segment.ld + row, value);
+  }
+}
+
 /// Rows 16 tile + pair and 8 rows further of y, for one token.
 __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSegment& segment,
                                        int tile, int pair, int token, Pair y) {
@@ -79,8 +89,8 @@ __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSeg
       [[fallthrough]];
     case LinearEpilogue::kGatedSilu:
     case LinearEpilogue::kGatedGelu:
-      store_bf16(segment.out, activation_offset(token, row, segment.out_chunks), y.low);
-      store_bf16(segment.out, activation_offset(token, row + 8, segment.out_chunks), y.high);
+      store_activation(segment, token, row, y.low);
+      store_activation(segment, token, row + 8, y.high);
       break;
     case LinearEpilogue::kAdd:
     case LinearEpilogue::kFloat: {

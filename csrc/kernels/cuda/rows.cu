@@ -106,33 +106,11 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
   }
 }
 
-struct Best {
-  float value;
-  int index;
-};
-
-__device__ __forceinline__ Best better(Best a, Best b) {
-  const bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
-  return second ? b : a;
-}
-
 /// A block per row.
 __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxLaunch args) {
-  __shared__ Best parts[kThreads / kWarp];
   const float* logits = args.logits + std::int64_t{blockIdx.x} * args.vocabulary;
-  Best best = {-INFINITY, 0};
-  for (int j = static_cast<int>(threadIdx.x); j < args.vocabulary; j += kThreads) {
-    if (logits[j] > best.value) best = {logits[j], j};
-  }
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    best = better(best, {__shfl_xor_sync(kAllLanes, best.value, lanes),
-                         __shfl_xor_sync(kAllLanes, best.index, lanes)});
-  }
-  if (lane_id() == 0) parts[warp_id()] = best;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int i = 1; i < kThreads / kWarp; ++i) best = better(best, parts[i]);
-  args.tokens[blockIdx.x] = best.index;
+  const Best best = block_best<kThreads>(largest_of<kThreads>(logits, args.vocabulary));
+  if (threadIdx.x == 0) args.tokens[blockIdx.x] = best.index;
 }
 
 }  // namespace

@@ -26,6 +26,13 @@ void use_device(int device) {
                  "\": ", cudaGetErrorString(status));
 }
 
+int multiprocessors(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
 std::uint64_t free_memory() {
   std::size_t free = 0;
   std::size_t total = 0;

@@ -13,6 +13,8 @@ namespace deinfer::cuda {
 /// Makes `device` the one that the calling thread uses. Throws kInvalidArgument when there is none.
 void use_device(int device);
 
+int multiprocessors(int device);
+
 /// Bytes of the thread's device that nobody has allocated.
 std::uint64_t free_memory();
 

@@ -18,6 +18,7 @@ bool is_compiled() { return false; }
 std::vector<DeviceInfo> devices() { return {}; }
 
 void use_device(int) { unavailable(); }
+int multiprocessors(int) { unavailable(); }
 std::uint64_t free_memory() { unavailable(); }
 void check_launch(int, const char*) { unavailable(); }
 
@@ -35,12 +36,19 @@ Graph DeviceStream::end_capture() { unavailable(); }
 void DeviceStream::launch(const Graph&) { unavailable(); }
 void DeviceStream::synchronize() { unavailable(); }
 
+int launch_tile_weights(const TileLaunch&, Stream) { unavailable(); }
+int launch_tile_activations(const TileLaunch&, Stream) { unavailable(); }
+int launch_widen(const void*, int, int, float*, Stream) { unavailable(); }
 int launch_linear(const LinearLaunch&, Stream) { unavailable(); }
 int launch_norm(const NormLaunch&, Stream) { unavailable(); }
 int launch_embed(const EmbedLaunch&, Stream) { unavailable(); }
 int launch_rope(const RopeLaunch&, Stream) { unavailable(); }
 int launch_qk_norm(const QkNormLaunch&, Stream) { unavailable(); }
+int launch_kv_write(const KvWriteLaunch&, Stream) { unavailable(); }
+int launch_pad_heads(const PadHeadsLaunch&, Stream) { unavailable(); }
+int launch_attention_plan(const AttentionPlanLaunch&, Stream) { unavailable(); }
 int launch_attention(const AttentionLaunch&, Stream) { unavailable(); }
+int launch_sample(const SampleLaunch&, Stream) { unavailable(); }
 int launch_argmax(const ArgmaxLaunch&, Stream) { unavailable(); }
 
 }  // namespace deinfer::cuda

@@ -25,6 +25,7 @@
 #define __shared__ static thread_local
 #define __syncthreads() emulation::sync_block(__LINE__)
 #define __syncwarp() emulation::sync_warp(__LINE__)
+#define __ballot_sync(mask, taken) emulation::ballot(mask, taken, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) emulation::shuffle_xor(mask, value, lanes, __LINE__)
 #define __shfl_sync(mask, value, lane) emulation::shuffle(mask, value, lane, __LINE__)
 
@@ -47,6 +48,16 @@ T shuffle(unsigned mask, T value, int lane, int line) {
 template <typename T>
 T shuffle_xor(unsigned mask, T value, int lanes, int line) {
   return shuffle(mask, value, (static_cast<int>(threadIdx.x) % kWarpSize) ^ lanes, line);
+}
+
+inline unsigned ballot(unsigned mask, bool taken, int line) {
+  check_mask(mask);
+  const std::byte* all = exchange(&taken, sizeof taken, line);
+  unsigned bits = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    bits |= (all[lane] != std::byte{0} ? 1u : 0u) << lane;
+  }
+  return bits;
 }
 
 }  // namespace emulation
@@ -72,6 +83,21 @@ T __ldg(const T* address) {
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dsub_rn(double a, double b) { return a - b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+// The blocks of one OS thread run one after another, and their threads in turns.
+inline int atomicAdd(int* memory, int value) { return std::exchange(*memory, *memory + value); }
+inline int atomicExch(int* memory, int value) { return std::exchange(*memory, value); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __uint_as_float(unsigned bits) {
@@ -89,6 +115,7 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 inline constexpr unsigned cudaStreamNonBlocking = 1;
 inline constexpr unsigned cudaEventDisableTiming = 2;
@@ -116,6 +143,7 @@ struct cudaLaunchConfig_t {
 extern "C" {
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total);
 cudaError_t cudaMalloc(void** memory, std::size_t bytes);

@@ -26,6 +26,7 @@ struct CUgraphExec_st {
 namespace emulation {
 namespace {
 
+constexpr int kMultiprocessors = 2;
 std::mutex mutex;  // of allocations
 std::map<void*, std::size_t> allocations;
 thread_local int current_device = 0;
@@ -90,8 +91,14 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   std::snprintf(properties->name, sizeof properties->name, "emulated device %d", device);
   properties->major = 9;
   properties->minor = 0;
-  properties->multiProcessorCount = 2;
+  properties->multiProcessorCount = emulation::kMultiprocessors;
   properties->totalGlobalMem = device_state().memory_bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  if (device < 0 || device >= device_state().count) return cudaErrorInvalidDevice;
+  *value = emulation::kMultiprocessors;
   return cudaSuccess;
 }
 
