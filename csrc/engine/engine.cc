@@ -15,6 +15,7 @@
 #include "engine/kv_selection.h"
 #include "engine/plan_choice.h"
 #include "engine/request.h"
+#include "engine/step_rows.h"
 #include "scheduler/event_log_file.h"
 #include "scheduler/scheduler.h"
 
@@ -27,15 +28,6 @@ std::int64_t now_us() {
       .count();
 }
 
-/// What a logits row is for.
-struct RowTarget {
-  Request* request = nullptr;
-  const Sequence* sequence = nullptr;
-  int index = 0;
-  int prompt_position = -1;  // -1: sample the next token
-  int result = -1;           // index of its SampleResult
-};
-
 }  // namespace
 
 struct Engine::Impl {
@@ -47,9 +39,6 @@ struct Engine::Impl {
   std::vector<RequestOutput> step();
 
   void take_inbox();
-  void build_batch(const ScheduledBatch& scheduled);
-  void take_logits(TeamMember& member, int first, int count, float* logits);
-  void take_sampled();
   void finish_step(const ScheduledBatch& scheduled);
   void end_sample(Request& request, int index, FinishReason reason, RequestOutput& output);
   RequestOutput& output_of(RequestId id);
@@ -62,7 +51,6 @@ struct Engine::Impl {
   std::optional<EventLogWriter> event_writer;
   std::unique_ptr<Scheduler> scheduler;
   std::unique_ptr<HiddenStates> hidden_states;
-  std::vector<Sampler> samplers;  // one per thread
   ModelInfo info;
   RequestLimits limits;
 
@@ -78,14 +66,10 @@ struct Engine::Impl {
 
   // Of step() alone.
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests;
-  std::unordered_map<SequenceId, std::pair<Request*, int>> owners;
+  SequenceOwners owners;
   SequenceId next_sequence = 0;
   std::int64_t execute_us = 0;
-  Batch batch;
-  std::vector<RowTarget> targets;          // per logit row
-  std::vector<RowTarget> sampled_targets;  // per row that the worker samples
-  std::vector<SampleResult> results;       // per sampled row
-  std::vector<int> argmax_results;         // per argmax row, index of its SampleResult
+  std::optional<StepRows> rows;
   std::vector<SampledToken> sampled;
   std::map<RequestId, RequestOutput> outputs;
 };
@@ -147,8 +131,11 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
     event_writer.emplace(config.event_log, setup);
     scheduler->record(&events);
   }
-  for (int i = 0; i < threads; ++i)
+  std::vector<Sampler> samplers;
+  for (int i = 0; i < threads; ++i) {
     samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
+  }
+  rows.emplace(config.block_size, model.vocab_size, std::move(samplers));
   limits = {model.vocab_size, max_model_len, config.block_size, blocks,
             hidden_states->num_reported()};
   info = describe_model(config, model, *ranks, max_model_len, blocks);
@@ -235,98 +222,18 @@ void Engine::Impl::take_inbox() {
   }
 }
 
-void Engine::Impl::build_batch(const ScheduledBatch& scheduled) {
-  batch.clear();
-  targets.clear();
-  sampled_targets.clear();
-  SamplingRoom room = ranks->rank(0).sampling_room();
-  // The worker samples the row, or the consumer of its logits does.
-  auto want_row = [&](const SampledRow& row, const RowTarget& target, bool needs_logits) {
-    if (!needs_logits && room.take(row)) {
-      batch.sampled.push_back(row);
-      sampled_targets.push_back(target);
-    } else {
-      batch.logit_rows.push_back(row.row);
-      targets.push_back(target);
-    }
-  };
-  argmax_results.clear();
-  int num_results = 0;
-  for (const ScheduledSequence& item : scheduled.items) {
-    const Sequence& sequence = *item.sequence;
-    auto [request, index] = owners.at(sequence.id);
-    int first = sequence.num_computed;
-    int first_row = batch.num_tokens();
-    batch.sequences.push_back({first_row, item.num_tokens, first, sequence.block_table.data()});
-    bool prompt_rows = request->wants_prompt_rows(index);
-    for (int i = 0; i < item.num_tokens; ++i) {
-      int position = first + i;
-      batch.token_ids.push_back(sequence.tokens[static_cast<std::size_t>(position)]);
-      batch.positions.push_back(position);
-      batch.slots.push_back(
-          {sequence.block_table[static_cast<std::size_t>(position / config.block_size)],
-           position % config.block_size});
-      if (prompt_rows && request->wants_prompt_row(position)) {
-        want_row(request->reported_row(first_row + i, position),
-                 {request, &sequence, index, position, -1}, request->params().prompt_logits);
-      }
-    }
-    if (!item.samples) continue;
-    int last_row = first_row + item.num_tokens - 1;
-    if (hidden_states->wants(*request)) batch.state_rows.push_back(last_row);
-    if (request->takes_most_likely(sequence)) {
-      batch.argmax_rows.push_back(last_row);
-      argmax_results.push_back(num_results++);
-    } else {
-      want_row(request->sampled_row(last_row, sequence, index),
-               {request, &sequence, index, -1, num_results++}, false);
-    }
-  }
-  if (static_cast<int>(results.size()) < num_results) {
-    results.resize(static_cast<std::size_t>(num_results));
-  }
-}
-
-void Engine::Impl::take_logits(TeamMember& member, int first, int count, float* logits) {
-  Sampler& sampler = samplers[static_cast<std::size_t>(member.id())];
-  auto [begin, end] = member.share(count);
-  for (int i = begin; i < end; ++i) {
-    const RowTarget& target = targets[static_cast<std::size_t>(first + i)];
-    float* row = logits + static_cast<std::ptrdiff_t>(i) * model.vocab_size;
-    if (target.prompt_position >= 0) {
-      target.request->take_prompt_row(target.prompt_position, row, model.vocab_size, sampler);
-    } else {
-      sampler.sample(target.request->sample_input(*target.sequence, target.index), row,
-                     results[static_cast<std::size_t>(target.result)]);
-    }
-  }
-}
-
-void Engine::Impl::take_sampled() {
-  std::span<SampleResult> sampled_rows = ranks->rank(0).sampled();
-  for (std::size_t i = 0; i < sampled_targets.size(); ++i) {
-    const RowTarget& target = sampled_targets[i];
-    if (target.prompt_position >= 0) {
-      target.request->take_prompt_report(target.prompt_position,
-                                         std::move(sampled_rows[i].logprobs));
-    } else {
-      results[static_cast<std::size_t>(target.result)] = std::move(sampled_rows[i]);
-    }
-  }
-}
-
 void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
   sampled.clear();
   std::vector<std::pair<RequestId, int>> ended;
   std::int64_t generated = 0;
   std::int64_t prompt_tokens = 0;
-  hidden_states->begin(ranks->rank(0).hidden_states(), batch.state_rows.size());
+  hidden_states->begin(ranks->rank(0).hidden_states(), rows->batch().state_rows.size());
   for (const ScheduledSequence& item : scheduled.items) {
     int prompt_left = item.sequence->prompt_length - item.sequence->num_computed;
     prompt_tokens += std::clamp(prompt_left, 0, item.num_tokens);
     if (!item.samples) continue;
     auto [request, index] = owners.at(item.sequence->id);
-    SampleResult& result = results[sampled.size()];
+    SampleResult& result = rows->result(sampled.size());
     int count = item.sequence->num_generated() + 1;
     Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
     // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
@@ -375,17 +282,16 @@ std::vector<RequestOutput> Engine::Impl::step() {
     take_inbox();
     const ScheduledBatch& scheduled = scheduler->schedule(now_us());
     if (!scheduled.items.empty()) {
-      build_batch(scheduled);
+      Worker& worker = ranks->rank(0);
+      rows->build(scheduled, owners, *hidden_states, worker.sampling_room());
       std::int64_t start = now_us();
-      std::span<const TokenId> most_likely =
-          ranks->execute(batch, [this](TeamMember& member, int first, int count, float* logits) {
-            take_logits(member, first, count, logits);
+      std::span<const TokenId> most_likely = ranks->execute(
+          rows->batch(), [this](TeamMember& member, int first, int count, float* logits) {
+            rows->take_logits(member, first, count, logits);
           });
       execute_us += now_us() - start;
-      take_sampled();
-      for (std::size_t i = 0; i < most_likely.size(); ++i) {
-        results[static_cast<std::size_t>(argmax_results[i])] = {most_likely[i], {}};
-      }
+      rows->take_sampled(worker.sampled());
+      rows->take_most_likely(most_likely);
       finish_step(scheduled);
     }
   } catch (...) {
