@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "base/cpu_topology.h"
+#include "engine/device.h"
 #include "engine/engine_info.h"
 #include "engine/hidden_states.h"
 #include "engine/kv_selection.h"
@@ -101,6 +102,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
+  if (config.device != "cpu" && config.tensor_parallel_size > 1) prepare_concurrent_ranks();
   hidden_states = std::make_unique<HiddenStates>(config, model);
   PlanChoice choice = choose_plans(config, model, threads);
   std::string kv_reason = "dense: asked for";

@@ -5,6 +5,7 @@
 #include "base/cpu_features.h"
 #include "comm/link_model.h"
 #include "engine/calibration.h"
+#include "engine/device.h"
 #include "model/loader.h"
 #include "model/planned_model.h"
 #include "plan/planner.h"
@@ -27,8 +28,14 @@ PlanReport predict(const EngineConfig& config, const ModelConfig& model, int thr
   DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
   PlannerOptions options;
   options.size = size;
-  options.link = measure_local_link(size);
-  options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
+  if (choose_device(config.device).is_cuda) {  // not measured: as an H100 would be
+    dtype = DType::kBFloat16;
+    options.link = parse_link_model("nvlink");
+    options.hardware = parse_hardware("h100");
+  } else {
+    options.link = measure_local_link(size);
+    options.hardware = measure_hardware(cpu::kernels_for(select_isa()), dtype, size, threads);
+  }
   if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
     options.hardware.exchange_s = options.link.latency_s;
     options.hardware.received_bytes_per_s = options.link.bytes_per_s;

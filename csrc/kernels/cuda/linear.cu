@@ -10,14 +10,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kWarps == kSlices, "few tokens: a warp per slice");
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
-/// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
-__device__ __forceinline__ float gelu_tanh(float x) {
-  const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return x / (1.0f + expf(-2.0f * u));
-}
-
 /// Two values of a token, of rows `row` and `row + 8` of W.
 struct Pair {
   float low, high;
@@ -67,9 +59,17 @@ __device__ __forceinline__ void store_head_element(const LinearLaunch& args,
   }
 }
 
+__device__ __forceinline__ void store_activation(const LinearSegment& segment, int token, int row,
+                                                 float value) {
+  if (row >= segment.out_rows) return;
+  store_bf16(segment.out, activation_offset(token, segment.out_col + row, segment.out_chunks),
+             value);
+}
+
 /// Rows 16 tile + pair and 8 rows further of y, for one token.
 __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSegment& segment,
                                        int tile, int pair, int token, Pair y) {
+  if (token < args.first_token) return;
   const int row = tile * kTileRows + pair;
   switch (segment.epilogue) {
     case LinearEpilogue::kRelu:
@@ -79,8 +79,8 @@ __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSeg
       [[fallthrough]];
     case LinearEpilogue::kGatedSilu:
     case LinearEpilogue::kGatedGelu:
-      store_bf16(segment.out, activation_offset(token, row, segment.out_chunks), y.low);
-      store_bf16(segment.out, activation_offset(token, row + 8, segment.out_chunks), y.high);
+      store_activation(segment, token, row, y.low);
+      store_activation(segment, token, row + 8, y.high);
       break;
     case LinearEpilogue::kAdd:
     case LinearEpilogue::kFloat: {

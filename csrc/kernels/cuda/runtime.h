@@ -13,6 +13,10 @@ namespace deinfer::cuda {
 /// Makes `device` the one that the calling thread uses. Throws kInvalidArgument when there is none.
 void use_device(int device);
 
+/// Lets the thread's device read and write the memory of `device`, another one. Throws kUnsupported
+/// where it cannot.
+void read_memory_of(int device);
+
 /// Bytes of the thread's device that nobody has allocated.
 std::uint64_t free_memory();
 
