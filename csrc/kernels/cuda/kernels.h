@@ -108,7 +108,7 @@ struct NormLaunch {
   // Of the whole row, which has `width` columns: its sum of squares (RMS), if it is known.
   const float* squares = nullptr;  // [.]
   int width = 0;
-  void* out = nullptr;  // activations of out_chunks; or
+  void* out = nullptr;  // activations of out_chunks, zero beyond n; or
   int out_chunks = 0;
   float* out_float = nullptr;  // [., n], rows out_ld apart; or
   std::int64_t out_ld = 0;

@@ -45,6 +45,10 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormLaunch args) {
     if (args.out_float != nullptr) args.out_float[row * args.out_ld + j] = y;
     if (args.add_to != nullptr) args.add_to[row * args.ld + j] += y;
   }
+  if (args.out == nullptr) return;
+  for (int j = args.n + first; j < args.out_chunks * kTileCols; j += kThreads) {
+    store_bf16(args.out, activation_offset(i, j, args.out_chunks), 0.0f);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) embed_kernel(const EmbedLaunch args) {
