@@ -98,7 +98,9 @@ void CudaDecoder::gather_rows(const int* rows, int count, int m, bool everywhere
   } else {
     gather.owners = cuda_borders(share_.hidden);
   }
-  communicator_->exchange(everywhere ? Collective::kAllGather : Collective::kGather,
+  // Counted as plan/exchanges.h lists it: on the CPU it is a sum over zeros.
+  const Collective to_all = gather.by_rows ? Collective::kAllReduce : Collective::kAllGather;
+  communicator_->exchange(everywhere ? to_all : Collective::kGather,
                           float_bytes(count, columns.size()), name,
                           [&](const PeerExchange& exchange, cuda::Stream stream) {
                             gather.exchange = exchange;
