@@ -6,7 +6,8 @@
 Builds the preset `gpu`, runs the tests that are labelled cuda on the device, and measures the
 engine with random weights in the shape of LLaMA-7B at keep 0.5, beside what the device itself can
 do: its read bandwidth and its rate of bf16 products, and the same products by torch in a CUDA
-graph. Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
+graph; then it checks every tensor-parallel plan with up to 8 ranks on the device (gpu_ranks.py;
+the device's tests have 1,000 replays of a step and 100,000 exchanges of 8 ranks). Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import gpu_ranks
 from common import ROOT, Check
 
 LLAMA_7B = {
@@ -216,7 +218,8 @@ def judge(measured: dict[str, Any]) -> list[Check]:
     for name in ("decode 16", "decode 128", "prefill"):
         checks.append(Check(f"torch's products / {name}", torch_ms[name] / engine[name], 0.95))
     overhead = measured["outside_model"]["decode 64"]
-    return [*checks, Check("outside the model, decode of 64", overhead, 0.05, at_least=False)]
+    checks.append(Check("outside the model, decode of 64", overhead, 0.05, at_least=False))
+    return [*checks, *gpu_ranks.judge(measured["ranks"])]
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -236,6 +239,7 @@ def measure(folder: Path) -> dict[str, Any]:
         results["outside_model"][f"decode {m}"] = outside
     del stepper
     results["engine_ms"]["prefill"] = Stepper(model, "cuda", 1, PREFILL).prefill()
+    results["ranks"] = gpu_ranks.measure(folder)
     return results
 
 

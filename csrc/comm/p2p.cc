@@ -149,8 +149,7 @@ void P2pCommunicator::open(std::size_t bytes, cuda::DeviceStream& stream) {
   peers_.timeout_ns = static_cast<unsigned long long>(state_->options.timeout_s * 1e9);
   peers_.max_blocks = state_->options.max_blocks;
   if (peers_.max_blocks == 0) {
-    const int multiprocessors =
-        cuda::devices()[static_cast<std::size_t>(device)].multiprocessors;
+    const int multiprocessors = cuda::devices()[static_cast<std::size_t>(device)].multiprocessors;
     peers_.max_blocks = std::clamp(multiprocessors / (2 * on_device), 1, kMostBlocks);
   }
   host_->barrier();  // nobody tells a rank whose memory is not open

@@ -22,9 +22,8 @@ int device_number(const std::string& text) {
 
 void check_capability(const std::string& device, const cuda::DeviceInfo& info) {
   if (info.compute_capability >= kMinimumCapability) return;
-  fail(ErrorCode::kUnsupported, "device=\"", device, "\": ", info.name,
-       " has compute capability ", info.compute_capability / 10, ".", info.compute_capability % 10,
-       ", the kernels need 8.0");
+  fail(ErrorCode::kUnsupported, "device=\"", device, "\": ", info.name, " has compute capability ",
+       info.compute_capability / 10, ".", info.compute_capability % 10, ", the kernels need 8.0");
 }
 
 }  // namespace

@@ -30,8 +30,8 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
   const std::vector<int> devices = choose_devices(config.device, size);
   std::vector<P2pCommunicator*> peers(static_cast<std::size_t>(size));
   if (devices.empty()) {
-    make_communicators(
-        config, Decoder::exchange_bytes(model, first, config.max_num_batched_tokens), wrap);
+    make_communicators(config, Decoder::exchange_bytes(model, first, config.max_num_batched_tokens),
+                       wrap);
   } else {
     make_communicators(config, kHostExchangeBytes, wrap);
     if (size > 1) {

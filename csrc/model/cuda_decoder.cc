@@ -139,8 +139,8 @@ CudaDecoder::Activations CudaDecoder::activations(int cols) {
   const int chunks = tiles_of(cols, cuda::kTileCols);
   // Products of a rank's own tokens begin at any tile of tokens, and read whole groups of tiles.
   const int rows = padded_tokens(limits_.max_tokens) + (has_ranks() ? cuda::kTokenPadding : 0);
-  const auto elements = static_cast<std::size_t>(rows) *
-                        static_cast<std::size_t>(chunks * cuda::kTileCols);
+  const auto elements =
+      static_cast<std::size_t>(rows) * static_cast<std::size_t>(chunks * cuda::kTileCols);
   return {zeroed(elements * sizeof(bf16)), chunks};
 }
 

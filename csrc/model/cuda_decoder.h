@@ -179,7 +179,7 @@ class CudaDecoder {
   cuda::DeviceBuffer best_;          // [max_tokens]
   cuda::DeviceBuffer state_memory_;  // [state_layers, max_state_rows, hidden]
   cuda::PinnedBuffer host_logits_, host_best_, host_states_;
-  std::vector<cuda::DeviceBuffer> k_, v_;               // per layer
+  std::vector<cuda::DeviceBuffer> k_, v_;                // per layer
   std::map<std::pair<int, bool>, RecordedStep> graphs_;  // of (tokens, with argmax)
   std::span<const TokenId> tokens_;
   std::span<const float> states_;

@@ -152,9 +152,8 @@ void CudaDecoder::gather_columns(int m, const CudaNorm& norm) {
   gather.owners = cuda_borders(share_.hidden);
   gather.out = whole_.as<float>();
   gather.out_ld = hidden;
-  communicator_->exchange(Collective::kAllGather,
-                          product_bytes(m, columns.size(), sizeof(float)), "columns of x",
-                          [&](const PeerExchange& exchange, cuda::Stream stream) {
+  communicator_->exchange(Collective::kAllGather, product_bytes(m, columns.size(), sizeof(float)),
+                          "columns of x", [&](const PeerExchange& exchange, cuda::Stream stream) {
                             gather.exchange = exchange;
                             return cuda::launch_gather_floats(gather, stream);
                           });
@@ -334,7 +333,8 @@ void CudaDecoder::reduce(Collective kind, std::size_t bytes, const char* name,
                             });
   };
   const int m = args.rows;
-  if (kind != Collective::kAllReduce || m < share_.size || !communicator_->sums_in_two_shots(bytes)) {
+  if (kind != Collective::kAllReduce || m < share_.size ||
+      !communicator_->sums_in_two_shots(bytes)) {
     return sum(args);
   }
   // Every rank sums some rows for all, which then gather them.

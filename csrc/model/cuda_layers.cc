@@ -12,8 +12,9 @@ using cuda::LinearLaunch;
 
 cuda::KvPool CudaDecoder::kv_pool(int layer) const {
   const auto index = static_cast<std::size_t>(layer);
-  return {k_[index].as<void>(), v_[index].as<void>(), block_size_,
-          kv_heads_,            config_.head_dim,     cuda::head_width(config_.head_dim)};
+  return {k_[index].as<void>(), v_[index].as<void>(),
+          block_size_,          kv_heads_,
+          config_.head_dim,     cuda::head_width(config_.head_dim)};
 }
 
 std::size_t CudaDecoder::angles_before(std::size_t rope) const {
@@ -86,8 +87,7 @@ void CudaDecoder::project_qkv(int m, const CudaLayer& layer, const cuda::KvPool&
     float* const outs[] = {raw_query_.as<float>(), raw_key_.as<float>(), raw_value_.as<float>()};
     for (int i = 0; i < 3; ++i) {
       inner(m, input, Linears(linears + i, 1));
-      exchange_output(m, *linears[i], input, 0, cuda::ReduceSink::kFloat, outs[i],
-                      linears[i]->u.n);
+      exchange_output(m, *linears[i], input, 0, cuda::ReduceSink::kFloat, outs[i], linears[i]->u.n);
     }
     return normalize_qk(m, layer, launch, true);
   }
@@ -200,8 +200,8 @@ void CudaDecoder::mlp_block(int m, const CudaLayer& layer) {
   const CudaLinear* const linears[] = {&layer.up, &layer.gate};
   const Linears group(linears, has_gate ? 2 : 1);
   const Input input = normed(m, layer.mlp_norm, group);
-  const LinearEpilogue gated = config_.mlp == MlpKind::kGatedSilu ? LinearEpilogue::kGatedSilu
-                                                                  : LinearEpilogue::kGatedGelu;
+  const LinearEpilogue gated =
+      config_.mlp == MlpKind::kGatedSilu ? LinearEpilogue::kGatedSilu : LinearEpilogue::kGatedGelu;
   const LinearEpilogue epilogue = has_gate ? gated : LinearEpilogue::kRelu;
   if (layer.up.exchange(kind_).after_u != Exchange::kNone) {
     float* const outs[] = {raw_up_.as<float>(), raw_gate_.as<float>()};
@@ -209,10 +209,9 @@ void CudaDecoder::mlp_block(int m, const CudaLayer& layer) {
       inner(m, input, group.subspan(i, 1));
       exchange_output(m, *group[i], input, 0, cuda::ReduceSink::kFloat, outs[i], group[i]->u.n);
     }
-    const cuda::ActivateLaunch launch{outs[1],  outs[0],
-                                      layer.up.u.n, m,
-                                      layer.up.u.n, epilogue,
-                                      inner_.data.as<void>(), inner_.chunks};
+    const cuda::ActivateLaunch launch{
+        outs[1],      outs[0],  layer.up.u.n,           m,
+        layer.up.u.n, epilogue, inner_.data.as<void>(), inner_.chunks};
     check_launch(cuda::launch_activate(launch, stream_.get()), "activation");
   } else {
     inner(m, input, group);

@@ -35,8 +35,8 @@ class Uploader {
   CudaMatrix matrix(const TensorView& source, const std::vector<std::int32_t>& row_map,
                     int row_multiple, int first_col = 0) {
     CudaMatrix out;
-    out.n = static_cast<int>(row_map.empty() ? static_cast<std::size_t>(source.rows)
-                                             : row_map.size());
+    out.n =
+        static_cast<int>(row_map.empty() ? static_cast<std::size_t>(source.rows) : row_map.size());
     out.k = source.cols == 0 ? 0 : first_col + static_cast<int>(source.cols);
     out.tiles = tiles_of(out.n, row_multiple) * row_multiple / kTileRows;
     const std::size_t tile_bytes =
@@ -174,8 +174,8 @@ CudaLayer load_layer(const ModelConfig& config, const std::string& prefix, Weigh
                                 &attention_norm, row_map(own.heads));
   layer.key = uploader.linear(prefix + names.key, LinearRole::kKey, kv_size, hidden,
                               &attention_norm, row_map(own.kv_heads));
-  layer.value = uploader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden,
-                                &attention_norm);
+  layer.value =
+      uploader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden, &attention_norm);
   if (config.qk_norm != QkNormKind::kNone) {
     layer.query_norm = head_norm(names.query_norm, config.num_heads, own.heads);
     layer.key_norm = head_norm(names.key_norm, config.num_kv_heads, own.kv_heads);
@@ -190,8 +190,8 @@ CudaLayer load_layer(const ModelConfig& config, const std::string& prefix, Weigh
     layer.gate = uploader.linear(prefix + names.gate, LinearRole::kGate, inner, hidden, &mlp_norm,
                                  {}, kTileCols);
   }
-  layer.up = uploader.linear(prefix + names.up, LinearRole::kUp, inner, hidden, &mlp_norm, {},
-                             kTileCols);
+  layer.up =
+      uploader.linear(prefix + names.up, LinearRole::kUp, inner, hidden, &mlp_norm, {}, kTileCols);
   layer.down = uploader.linear(prefix + names.down, LinearRole::kDown, hidden, inner, nullptr);
   layer.mlp_output_norm = uploader.norm(norm(names.mlp_output_norm));
   return layer;

@@ -33,9 +33,9 @@ struct CudaLinear {
   CudaMatrix u;  // [n, r], or W[n, k]
   int rank = 0;  // of the whole linear; 0: dense
   std::array<LinearExchanges, kNumStepKinds> exchanges;
-  std::vector<Range> v_shares;  // as LowRankLinear
-  Range y_share;                // likewise
-  int x_chunk = 0;              // of a replicated input, the first tile of columns that W takes
+  std::vector<Range> v_shares;   // as LowRankLinear
+  Range y_share;                 // likewise
+  int x_chunk = 0;               // of a replicated input, the first tile of columns that W takes
   std::vector<float> own_terms;  // V g, V b of this rank's columns, until join_norm_terms()
   cuda::DeviceBuffer gain_terms, bias_terms;  // NormTerms, padded as z is
 

@@ -198,8 +198,8 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   if (part.multiplied_out) {
     const std::vector<float> values = product(part, n, k);
     linear.w = pack_part(dtype_,
-                         {values.data(), DType::kFloat32, place.u_rows.size(),
-                          place.u_cols.size(), place.u_cols.size()},
+                         {values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
+                          place.u_cols.size()},
                          packed_map);
   } else if (tensors.rank > 0) {
     linear.rank = tensors.rank;
@@ -210,8 +210,7 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   }
   if (!tensors.bias.empty()) {
     const std::vector<float> values = bias(part, n, row_map);
-    linear.bias =
-        Buffer((values.size() + std::size_t{2} * cpu::kPanelRows) * sizeof(float));
+    linear.bias = Buffer((values.size() + std::size_t{2} * cpu::kPanelRows) * sizeof(float));
     std::copy(values.begin(), values.end(), linear.bias.as<float>());
   }
   return linear;

@@ -216,24 +216,24 @@ TEST_F(CudaExchange, CompletesNormsAfterV) {
       rank.stream.upload(biases_there.as<void>(), biases.data(), biases_there.size());
       DeviceBuffer out(std::size_t{8} * 32 * sizeof(bf16));
       rank.send(part);
-      rank.comm.exchange(
-          Collective::kAllReduce, part.size() * sizeof(float), "z",
-          [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
-            cuda::ReduceLaunch args;
-            args.exchange = exchange;
-            args.rows = kRows;
-            args.cols = kCols;
-            args.ld = kLd;
-            args.sink = cuda::ReduceSink::kActivation;
-            args.out = out.as<void>();
-            args.out_ld = 1;
-            args.norm = {kind, 0.5f, kCols, {}, kWidth};
-            for (int r = 0; r < rank.size; ++r) {
-              args.norm.shares[r] = shares.at[r + 1] - shares.at[r];
-            }
-            args.terms[0] = {kCols, gains_there.as<float>(), biases_there.as<float>()};
-            return launch_reduce(args, stream);
-          });
+      rank.comm.exchange(Collective::kAllReduce, part.size() * sizeof(float), "z",
+                         [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
+                           cuda::ReduceLaunch args;
+                           args.exchange = exchange;
+                           args.rows = kRows;
+                           args.cols = kCols;
+                           args.ld = kLd;
+                           args.sink = cuda::ReduceSink::kActivation;
+                           args.out = out.as<void>();
+                           args.out_ld = 1;
+                           args.norm = {kind, 0.5f, kCols, {}, kWidth};
+                           for (int r = 0; r < rank.size; ++r) {
+                             args.norm.shares[r] = shares.at[r + 1] - shares.at[r];
+                           }
+                           args.terms[0] = {kCols, gains_there.as<float>(),
+                                            biases_there.as<float>()};
+                           return launch_reduce(args, stream);
+                         });
       const auto z = rank.read<bf16>(out.as<void>(), 8 * 32);
       for (int i = 0; i < kRows; ++i) {
         for (int c = 0; c < kCols; ++c) {
@@ -366,16 +366,15 @@ void run_epochs(const Rank& rank, int count, const DeviceBuffer& x, int n) {
     copy.n = n;
     copy.out_float = reinterpret_cast<float*>(rank.comm.send());
     cuda::check_launch(launch_norm(copy, rank.stream.get()), "copy");
-    rank.comm.exchange(
-        Collective::kAllReduce, static_cast<std::size_t>(n) * sizeof(float), "epoch",
-        [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
-          cuda::ReduceLaunch args;
-          args.exchange = exchange;
-          args.rows = 1;
-          args.cols = args.ld = args.out_ld = n;
-          args.out = x.as<void>();
-          return launch_reduce(args, stream);
-        });
+    rank.comm.exchange(Collective::kAllReduce, static_cast<std::size_t>(n) * sizeof(float), "epoch",
+                       [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
+                         cuda::ReduceLaunch args;
+                         args.exchange = exchange;
+                         args.rows = 1;
+                         args.cols = args.ld = args.out_ld = n;
+                         args.out = x.as<void>();
+                         return launch_reduce(args, stream);
+                       });
   }
 }
 
@@ -387,7 +386,7 @@ TEST_F(CudaExchange, KeepsManyEpochsApart) {
       constexpr int n = 2052;
       DeviceBuffer x(n * sizeof(float));
       const std::vector<float> ones(n, 1.0f);
-      for (int round = 0; round < 15; ++round) {
+      for (int round = 0; round < test::kExchanges / 5; ++round) {
         rank.stream.upload(x.as<void>(), ones.data(), x.size());
         if (rank.rank == round % rank.size) {
           std::this_thread::sleep_for(std::chrono::microseconds(50 * (round % 5)));
@@ -446,8 +445,9 @@ TEST_F(CudaExchange, ARankThatDoesNotComeIsAnErrorThatNamesIt) {
     });
     ADD_FAILURE() << "no error";
   } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("waited 0.2 s for rank 1 in its exchange 3, \"epoch\""),
-              std::string::npos)
+    EXPECT_NE(
+        std::string(error.what()).find("waited 0.2 s for rank 1 in its exchange 3, \"epoch\""),
+        std::string::npos)
         << error.what();
   }
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));

@@ -183,6 +183,36 @@ TEST_F(CudaRanks, ATokenHasTheSameBitsInEveryWay) {
   }
 }
 
+/// Logits of one decode step, over and over, by its graph and in lockstep.
+TEST_F(CudaRanks, ReplaysHaveTheSameBits) {
+  test::TinyModel model(kinds(8)[0].config);
+  const test::RankBatch work(std::vector<int>(6, 1));
+  for (std::string_view plan : plan_names()) {
+    SCOPED_TRACE(plan);
+    for (int size : {2, 8}) {
+      std::vector<float> first;
+      auto replay = [&](int count) {
+        EngineConfig config = ranks_for(model, size, plan);
+        config.hidden_state_layers.clear();
+        auto ranks = test::make_ranks(config);
+        for (int i = 0; i < count; ++i) {
+          std::vector<float> got;
+          const auto tokens =
+              ranks->execute(work.batch, [&](TeamMember& member, int, int rows, float* logits) {
+                if (member.id() == 0) got.assign(logits, logits + rows * kVocabulary);
+              });
+          got.insert(got.end(), tokens.begin(), tokens.end());
+          if (first.empty()) first = got;
+          ASSERT_EQ(got, first) << size << " ranks, step " << i;
+        }
+      };
+      replay(test::kReplays);
+      Setting lockstep("DEINFER_CUDA_LOCKSTEP", "1");
+      replay(1);
+    }
+  }
+}
+
 TEST_F(CudaRanks, TellHiddenStates) {
   test::TinyConfig config;
   config.bfloat16 = true;
@@ -227,8 +257,8 @@ TEST_F(CudaRanks, ExchangeWhatThePlanLists) {
         const StepRows rows{work.batch.num_tokens(), static_cast<int>(work.batch.logit_rows.size()),
                             static_cast<int>(work.batch.argmax_rows.size())};
         for (int rank = 0; rank < 3; ++rank) {
-          for (const PlannedExchange& exchange : step_exchanges(
-                   *ranks->plans()[0], shapes.layers, rows, rank, 2, shapes.norms)) {
+          for (const PlannedExchange& exchange :
+               step_exchanges(*ranks->plans()[0], shapes.layers, rows, rank, 2, shapes.norms)) {
             TrafficCounter& counter = expected[rank][static_cast<std::size_t>(exchange.kind)];
             ++counter.calls;
             counter.bytes += exchange.bytes;

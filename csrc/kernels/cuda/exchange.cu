@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceLaunch arg
   const int size = args.exchange.size;
   const int blocks_of_row = tiles_of(args.cols, kBlockCols);
   const int items = args.rows * blocks_of_row;
-  for (int item = static_cast<int>(blockIdx.x); item < items;
-       item += static_cast<int>(gridDim.x)) {
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int row = args.first_row + item / blocks_of_row;
     const int col = item % blocks_of_row * kBlockCols + static_cast<int>(threadIdx.x) * kVector;
     if (args.norm.kind != 0) {

@@ -2,9 +2,9 @@
 // launches. comm/p2p.h makes a PeerExchange; what a rank contributes has been written to its memory
 // by kernels before, what it receives a kernel here reads from the memory of all.
 //
-// Exchange e = 1, 2, ... uses contribution e % 2 of every rank: comm/epoch_protocol.h with a ring of
-// two and one exchange at a time, in which who has started e + 1 has read e, so that nobody need say
-// that he has finished. Sums are over ranks in ascending order: all ranks get the same bits.
+// Exchange e = 1, 2, ... uses contribution e % 2 of every rank: comm/epoch_protocol.h with a ring
+// of two and one exchange at a time, in which who has started e + 1 has read e, so that nobody need
+// say that he has finished. Sums are over ranks in ascending order: all ranks get the same bits.
 #pragma once
 
 #include <climits>

@@ -77,7 +77,7 @@ struct LinearLaunch {
   int num_segments = 0;
   int m = 0;
   int first_token = 0;  // of [0, m) that matters; what comes before is not stored
-  int heads = 0;  // of kQuery and kRotaryQuery
+  int heads = 0;        // of kQuery and kRotaryQuery
   Rotation rotation;
   KvPool kv;
   const int* slots = nullptr;  // [m]: block * block_size + offset; -1: nowhere
@@ -169,7 +169,8 @@ struct QkNormLaunch {
 };
 int launch_qk_norm(const QkNormLaunch& args, Stream stream);
 
-/// out[i, j] = f(gate[i, j]) * up[i, j], or max(up[i, j], 0): of products whose sums have travelled.
+/// out[i, j] = f(gate[i, j]) * up[i, j], or max(up[i, j], 0): of products whose sums have
+/// travelled.
 struct ActivateLaunch {
   const float* gate = nullptr;  // [m, n], rows ld apart
   const float* up = nullptr;    // likewise

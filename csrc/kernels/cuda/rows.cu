@@ -109,9 +109,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
       void* out = keys ? kv.k : args.out;
       const std::int64_t place =
           keys ? key_offset(kv, slot, head) : (std::int64_t{token} * heads + head) * kv.head_width;
-      auto normed = [&](int j) {
-        return gain != nullptr ? row[j] * scale * weights[j] : row[j];
-      };
+      auto normed = [&](int j) { return gain != nullptr ? row[j] * scale * weights[j] : row[j]; };
       if (half == 0) {
         for (int j = lane_id(); j < kv.head_dim; j += kWarp) store_bf16(out, place + j, normed(j));
       }

@@ -33,8 +33,7 @@ void read_memory_of(int device) {
   check(cudaDeviceCanAccessPeer(&can, own, device), "cudaDeviceCanAccessPeer");
   if (can == 0) {
     fail(ErrorCode::kUnsupported, "tensor parallelism: CUDA device ", own,
-         " cannot read the memory of device ", device,
-         "; \"cuda:N\" puts all ranks on one device");
+         " cannot read the memory of device ", device, "; \"cuda:N\" puts all ranks on one device");
   }
   const cudaError_t status = cudaDeviceEnablePeerAccess(device, 0);
   if (status == cudaErrorPeerAccessAlreadyEnabled) {

@@ -1,4 +1,5 @@
-// Hand-over between ranks, which are OS threads here, in place of csrc/kernels/cuda/system_scope.cuh.
+// Hand-over between ranks, which are OS threads here, in place of
+// csrc/kernels/cuda/system_scope.cuh.
 #pragma once
 
 #include <sched.h>
