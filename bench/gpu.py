@@ -3,11 +3,12 @@
     python bench/gpu.py            # everything; cut to fit 8 minutes of an H100, which nobody timed
     python bench/gpu.py --check    # and exit with 1 where a target is missed
 
-Builds the preset `gpu`, runs the tests that are labelled cuda on the device, and measures the
-engine with random weights in the shape of LLaMA-7B at keep 0.5, beside what the device itself can
-do: its read bandwidth and its rate of bf16 products, and the same products by torch in a CUDA
-graph; then it checks every tensor-parallel plan with up to 8 ranks on the device (gpu_ranks.py;
-the device's tests have 1,000 replays of a step and 100,000 exchanges of 8 ranks). Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
+Builds the preset `gpu`, runs the tests that are labelled cuda on the device (1,000 replays of a
+step, and 100,000 exchanges among 8 ranks, are some), and measures the engine with random weights in
+the shape of LLaMA-7B at keep 0.5, beside what the device itself can do: its read bandwidth and its
+rate of bf16 products, and the same products by torch in a CUDA graph. Then it checks every
+tensor-parallel plan with up to 8 ranks on the device (gpu_ranks.py). Writes
+bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
 """
 
 from __future__ import annotations

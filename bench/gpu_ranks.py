@@ -60,7 +60,7 @@ def lockstep() -> Iterator[None]:
 
 def answer(model: Path, device: str, size: int, plan: str) -> tuple[Answers, float]:
     """Greedy answers to the prompts, and the median of the milliseconds of a decode step."""
-    from deinfer import SamplingParams, _C
+    from deinfer import _C, SamplingParams
 
     config = _C.EngineConfig(
         model=str(model),

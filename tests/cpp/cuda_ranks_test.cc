@@ -73,7 +73,7 @@ double root_mean_square(const float* a, const float* b, std::size_t count) {
 class Comparison {
  public:
   explicit Comparison(const test::TinyModel& model) {
-    request_ = greedy(37, 1, 1);
+    request_ = greedy(21, 1, 1);
     request_.params.prompt_logits = true;
     EngineConfig config = config_for(model, "cpu");
     for (bool multiplied_out : {false, true}) {
@@ -91,7 +91,7 @@ class Comparison {
   /// likely ones, or nearly.
   void check(Engine& engine) {
     const std::vector<float>& rounded = rounded_[engine.model_info().decode_plan == "dense"];
-    std::vector<Request> requests = {request_, greedy(5, 2, 4), greedy(12, 3, 4)};
+    std::vector<Request> requests = {request_, greedy(5, 2, 3), greedy(12, 3, 3)};
     const std::vector<Answer> got = generate(engine, requests);
     const std::vector<float>& mine = got[0].prompt_logits;
     ASSERT_EQ(mine.size(), logits_.size());
@@ -125,9 +125,9 @@ TEST_F(CudaRanks, EveryPlanComputesTheLogitsOfTheCpuEngine) {
   for (std::size_t i = 0; i < all.size(); ++i) {
     test::TinyModel model(all[i].config);
     Comparison comparison(model);
-    for (std::size_t j = 0; j < plans.size(); ++j) {
+    for (std::size_t j = i % 2; j < plans.size(); j += 2) {
       // With 4 ranks there are fewer kv heads.
-      const int size = 2 + static_cast<int>((i + j) % 3);
+      const int size = 2 + static_cast<int>((i + j / 2) % 3);
       SCOPED_TRACE(all[i].name + ", " + std::to_string(size) + " ranks, " + std::string(plans[j]));
       Engine engine(ranks_for(model, size, plans[j]));
       comparison.check(engine);
@@ -142,6 +142,7 @@ TEST_F(CudaRanks, SomeRanksHaveNothingOfSomeMatrices) {
     test::TinyModel model(kind.config);
     Comparison comparison(model);
     for (std::string_view plan : plan_names()) {
+      if (kind.name == "opt" && plan != "hidden_sharded") continue;
       SCOPED_TRACE(kind.name + ", " + std::string(plan));
       Engine engine(ranks_for(model, 8, plan));
       comparison.check(engine);
@@ -155,8 +156,8 @@ TEST_F(CudaRanks, ATokenHasTheSameBitsInEveryWay) {
   test::TinyConfig config = kinds(6)[0].config;
   test::TinyModel model(config);
   std::vector<Request> requests;
-  for (int i = 0; i < 6; ++i) {
-    Request request = greedy(2 + 13 * i % 40, i, 4 + i % 2);
+  for (int i = 0; i < 4; ++i) {
+    Request request = greedy(3 + 13 * i % 31, i, 3 + i % 2);
     if (i % 3 == 1) {  // sampled on the host
       request.params.temperature = 0.8f;
       request.params.top_p = 0.9f;
@@ -177,7 +178,7 @@ TEST_F(CudaRanks, ATokenHasTheSameBitsInEveryWay) {
     Setting lockstep("DEINFER_CUDA_LOCKSTEP", "1");
     engine_config.enable_prefix_caching = false;
     engine_config.max_num_batched_tokens = 24;
-    engine_config.num_kv_blocks = 9;
+    engine_config.num_kv_blocks = 6;
     Engine crowded(engine_config);
     EXPECT_EQ(generate(crowded, requests), all) << "lockstep";
   }
@@ -189,7 +190,7 @@ TEST_F(CudaRanks, ReplaysHaveTheSameBits) {
   const test::RankBatch work(std::vector<int>(6, 1));
   for (std::string_view plan : plan_names()) {
     SCOPED_TRACE(plan);
-    for (int size : {2, 8}) {
+    for (int size : test::kRankCounts) {
       std::vector<float> first;
       auto replay = [&](int count) {
         EngineConfig config = ranks_for(model, size, plan);

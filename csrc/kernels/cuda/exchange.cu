@@ -43,6 +43,7 @@ __device__ __forceinline__ unsigned begin_exchange(const PeerExchange& exchange)
   if (exchange.tells && blockIdx.x == 0 && thread < exchange.size) {
     store_release_system(exchange.told[thread], epoch);
   }
+  __syncwarp();  // all are told before anybody waits
   if (exchange.waits) {
     if (thread < exchange.size) wait_for(exchange, thread, epoch);
     __syncthreads();
