@@ -3,12 +3,13 @@
     python bench/gpu.py            # everything; cut to fit 8 minutes of an H100, which nobody timed
     python bench/gpu.py --check    # and exit with 1 where a target is missed
 
-Builds the preset `gpu`, runs the tests that are labelled cuda on the device and those of torch's
-ops, compares greedy tokens with the CPU engine's (of --smollm2, where there is such a folder), and
-measures the engine with random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer
-layers, beside what the device itself can do: its read bandwidth and its rate of bf16 products, and
-the same products by torch (cuBLAS) in a CUDA graph. Writes bench/results/gpu-DEVICE-DATE.json. It
-has never run: there was no GPU.
+Builds the preset `gpu`, runs the tests that are labelled cuda on the device (1,000 replays of a
+step, and 100,000 exchanges among 8 ranks, are some) and those of torch's ops, compares greedy tokens
+with the CPU engine's (of --smollm2, where there is such a folder), and measures the engine with
+random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer layers, beside what the
+device itself can do: its read bandwidth and its rate of bf16 products, and the same products by
+torch (cuBLAS) in a CUDA graph. Then it checks every tensor-parallel plan with up to 8 ranks on the
+device (gpu_ranks.py). Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 import common
 import gpu_checks
+import gpu_ranks
 from common import ROOT, Check
 
 LLAMA_7B = {
@@ -250,6 +252,7 @@ def judge(measured: dict[str, Any]) -> list[Check]:
         Check("outside the model, decode of 64", overhead, 0.05, at_least=False),
         Check("no kernel runs, decode of 64", idle, 0.05, at_least=False),
         Check("sampled / greedy decode of 64", sampled, 1.05, at_least=False),
+        *gpu_ranks.judge(measured["ranks"]),
     ]
 
 
@@ -285,6 +288,7 @@ def measure(folder: Path, smollm2: Path) -> dict[str, Any]:
     results["dense_bytes"] = 2 * sum(n * k for n, k in products(few, 0))
     results["engine_ms"]["dense 1"] = Stepper(dense, "cuda", 1, CONTEXT).decode(1)[0]
     results["engine_ms"]["prefill"] = Stepper(model, "cuda", 1, PREFILL).prefill()
+    results["ranks"] = gpu_ranks.measure(folder)
     return results
 
 

@@ -12,24 +12,26 @@ static_assert(cuda::kSortedWindow == Candidates::kSortedWindow &&
               "windows are those of the host");
 
 CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-                       int device, std::unique_ptr<Communicator> communicator, int threads,
-                       int max_model_len, const LoadProgress& progress)
+                       int device, std::unique_ptr<Communicator> communicator,
+                       P2pCommunicator* peers, int threads, int max_model_len,
+                       const LoadProgress& progress)
     : device_(device),
       block_size_(config.block_size),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
+      peers_(peers),
       team_(threads) {
-  if (share.size > 1) {
-    fail(ErrorCode::kUnsupported, "tensor_parallel_size=", share.size,
-         ": on CUDA devices there is one rank so far");
-  }
   if (config.dtype != "auto" && config.dtype != "bfloat16") {
     fail(ErrorCode::kUnsupported, "dtype=\"", config.dtype,
          "\": CUDA devices compute in bfloat16 only");
   }
-  if (share.plans[0]->multiplies_out()) {
-    fail(ErrorCode::kUnsupported, "tensor_parallel_plan=\"", share.plans[0]->name(),
-         "\": on CUDA devices factors stay factors");
+  if (!config.emulated_link.empty()) {
+    fail(ErrorCode::kUnsupported, "emulated_link=\"", config.emulated_link,
+         "\": on CUDA devices exchanges take the time that they take");
+  }
+  if (config.exchange_chunks > 1) {
+    fail(ErrorCode::kUnsupported, "exchange_chunks=", config.exchange_chunks,
+         ": on CUDA devices exchanges go whole");
   }
   cuda::use_device(device_);
   stream_ = std::make_unique<cuda::DeviceStream>();
@@ -40,8 +42,21 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
   const BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
                            max_sequences};
   decoder_ = std::make_unique<CudaDecoder>(
-      model, std::move(weights), limits, max_sequences, config.block_size,
-      cuda::devices()[static_cast<std::size_t>(device_)].multiprocessors, *stream_);
+      model, share, std::move(weights), limits, max_sequences, config.block_size,
+      cuda::devices()[static_cast<std::size_t>(device_)].multiprocessors, peers_, *stream_);
+}
+
+// Kernels that still run, after a failure, read the other ranks' memory.
+CudaWorker::~CudaWorker() {
+  try {
+    if (stream_ != nullptr) stream_->synchronize();
+  } catch (const Error&) {  // which the failure was
+  }
+}
+
+void CudaWorker::join() {
+  cuda::use_device(device_);
+  decoder_->join();
 }
 
 void CudaWorker::allocate_kv_cache(std::int64_t num_blocks) {
@@ -74,15 +89,18 @@ WeightsInfo CudaWorker::weights_info() const {
 
 std::span<const TokenId> CudaWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
   cuda::use_device(device_);
+  if (peers_ != nullptr) peers_->begin_step();
   decoder_->forward(batch);
   const int rows = static_cast<int>(batch.logit_rows.size());
   for (int first = 0; first < rows; first += CudaDecoder::kLogitRows) {
     const int count = std::min(CudaDecoder::kLogitRows, rows - first);
     float* logits = decoder_->logits(first, count);
+    if (logits == nullptr) continue;  // rank 0 has them
     team_.run([&](TeamMember& member) { consume(member, first, count, logits); });
   }
   decoder_->finish();
   take_sampled(batch);
+  if (peers_ != nullptr) peers_->end_step();
   return decoder_->most_likely();
 }
 
@@ -92,7 +110,7 @@ SamplingRoom CudaWorker::sampling_room() const {
 }
 
 void CudaWorker::take_sampled(const Batch& batch) {
-  sampled_.resize(batch.sampled.size());
+  sampled_.resize(decoder_->sampled().empty() ? 0 : batch.sampled.size());  // of rank 0 alone
   std::vector<Candidate> ranked;
   const cuda::ReportedToken* reported = decoder_->reported().data();
   for (std::size_t i = 0; i < sampled_.size(); ++i) {

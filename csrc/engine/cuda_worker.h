@@ -17,12 +17,15 @@ namespace deinfer {
 /// than cuda::kMaxSampledVocabulary.
 class CudaWorker final : public Worker {
  public:
-  /// Loads all weights onto device `device`. Throws kUnsupported for what the CUDA engine does not
-  /// do: several ranks, dtypes but bfloat16, the plan that multiplies factors out.
+  /// Loads this rank's weights onto device `device`. `peers`: what `communicator` is, of several
+  /// ranks; else null. Throws kUnsupported for what the CUDA engine does not do: dtypes but
+  /// bfloat16, emulated links, exchanges in chunks.
   CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-             int device, std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
-             const LoadProgress& progress);
+             int device, std::unique_ptr<Communicator> communicator, P2pCommunicator* peers,
+             int threads, int max_model_len, const LoadProgress& progress);
+  ~CudaWorker() override;
 
+  void join() override;
   void allocate_kv_cache(std::int64_t num_blocks) override;
   std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
   SamplingRoom sampling_room() const override;
@@ -30,6 +33,7 @@ class CudaWorker final : public Worker {
   std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
   std::uint64_t kv_block_bytes() const override { return decoder_->kv_block_bytes(); }
   std::uint64_t kv_memory() const override;
+  int memory_place() const override { return device_; }
   KvInfo kv_info() const override;
   WeightsInfo weights_info() const override;
   const cpu::KernelTable& kernels() const override { return kernels_; }
@@ -46,6 +50,7 @@ class CudaWorker final : public Worker {
   std::int64_t num_kv_blocks_ = 0;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;
+  P2pCommunicator* peers_;
   ThreadTeam team_;
   std::uint64_t parameters_ = 0;
   std::unique_ptr<cuda::DeviceStream> stream_;

@@ -1,6 +1,7 @@
 #include "engine/device.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 #include "base/check.h"
@@ -17,6 +18,12 @@ int device_number(const std::string& text) {
       !text.empty() && text.size() <= 4 &&
       std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
   return digits ? std::stoi(text) : -1;
+}
+
+void check_capability(const std::string& device, const cuda::DeviceInfo& info) {
+  if (info.compute_capability >= kMinimumCapability) return;
+  fail(ErrorCode::kUnsupported, "device=\"", device, "\": ", info.name, " has compute capability ",
+       info.compute_capability / 10, ".", info.compute_capability % 10, ", the kernels need 8.0");
 }
 
 }  // namespace
@@ -49,13 +56,28 @@ DeviceChoice choose_device(const std::string& device) {
   check_argument(index < static_cast<int>(devices.size()), "device=\"", device, "\": there ",
                  devices.size() == 1 ? "is " : "are ", devices.size(), " CUDA device",
                  devices.size() == 1 ? "" : "s");
-  const cuda::DeviceInfo& info = devices[static_cast<std::size_t>(index)];
-  if (info.compute_capability < kMinimumCapability) {
-    fail(ErrorCode::kUnsupported, "device=\"", device, "\": ", info.name,
-         " has compute capability ", info.compute_capability / 10, ".",
-         info.compute_capability % 10, ", the kernels need 8.0");
-  }
+  check_capability(device, devices[static_cast<std::size_t>(index)]);
   return {true, index};
+}
+
+void prepare_concurrent_ranks() {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+}
+
+std::vector<int> choose_devices(const std::string& device, int ranks) {
+  const DeviceChoice first = choose_device(device);
+  if (!first.is_cuda) return {};
+  std::vector<int> chosen(static_cast<std::size_t>(ranks), first.index);
+  if (device.starts_with("cuda:")) return chosen;
+  const std::vector<cuda::DeviceInfo> devices = cuda::devices();
+  const int count = static_cast<int>(devices.size());
+  for (int rank = 0; rank < ranks; ++rank) {
+    const int index = (first.index + rank) % count;
+    check_capability(device, devices[static_cast<std::size_t>(index)]);
+    chosen[static_cast<std::size_t>(rank)] = index;
+  }
+  return chosen;
 }
 
 }  // namespace deinfer

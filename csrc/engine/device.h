@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 namespace deinfer {
 
@@ -15,5 +16,16 @@ struct DeviceChoice {
 /// that there is not, kUnsupported where this build or machine has no CUDA, or the device is too
 /// old.
 DeviceChoice choose_device(const std::string& device);
+
+/// To be called before a process uses CUDA for several ranks, whose kernels wait for each other.
+/// The driver must let those run that are waited for: every stream needs a queue of its own, and
+/// kernels must not be loaded at their first launch, which waits for the device. It reads both from
+/// the environment; what stands there remains.
+void prepare_concurrent_ranks();
+
+/// The CUDA device of each of `ranks` ranks; empty for the CPU. "cuda" and "auto" go round the
+/// visible devices, from the one that they choose for one rank; "cuda:N" puts all ranks on one.
+/// Throws as choose_device().
+std::vector<int> choose_devices(const std::string& device, int ranks);
 
 }  // namespace deinfer

@@ -10,12 +10,13 @@
 
 #include "base/check.h"
 #include "base/cpu_topology.h"
+#include "engine/device.h"
 #include "engine/engine_info.h"
 #include "engine/hidden_states.h"
 #include "engine/kv_selection.h"
 #include "engine/plan_choice.h"
 #include "engine/request.h"
-#include "engine/step_rows.h"
+#include "engine/step_batch.h"
 #include "scheduler/event_log_file.h"
 #include "scheduler/scheduler.h"
 
@@ -69,7 +70,7 @@ struct Engine::Impl {
   SequenceOwners owners;
   SequenceId next_sequence = 0;
   std::int64_t execute_us = 0;
-  std::optional<StepRows> rows;
+  std::optional<StepBatch> step_batch;
   std::vector<SampledToken> sampled;
   std::map<RequestId, RequestOutput> outputs;
 };
@@ -87,6 +88,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   int threads = config.num_threads > 0
                     ? config.num_threads
                     : std::max(1, available_cores() / config.tensor_parallel_size);
+  if (config.device != "cpu" && config.tensor_parallel_size > 1) prepare_concurrent_ranks();
   hidden_states = std::make_unique<HiddenStates>(config, model);
   PlanChoice choice = choose_plans(config, model, threads);
   std::string kv_reason = "dense: asked for";
@@ -135,7 +137,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   for (int i = 0; i < threads; ++i) {
     samplers.emplace_back(ranks->rank(0).kernels(), model.vocab_size);
   }
-  rows.emplace(config.block_size, model.vocab_size, std::move(samplers));
+  step_batch.emplace(config.block_size, model.vocab_size, std::move(samplers));
   limits = {model.vocab_size, max_model_len, config.block_size, blocks,
             hidden_states->num_reported()};
   info = describe_model(config, model, *ranks, max_model_len, blocks);
@@ -227,13 +229,13 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
   std::vector<std::pair<RequestId, int>> ended;
   std::int64_t generated = 0;
   std::int64_t prompt_tokens = 0;
-  hidden_states->begin(ranks->rank(0).hidden_states(), rows->batch().state_rows.size());
+  hidden_states->begin(ranks->rank(0).hidden_states(), step_batch->batch().state_rows.size());
   for (const ScheduledSequence& item : scheduled.items) {
     int prompt_left = item.sequence->prompt_length - item.sequence->num_computed;
     prompt_tokens += std::clamp(prompt_left, 0, item.num_tokens);
     if (!item.samples) continue;
     auto [request, index] = owners.at(item.sequence->id);
-    SampleResult& result = rows->result(sampled.size());
+    SampleResult& result = step_batch->result(sampled.size());
     int count = item.sequence->num_generated() + 1;
     Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
     // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
@@ -283,15 +285,15 @@ std::vector<RequestOutput> Engine::Impl::step() {
     const ScheduledBatch& scheduled = scheduler->schedule(now_us());
     if (!scheduled.items.empty()) {
       Worker& worker = ranks->rank(0);
-      rows->build(scheduled, owners, *hidden_states, worker.sampling_room());
+      step_batch->build(scheduled, owners, *hidden_states, worker.sampling_room());
       std::int64_t start = now_us();
       std::span<const TokenId> most_likely = ranks->execute(
-          rows->batch(), [this](TeamMember& member, int first, int count, float* logits) {
-            rows->take_logits(member, first, count, logits);
+          step_batch->batch(), [this](TeamMember& member, int first, int count, float* logits) {
+            step_batch->take_logits(member, first, count, logits);
           });
       execute_us += now_us() - start;
-      rows->take_sampled(worker.sampled());
-      rows->take_most_likely(most_likely);
+      step_batch->take_sampled(worker.sampled());
+      step_batch->take_most_likely(most_likely);
       finish_step(scheduled);
     }
   } catch (...) {

@@ -9,9 +9,10 @@ namespace deinfer {
 std::int64_t choose_kv_blocks(const EngineConfig& config, RankGroup& ranks, int max_model_len) {
   if (config.num_kv_blocks > 0) return config.num_kv_blocks;
   const std::uint64_t block_bytes = ranks.kv_block_bytes();
-  std::uint64_t bytes = config.kv_cache_bytes;
-  if (bytes == 0) bytes = ranks.rank(0).kv_memory();
-  auto blocks = static_cast<std::int64_t>(bytes / block_bytes);
+  std::int64_t blocks = ranks.kv_blocks_that_fit();
+  if (config.kv_cache_bytes > 0) {
+    blocks = static_cast<std::int64_t>(config.kv_cache_bytes / block_bytes);
+  }
   if (config.kv_cache_bytes > 0 && blocks == 0) {
     fail(ErrorCode::kInvalidArgument, "kv_cache_bytes=", config.kv_cache_bytes,
          " is less than one KV block of ", block_bytes, " bytes");

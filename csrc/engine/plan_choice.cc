@@ -5,6 +5,7 @@
 #include "base/cpu_features.h"
 #include "comm/link_model.h"
 #include "engine/calibration.h"
+#include "engine/device.h"
 #include "model/loader.h"
 #include "model/planned_model.h"
 #include "plan/planner.h"
@@ -22,6 +23,7 @@ bool predicts_chunks(const EngineConfig& config) {
 }
 
 DType weight_type(const EngineConfig& config, const ModelConfig& model) {
+  if (choose_device(config.device).is_cuda) return DType::kBFloat16;
   return resolve_dtype(config.dtype, open_weights(config.model, model), model);
 }
 
@@ -56,9 +58,14 @@ ExchangeChunks predicted_chunks(const PlanReport& report, std::string_view plan,
 Machine measure_machine(const EngineConfig& config, const ModelConfig& model, int threads) {
   const int size = config.tensor_parallel_size;
   Machine machine;
-  machine.link = measure_local_link(size);
-  machine.hardware =
-      measure_hardware(cpu::kernels_for(select_isa()), weight_type(config, model), size, threads);
+  if (choose_device(config.device).is_cuda) {  // not measured: as an H100 would be
+    machine.link = parse_link_model("nvlink");
+    machine.hardware = parse_hardware("h100");
+  } else {
+    machine.link = measure_local_link(size);
+    machine.hardware =
+        measure_hardware(cpu::kernels_for(select_isa()), weight_type(config, model), size, threads);
+  }
   if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
     machine.hardware.exchange_s = machine.link.latency_s;
     machine.hardware.received_bytes_per_s = machine.link.bytes_per_s;

@@ -1,12 +1,23 @@
 #include "engine/rank_group.h"
 
+#include <algorithm>
+#include <limits>
+#include <map>
+
 #include "base/core_binding.h"
 #include "comm/emulated_link.h"
 #include "comm/local.h"
+#include "comm/p2p.h"
 #include "engine/cuda_worker.h"
 #include "engine/device.h"
 
 namespace deinfer {
+namespace {
+
+/// Of what ranks on devices tell each other by way of the host, while loading.
+constexpr std::size_t kHostExchangeBytes = 64 << 10;
+
+}  // namespace
 
 RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const PlanChoice& choice,
                      int threads, int max_model_len, const LoadProgress& progress,
@@ -16,32 +27,32 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
       workers_(static_cast<std::size_t>(plans_[0]->size())) {
   int size = ranks_.size();
   RankShare first(plans_, 0);
-  std::size_t bytes =
-      Decoder::exchange_bytes(model, first, choice.kv_forms, config.max_num_batched_tokens);
-  if (size == 1) {
-    communicators_.push_back(make_single_communicator(bytes));
+  const std::vector<int> devices = choose_devices(config.device, size);
+  std::vector<P2pCommunicator*> peers(static_cast<std::size_t>(size));
+  if (devices.empty()) {
+    make_communicators(
+        config,
+        Decoder::exchange_bytes(model, first, choice.kv_forms, config.max_num_batched_tokens),
+        wrap);
   } else {
-    if (!config.emulated_link.empty()) bytes += kEmulatedLinkHeaderBytes;
-    LinkModel link;
-    if (!config.emulated_link.empty()) link = parse_link_model(config.emulated_link);
-    LocalGroup group(size, bytes);
-    for (int rank = 0; rank < size; ++rank) {
-      std::unique_ptr<Communicator> communicator = group.communicator(rank);
-      if (!config.emulated_link.empty()) {
-        communicator = make_emulated_link(std::move(communicator), link);
+    make_communicators(config, kHostExchangeBytes, wrap);
+    if (size > 1) {
+      P2pGroup group(devices, P2pOptions::from_environment());
+      for (std::size_t rank = 0; rank < peers.size(); ++rank) {
+        std::unique_ptr<P2pCommunicator> communicator =
+            group.communicator(std::move(communicators_[rank]));
+        peers[rank] = communicator.get();
+        communicators_[rank] = std::move(communicator);
       }
-      if (wrap) communicator = wrap(std::move(communicator));
-      communicators_.push_back(std::move(communicator));
     }
   }
-  const DeviceChoice device = choose_device(config.device);
   on_all([&](int rank) {
     auto index = static_cast<std::size_t>(rank);
     const LoadProgress& reports = rank == 0 ? progress : LoadProgress{};
-    if (device.is_cuda) {
-      workers_[index] = std::make_unique<CudaWorker>(config, model, RankShare(plans_, rank),
-                                                     device.index, std::move(communicators_[index]),
-                                                     threads, max_model_len, reports);
+    if (!devices.empty()) {
+      workers_[index] = std::make_unique<CudaWorker>(
+          config, model, RankShare(plans_, rank), devices[index], std::move(communicators_[index]),
+          peers[index], threads, max_model_len, reports);
       return;
     }
     // Threads inherit the cores of the one that creates them, and memory comes from where it is
@@ -51,7 +62,28 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
         config, model, RankShare(plans_, rank), choice.chunks, choice.kv_forms,
         std::move(communicators_[index]), threads, max_model_len, reports);
   });
-  on_all([&](int index) { rank(index).share_norm_terms(); });
+  on_all([&](int index) { rank(index).join(); });
+}
+
+void RankGroup::make_communicators(const EngineConfig& config, std::size_t bytes,
+                                   const CommunicatorWrapper& wrap) {
+  const int size = ranks_.size();
+  if (size == 1) {
+    communicators_.push_back(make_single_communicator(bytes));
+    return;
+  }
+  if (!config.emulated_link.empty()) bytes += kEmulatedLinkHeaderBytes;
+  LinkModel link;
+  if (!config.emulated_link.empty()) link = parse_link_model(config.emulated_link);
+  LocalGroup group(size, bytes);
+  for (int rank = 0; rank < size; ++rank) {
+    std::unique_ptr<Communicator> communicator = group.communicator(rank);
+    if (!config.emulated_link.empty()) {
+      communicator = make_emulated_link(std::move(communicator), link);
+    }
+    if (wrap) communicator = wrap(std::move(communicator));
+    communicators_.push_back(std::move(communicator));
+  }
 }
 
 void RankGroup::on_all(const std::function<void(int rank)>& fn) try {
@@ -87,6 +119,18 @@ std::span<const TokenId> RankGroup::execute(const Batch& batch,
     if (index == 0) most_likely = own;
   });
   return most_likely;
+}
+
+std::int64_t RankGroup::kv_blocks_that_fit() const {
+  std::map<int, std::uint64_t> block_bytes;  // by place
+  for (const auto& worker : workers_) {
+    block_bytes[worker->memory_place()] += worker->kv_block_bytes();
+  }
+  std::uint64_t blocks = std::numeric_limits<std::int64_t>::max();
+  for (const auto& worker : workers_) {
+    blocks = std::min(blocks, worker->kv_memory() / block_bytes[worker->memory_place()]);
+  }
+  return static_cast<std::int64_t>(blocks);
 }
 
 std::uint64_t RankGroup::kv_block_bytes() const {

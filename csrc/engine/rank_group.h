@@ -36,8 +36,12 @@ class RankGroup {
   Worker& rank(int index) { return *workers_[static_cast<std::size_t>(index)]; }
   /// Of all ranks together.
   std::uint64_t kv_block_bytes() const;
+  /// Blocks for which every rank has memory to spare.
+  std::int64_t kv_blocks_that_fit() const;
 
  private:
+  void make_communicators(const EngineConfig& config, std::size_t bytes,
+                          const CommunicatorWrapper& wrap);
   void on_all(const std::function<void(int rank)>& fn);
 
   StepPlans plans_;

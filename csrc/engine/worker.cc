@@ -57,7 +57,7 @@ CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const
   }
 }
 
-void CpuWorker::share_norm_terms() { decoder_->share_norm_terms(team_, *communicator_); }
+void CpuWorker::join() { decoder_->share_norm_terms(team_, *communicator_); }
 
 std::uint64_t CpuWorker::kv_block_bytes() const {
   return decoder_->kv_cache_config(0).block_bytes();

@@ -59,9 +59,10 @@ class Worker {
  public:
   virtual ~Worker() = default;
 
-  /// Completes the weights by what the other ranks know of theirs. All ranks must call it once all
-  /// are there, so that none waits for one that has failed to load.
-  virtual void share_norm_terms() {}
+  /// Completes the rank by what it needs of the others: terms of norms, and on devices the memory
+  /// of exchanges. All ranks must call it once all are there, so that none waits for one that has
+  /// failed to load.
+  virtual void join() = 0;
 
   /// Sizes the KV cache; call it once before execute().
   virtual void allocate_kv_cache(std::int64_t num_blocks) = 0;
@@ -85,8 +86,10 @@ class Worker {
   virtual std::span<const float> hidden_states() const = 0;
 
   virtual std::uint64_t kv_block_bytes() const = 0;
-  /// Of what is free, so much may be taken for the KV cache.
+  /// Of what is free where this rank is, so much may be taken for the KV caches of all ranks there.
   virtual std::uint64_t kv_memory() const = 0;
+  /// Ranks with the same number share that memory.
+  virtual int memory_place() const = 0;
   /// Of the cache that is allocated.
   virtual KvInfo kv_info() const = 0;
   virtual WeightsInfo weights_info() const = 0;
@@ -105,12 +108,13 @@ class CpuWorker final : public Worker {
             std::unique_ptr<Communicator> communicator, int threads, int max_model_len,
             const LoadProgress& progress);
 
-  void share_norm_terms() override;
+  void join() override;
   void allocate_kv_cache(std::int64_t num_blocks) override;
   std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
   std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
   std::uint64_t kv_block_bytes() const override;
   std::uint64_t kv_memory() const override;
+  int memory_place() const override { return 0; }
   KvInfo kv_info() const override;
   WeightsInfo weights_info() const override;
   const cpu::KernelTable& kernels() const override { return kernels_; }

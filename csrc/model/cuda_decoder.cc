@@ -9,24 +9,22 @@
 namespace deinfer {
 namespace {
 
-using cuda::check_launch;
-using cuda::LinearEpilogue;
-using cuda::LinearLaunch;
 using cuda::tiles_of;
 
 constexpr int kPartialRows = 32768;
 constexpr int kWarpsPerMultiprocessor = 8;  // that attention wants to have work for
 constexpr int kBlocksPerMultiprocessor = 4;
 
-CudaStepLimits step_limits(const ModelConfig& config, const BatchLimits& limits, int max_sequences,
-                           int block_size, int multiprocessors) {
+CudaStepLimits step_limits(const ModelConfig& config, const RankShare& share,
+                           const BatchLimits& limits, int max_sequences, int block_size,
+                           int multiprocessors) {
   CudaStepLimits step;
   step.max_tokens = limits.max_tokens;
   step.max_sequences = max_sequences;
   step.max_model_len = limits.max_model_len;
   step.block_size = block_size;
-  step.heads = config.num_heads;
-  step.kv_heads = config.num_kv_heads;
+  step.heads = share.heads.heads.size();
+  step.kv_heads = share.heads.kv_heads.size();
   for (const AttentionKind& kind : config.attention) step.windows.push_back(kind.window);
   step.partial_rows = kPartialRows;
   step.parallel_warps = multiprocessors * kWarpsPerMultiprocessor;
@@ -49,17 +47,22 @@ int max_z_chunks(const CudaWeights& weights) {
 
 }  // namespace
 
-CudaDecoder::CudaDecoder(const ModelConfig& config, CudaWeights weights, const BatchLimits& limits,
-                         int max_sequences, int block_size, int multiprocessors,
+CudaDecoder::CudaDecoder(const ModelConfig& config, const RankShare& share, CudaWeights weights,
+                         const BatchLimits& limits, int max_sequences, int block_size,
+                         int multiprocessors, P2pCommunicator* communicator,
                          cuda::DeviceStream& stream)
     : config_(config),
+      share_(share),
       weights_(std::move(weights)),
       limits_(limits),
       block_size_(block_size),
       attention_blocks_(multiprocessors * kBlocksPerMultiprocessor),
+      communicator_(communicator),
       stream_(stream),
-      step_(step_limits(config, limits, max_sequences, block_size, multiprocessors)),
-      sampling_(config.vocab_size, padded_tokens(limits.max_tokens),
+      heads_(share.heads.heads.size()),
+      kv_heads_(share.heads.kv_heads.size()),
+      step_(step_limits(config, share, limits, max_sequences, block_size, multiprocessors)),
+      sampling_(share.rank == 0 ? config.vocab_size : 0, padded_tokens(limits.max_tokens),
                 static_cast<std::size_t>(step_.offsets().end - step_.offsets().tables), stream) {
   const int width = cuda::head_width(config.head_dim);
   if (width == 0) {
@@ -88,23 +91,38 @@ CudaDecoder::CudaDecoder(const ModelConfig& config, CudaWeights weights, const B
   const int angles = static_cast<int>(ropes.size()) * (config.head_dim / 2);
   cos_ = float_rows(angles);
   sin_ = float_rows(angles);
-  residual_ = float_rows(config.hidden_size);
-  if (config.has_output_norms()) branch_ = float_rows(config.hidden_size);
-  normed_ = activations(config.hidden_size);
+  const int columns = own_columns().size();
+  residual_ = float_rows(columns);
+  if (config.has_output_norms()) branch_ = float_rows(columns);
+  normed_ = activations(columns);
   z_ = activations(max_z_chunks(weights_) * cuda::kTileCols);
-  attended_ = activations(config.num_heads * config.head_dim);
-  inner_ = activations(config.intermediate_size);
-  query_ = zeroed(tokens * static_cast<std::size_t>(config.num_heads * width) * sizeof(bf16));
-  if (config.qk_norm != QkNormKind::kNone) {
-    raw_query_ = float_rows(config.num_heads * config.head_dim);
-    raw_key_ = float_rows(config.num_kv_heads * config.head_dim);
+  attended_ = activations(heads_ * config.head_dim);
+  inner_ = activations(share.intermediate);
+  if (share.residual[0] != ResidualLayout::kReplicated ||
+      share.residual[1] != ResidualLayout::kReplicated) {
+    whole_ = float_rows(config.hidden_size);
+    gathered_ = activations(config.hidden_size);
+  }
+  if (has_ranks()) squares_ = float_rows(2);
+  query_ = zeroed(tokens * static_cast<std::size_t>(heads_ * width) * sizeof(bf16));
+  const bool outputs_travel = has_ranks() && !share.plans[0]->merges_exchanges();
+  if (config.qk_norm != QkNormKind::kNone || outputs_travel) {
+    raw_query_ = float_rows(heads_ * config.head_dim);
+    raw_key_ = float_rows(kv_heads_ * config.head_dim);
+  }
+  if (outputs_travel) {
+    raw_value_ = float_rows(kv_heads_ * config.head_dim);
+    raw_up_ = float_rows(config.intermediate_size);
+    if (is_gated(config.mlp)) raw_gate_ = float_rows(config.intermediate_size);
   }
   partial_sums_ = zeroed(std::size_t{kPartialRows} * static_cast<std::size_t>(width) * 4);
   partial_stats_ = zeroed(std::size_t{kPartialRows} * 2 * sizeof(float));
+  const bool is_first = share.rank == 0;
+  const int logits = is_first ? config.vocab_size : share.vocabulary().size();
   const std::size_t logit_bytes =
-      std::size_t{kLogitRows} * static_cast<std::size_t>(config.vocab_size) * sizeof(float);
+      std::size_t{kLogitRows} * static_cast<std::size_t>(logits) * sizeof(float);
   logits_ = zeroed(logit_bytes);
-  host_logits_ = cuda::PinnedBuffer(logit_bytes);
+  if (is_first) host_logits_ = cuda::PinnedBuffer(logit_bytes);
   best_ = zeroed(tokens * sizeof(TokenId));
   host_best_ = cuda::PinnedBuffer(tokens * sizeof(TokenId));
   const std::size_t state_bytes = limits.state_layers.size() *
@@ -123,14 +141,16 @@ cuda::DeviceBuffer CudaDecoder::zeroed(std::size_t bytes) {
 
 CudaDecoder::Activations CudaDecoder::activations(int cols) {
   const int chunks = tiles_of(cols, cuda::kTileCols);
-  const auto elements = static_cast<std::size_t>(padded_tokens(limits_.max_tokens)) *
-                        static_cast<std::size_t>(chunks * cuda::kTileCols);
+  // Products of a rank's own tokens begin at any tile of tokens, and read whole groups of tiles.
+  const int rows = padded_tokens(limits_.max_tokens) + (has_ranks() ? cuda::kTokenPadding : 0);
+  const auto elements =
+      static_cast<std::size_t>(rows) * static_cast<std::size_t>(chunks * cuda::kTileCols);
   return {zeroed(elements * sizeof(bf16)), chunks};
 }
 
 std::uint64_t CudaDecoder::kv_block_bytes() const {
   return std::uint64_t{2} * sizeof(bf16) * static_cast<std::uint64_t>(config_.num_layers) *
-         static_cast<std::uint64_t>(config_.num_kv_heads * block_size_) *
+         static_cast<std::uint64_t>(kv_heads_ * block_size_) *
          static_cast<std::uint64_t>(cuda::head_width(config_.head_dim));
 }
 
@@ -144,41 +164,51 @@ void CudaDecoder::allocate_kv_cache(std::int64_t num_blocks) {
   stream_.synchronize();
 }
 
-void CudaDecoder::head(const int* rows, int count) {
-  normalize(count, weights_.final_norm, rows, normed_);
-  const CudaLinear* const linears[] = {&weights_.head};
-  inner(count, normed_, linears);
-  LinearLaunch launch = outer_launch(count, weights_.head, normed_, 0);
-  cuda::LinearSegment& segment = launch.segments[0];
-  segment.epilogue = LinearEpilogue::kFloat;
-  segment.out = logits_.as<void>();
-  segment.ld = config_.vocab_size;
-  segment.soft_cap = config_.logit_soft_cap;
-  run_linear(launch);
+void CudaDecoder::join() {
+  if (!has_ranks()) return;
+  join_norm_terms(weights_, *communicator_, stream_);
+  communicator_->open(exchange_bytes(), stream_);
 }
 
-void CudaDecoder::choose(int rows, Choice choice) {
-  const CudaStep::Offsets& at = step_.offsets();
-  const bool samples = choice == Choice::kSampled;
-  for (int first = 0; choice != Choice::kNone && first < rows; first += kLogitRows) {
-    const int count = std::min(kLogitRows, rows - first);
-    head(inputs(samples ? at.sampled_rows : at.argmax_rows) + first, count);
-    if (samples) {
-      sampling_.launch(logits_.as<float>(),
-                       reinterpret_cast<const cuda::SampleRow*>(inputs(at.samples)),
-                       inputs(at.tables), first, count);
-      continue;
-    }
-    check_launch(cuda::launch_argmax(
-                     {logits_.as<float>(), count, config_.vocab_size, best_.as<int>() + first},
-                     stream_.get()),
-                 "argmax");
-  }
+void CudaDecoder::synchronize() {
+  stream_.synchronize();
+  if (has_ranks()) communicator_->check();
 }
 
 void CudaDecoder::run_bucket(int bucket, Choice choice) {
   run_layers(bucket, 0);
   choose(bucket, choice);
+  if (has_ranks()) communicator_->make_even();
+}
+
+/// A decode step of `bucket` tokens, by its graph.
+void CudaDecoder::run_recorded(int bucket, Choice choice) {
+  const std::pair<int, Choice> key = {bucket, choice};
+  auto found = graphs_.find(key);
+  if (found != graphs_.end()) {
+    tokens_in_step_ = bucket;
+    if (has_ranks()) communicator_->count_all(found->second.exchanges);
+    return stream_.launch(found->second.graph);
+  }
+  // The first step of a size runs as it is: the driver loads kernels at their first launch, which
+  // is better not captured. It also allocates memory then and with a graph, which may wait for
+  // kernels; so no rank has any that wait for another rank.
+  run_bucket(bucket, choice);
+  if (has_ranks() && communicator_->lockstep()) return;
+  RecordedStep recorded;
+  if (has_ranks()) {
+    synchronize();
+    communicator_->barrier();
+    communicator_->begin_log();
+  }
+  stream_.begin_capture();
+  run_bucket(bucket, choice);
+  recorded.graph = stream_.end_capture();
+  if (has_ranks()) {
+    recorded.exchanges = communicator_->end_log();
+    communicator_->barrier();
+  }
+  graphs_.emplace(key, std::move(recorded));
 }
 
 void CudaDecoder::forward(const Batch& batch) {
@@ -191,28 +221,20 @@ void CudaDecoder::forward(const Batch& batch) {
   const int state_rows = static_cast<int>(batch.state_rows.size());
   const bool decodes = std::all_of(batch.sequences.begin(), batch.sequences.end(),
                                    [](const BatchSequence& run) { return run.num_rows == 1; });
+  kind_ = decodes ? StepKind::kDecode : StepKind::kPrefill;
   const int bucket = graph_bucket(m);
   const bool has_graph = decodes && bucket > 0 && state_rows == 0;
   const std::size_t bytes =
       step_.build(batch, has_graph ? bucket : m, host_inputs_.as<std::byte>());
   stream_.upload(inputs_.as<void>(), host_inputs_.as<void>(), bytes);
   if (has_graph) {
-    const std::pair<int, Choice> key = {bucket, choice};
-    auto found = graphs_.find(key);
-    if (found != graphs_.end()) {
-      stream_.launch(found->second);
-    } else {
-      // The first step of a size runs as it is: the driver loads kernels at their first launch,
-      // which is better not captured.
-      run_bucket(bucket, choice);
-      stream_.begin_capture();
-      run_bucket(bucket, choice);
-      graphs_.emplace(key, stream_.end_capture());
-    }
+    run_recorded(bucket, choice);
   } else {
     run_layers(m, state_rows);
     choose(std::max(sampled_rows, argmax_rows), choice);
+    if (has_ranks()) communicator_->make_even();
   }
+  if (share_.rank != 0) return;
   tokens_ = {host_best_.as<TokenId>(), batch.argmax_rows.size()};
   int reported = 0;
   for (const SampledRow& row : batch.sampled) reported += std::max(row.top, 0);
@@ -227,17 +249,8 @@ void CudaDecoder::forward(const Batch& batch) {
   }
 }
 
-float* CudaDecoder::logits(int first, int count) {
-  head(inputs(step_.offsets().logit_rows) + first, count);
-  stream_.download(host_logits_.as<void>(), logits_.as<void>(),
-                   static_cast<std::size_t>(count) * static_cast<std::size_t>(config_.vocab_size) *
-                       sizeof(float));
-  stream_.synchronize();
-  return host_logits_.as<float>();
-}
-
 void CudaDecoder::finish() {
-  stream_.synchronize();
+  synchronize();
   // Rows of which only the most likely token is wanted come behind the batch's sampled ones.
   const std::span<const cuda::SampledToken> sampled = sampling_.tokens();
   if (sampled.empty()) return;

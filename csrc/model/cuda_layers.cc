@@ -1,7 +1,6 @@
 // What CudaDecoder launches for the layers of a model.
 #include <algorithm>
 
-#include "base/bf16.h"
 #include "model/cuda_decoder.h"
 #include "model/decoder_weights.h"
 
@@ -13,8 +12,9 @@ using cuda::LinearLaunch;
 
 cuda::KvPool CudaDecoder::kv_pool(int layer) const {
   const auto index = static_cast<std::size_t>(layer);
-  return {k_[index].as<void>(), v_[index].as<void>(), block_size_,
-          config_.num_kv_heads, config_.head_dim,     cuda::head_width(config_.head_dim)};
+  return {k_[index].as<void>(), v_[index].as<void>(),
+          block_size_,          kv_heads_,
+          config_.head_dim,     cuda::head_width(config_.head_dim)};
 }
 
 std::size_t CudaDecoder::angles_before(std::size_t rope) const {
@@ -27,110 +27,78 @@ cuda::Rotation CudaDecoder::rotation(std::size_t rope) const {
   return {cos_.as<float>() + offset, sin_.as<float>() + offset, config_.head_dim / 2};
 }
 
-void CudaDecoder::run_linear(const LinearLaunch& launch) const {
-  check_launch(cuda::launch_linear(launch, stream_.get()), "linear");
-}
-
-cuda::NormLaunch CudaDecoder::norm_launch(int m, const CudaNorm& norm,
-                                          const cuda::DeviceBuffer& x) const {
-  cuda::NormLaunch launch;
-  launch.x = x.as<float>();
-  launch.ld = config_.hidden_size;
-  launch.m = m;
-  launch.n = config_.hidden_size;
-  launch.kind = static_cast<int>(norm.kind);
-  launch.eps = norm.eps;
-  launch.gain = norm.gain.as<float>();
-  launch.bias = norm.bias.as<float>();
-  return launch;
-}
-
-void CudaDecoder::normalize(int m, const CudaNorm& norm, const int* rows, const Activations& out) {
-  cuda::NormLaunch launch = norm_launch(m, norm, residual_);
-  launch.rows = rows;
-  launch.out = out.data.as<void>();
-  launch.out_chunks = out.chunks;
-  check_launch(cuda::launch_norm(launch, stream_.get()), "norm");
-}
-
-void CudaDecoder::inner(int m, const Activations& x, std::span<const CudaLinear* const> linears) {
-  LinearLaunch launch;
-  launch.m = m;
-  int z_chunk = 0;
-  for (const CudaLinear* linear : linears) {
-    if (!linear->is_low_rank()) continue;
-    cuda::LinearSegment& segment = launch.segments[launch.num_segments++];
-    segment.first = {linear->v.data.as<void>(), x.data.as<void>(), linear->v.chunks(), x.chunks,
-                     nullptr};
-    segment.epilogue = LinearEpilogue::kActivation;
-    segment.n = linear->v.n;
-    segment.tiles = linear->v.tiles;
-    segment.out = z_.data.as<bf16>() + z_chunk * cuda::kTileTokens * cuda::kTileCols;
-    segment.out_chunks = z_.chunks;
-    z_chunk += linear->z_chunks();
-  }
-  if (launch.num_segments > 0) run_linear(launch);
-}
-
-cuda::LinearFactor CudaDecoder::outer(const CudaLinear& linear, const Activations& x,
-                                      int z_chunk) const {
-  const void* from = x.data.as<void>();
-  int chunks = x.chunks;
-  if (linear.is_low_rank()) {
-    from = z_.data.as<bf16>() + z_chunk * cuda::kTileTokens * cuda::kTileCols;
-    chunks = z_.chunks;
-  }
-  return {linear.u.data.as<void>(), from, linear.u.chunks(), chunks, linear.u.bias.as<float>()};
-}
-
-LinearLaunch CudaDecoder::outer_launch(int m, const CudaLinear& linear, const Activations& x,
-                                       int z_chunk) const {
-  LinearLaunch launch;
-  launch.m = m;
-  launch.num_segments = 1;
-  cuda::LinearSegment& segment = launch.segments[0];
-  segment.first = outer(linear, x, z_chunk);
-  segment.n = linear.u.n;
-  segment.tiles = linear.u.tiles;
-  return launch;
-}
-
 void CudaDecoder::add_to_residual(int m, const Activations& x, const CudaLinear& linear,
                                   const CudaNorm& norm) {
+  const Input input{&x, nullptr, nullptr};
   const CudaLinear* const linears[] = {&linear};
-  inner(m, x, linears);
+  inner(m, input, linears);
   const bool normalizes = norm.kind != NormKind::kNone;
-  LinearLaunch launch = outer_launch(m, linear, x, 0);
-  cuda::LinearSegment& segment = launch.segments[0];
-  segment.epilogue = normalizes ? LinearEpilogue::kFloat : LinearEpilogue::kAdd;
-  segment.out = normalizes ? branch_.as<void>() : residual_.as<void>();
-  segment.ld = config_.hidden_size;
-  run_linear(launch);
-  if (!normalizes) return;
+  float* out = normalizes ? branch_.as<float>() : residual_.as<float>();
+  const int ld = own_columns().size();
+  if (linear.exchange(kind_).after_u != Exchange::kNone) {
+    exchange_output(m, linear, input, 0,
+                    normalizes ? cuda::ReduceSink::kFloat : cuda::ReduceSink::kAdd, out, ld);
+  } else {
+    LinearLaunch launch = outer_launch(own_rows(m), linear, input, 0);
+    cuda::LinearSegment& segment = launch.segments[0];
+    segment.epilogue = normalizes ? LinearEpilogue::kFloat : LinearEpilogue::kAdd;
+    segment.out = out + std::int64_t{own_rows(m).begin - launch.first_token} * ld;
+    segment.ld = ld;
+    run_linear(launch);
+  }
+  if (normalizes) add_branch(m, norm);
+}
+
+/// residual_ += norm(branch_).
+void CudaDecoder::add_branch(int m, const CudaNorm& norm) {
   cuda::NormLaunch add = norm_launch(m, norm, branch_);
+  if (layout() == ResidualLayout::kHiddenShards) {
+    cuda::NormLaunch part = add;
+    part.statistics = floats_to_send();
+    part.statistics_ld = 4;
+    run_norm(part);
+    cuda::ReduceLaunch sum;
+    sum.rows = m;
+    sum.cols = 1;
+    sum.ld = 4;
+    sum.out = squares_.as<void>();
+    sum.out_ld = 1;
+    reduce(Collective::kAllReduce, static_cast<std::size_t>(m) * sizeof(float),
+           "squares of what a block adds", sum);
+    add.squares = squares_.as<float>();
+    add.width = config_.hidden_size;
+  }
   add.add_to = residual_.as<float>();
-  check_launch(cuda::launch_norm(add, stream_.get()), "norm of a block's output");
+  run_norm(add);
 }
 
 void CudaDecoder::project_qkv(int m, const CudaLayer& layer, const cuda::KvPool& kv,
                               std::size_t rope) {
-  normalize(m, layer.attention_norm, nullptr, normed_);
   const CudaLinear* const linears[] = {&layer.query, &layer.key, &layer.value};
-  inner(m, normed_, linears);
-  const bool rotates = rotates_tiles(config_);
-  const bool normalizes = config_.qk_norm != QkNormKind::kNone;
+  const Input input = normed(m, layer.attention_norm, linears);
   LinearLaunch launch;
   launch.m = m;
   launch.num_segments = 3;
-  launch.heads = config_.num_heads;
+  launch.heads = heads_;
   launch.rotation = rotation(rope);
   launch.kv = kv;
   launch.slots = inputs(step_.offsets().slots);
+  if (layer.query.exchange(kind_).after_u != Exchange::kNone) {
+    float* const outs[] = {raw_query_.as<float>(), raw_key_.as<float>(), raw_value_.as<float>()};
+    for (int i = 0; i < 3; ++i) {
+      inner(m, input, Linears(linears + i, 1));
+      exchange_output(m, *linears[i], input, 0, cuda::ReduceSink::kFloat, outs[i], linears[i]->u.n);
+    }
+    return normalize_qk(m, layer, launch, true);
+  }
+  inner(m, input, linears);
+  const bool rotates = rotates_tiles(config_);
+  const bool normalizes = config_.qk_norm != QkNormKind::kNone;
   int z_chunk = 0;
   for (int i = 0; i < 3; ++i) {
     const CudaLinear& linear = *linears[i];
     cuda::LinearSegment& segment = launch.segments[i];
-    segment.first = outer(linear, normed_, z_chunk);
+    segment.first = outer(linear, input, z_chunk);
     segment.n = linear.u.n;
     segment.tiles = linear.u.tiles;
     z_chunk += linear.z_chunks();
@@ -149,12 +117,18 @@ void CudaDecoder::project_qkv(int m, const CudaLayer& layer, const cuda::KvPool&
     key.epilogue = rotates ? LinearEpilogue::kRotaryKey : LinearEpilogue::kKey;
   }
   run_linear(launch);
-  if (!normalizes) return;
+  if (normalizes) normalize_qk(m, layer, launch, false);
+}
+
+/// Norms, rotation and storage of q and k (and v) that have been computed as they are.
+void CudaDecoder::normalize_qk(int m, const CudaLayer& layer, const LinearLaunch& launch,
+                               bool has_v) {
   cuda::QkNormLaunch norm;
   norm.q = raw_query_.as<float>();
   norm.k = raw_key_.as<float>();
+  if (has_v) norm.v = raw_value_.as<float>();
   norm.m = m;
-  norm.heads = config_.num_heads;
+  norm.heads = heads_;
   norm.query_gain = layer.query_norm.gain.as<float>();
   norm.key_gain = layer.key_norm.gain.as<float>();
   norm.all_heads = config_.qk_norm == QkNormKind::kFull;
@@ -162,8 +136,36 @@ void CudaDecoder::project_qkv(int m, const CudaLayer& layer, const cuda::KvPool&
   norm.key_eps = layer.key_norm.eps;
   norm.rotation = launch.rotation;
   norm.out = query_.as<void>();
-  norm.kv = kv;
+  norm.kv = launch.kv;
   norm.slots = launch.slots;
+  if (norm.all_heads && heads_ < config_.num_heads) {
+    const HeadShare& own = share_.heads;
+    // The first rank of those that share a kv head counts it.
+    const bool counts_keys =
+        own.heads.begin == own.kv_heads.begin * (config_.num_heads / config_.num_kv_heads);
+    for (bool keys : {false, true}) {
+      cuda::NormLaunch part;
+      part.x = keys ? norm.k : norm.q;
+      part.ld = (keys ? kv_heads_ : heads_) * config_.head_dim;
+      part.m = m;
+      part.n = keys && !counts_keys ? 0 : static_cast<int>(part.ld);
+      part.kind = static_cast<int>(NormKind::kRms);
+      part.statistics = floats_to_send() + (keys ? 1 : 0);
+      part.statistics_ld = 4;
+      run_norm(part);
+    }
+    cuda::ReduceLaunch sum;
+    sum.rows = m;
+    sum.cols = 2;
+    sum.ld = 4;
+    sum.out = squares_.as<void>();
+    sum.out_ld = 2;
+    reduce(Collective::kAllReduce, static_cast<std::size_t>(m) * 2 * sizeof(float),
+           "squares of q and k", sum);
+    norm.squares = squares_.as<float>();
+    norm.query_width = config_.num_heads * config_.head_dim;
+    norm.key_width = config_.num_kv_heads * config_.head_dim;
+  }
   check_launch(cuda::launch_qk_norm(norm, stream_.get()), "norm of q and k");
 }
 
@@ -180,7 +182,7 @@ void CudaDecoder::attention_block(int m, const CudaLayer& layer, const cuda::KvP
   launch.step.tables = inputs(step_.offsets().tables);
   launch.q = query_.as<void>();
   launch.kv = kv;
-  launch.heads = config_.num_heads;
+  launch.heads = heads_;
   launch.window = attention.window;
   launch.scale = config_.score_scale();
   launch.soft_cap = config_.attention_soft_cap;
@@ -194,39 +196,42 @@ void CudaDecoder::attention_block(int m, const CudaLayer& layer, const cuda::KvP
 }
 
 void CudaDecoder::mlp_block(int m, const CudaLayer& layer) {
-  normalize(m, layer.mlp_norm, nullptr, normed_);
   const bool has_gate = is_gated(config_.mlp);
   const CudaLinear* const linears[] = {&layer.up, &layer.gate};
-  inner(m, normed_, std::span(linears, has_gate ? 2 : 1));
-  LinearLaunch launch = outer_launch(m, layer.up, normed_, 0);
-  cuda::LinearSegment& segment = launch.segments[0];
-  segment.epilogue = LinearEpilogue::kRelu;
-  if (has_gate) {
-    segment.second = segment.first;
-    segment.first = outer(layer.gate, normed_, layer.up.z_chunks());
-    segment.epilogue = config_.mlp == MlpKind::kGatedSilu ? LinearEpilogue::kGatedSilu
-                                                          : LinearEpilogue::kGatedGelu;
+  const Linears group(linears, has_gate ? 2 : 1);
+  const Input input = normed(m, layer.mlp_norm, group);
+  const LinearEpilogue gated =
+      config_.mlp == MlpKind::kGatedSilu ? LinearEpilogue::kGatedSilu : LinearEpilogue::kGatedGelu;
+  const LinearEpilogue epilogue = has_gate ? gated : LinearEpilogue::kRelu;
+  if (layer.up.exchange(kind_).after_u != Exchange::kNone) {
+    float* const outs[] = {raw_up_.as<float>(), raw_gate_.as<float>()};
+    for (std::size_t i = 0; i < group.size(); ++i) {
+      inner(m, input, group.subspan(i, 1));
+      exchange_output(m, *group[i], input, 0, cuda::ReduceSink::kFloat, outs[i], group[i]->u.n);
+    }
+    const cuda::ActivateLaunch launch{
+        outs[1],      outs[0],  layer.up.u.n,           m,
+        layer.up.u.n, epilogue, inner_.data.as<void>(), inner_.chunks};
+    check_launch(cuda::launch_activate(launch, stream_.get()), "activation");
+  } else {
+    inner(m, input, group);
+    LinearLaunch launch = outer_launch({0, m}, layer.up, input, 0);
+    cuda::LinearSegment& segment = launch.segments[0];
+    if (has_gate) {
+      segment.second = segment.first;
+      segment.first = outer(layer.gate, input, layer.up.z_chunks());
+    }
+    segment.epilogue = epilogue;
+    segment.out = inner_.data.as<void>();
+    segment.out_chunks = inner_.chunks;
+    run_linear(launch);
   }
-  segment.out = inner_.data.as<void>();
-  segment.out_chunks = inner_.chunks;
-  run_linear(launch);
   add_to_residual(m, inner_, layer.down, layer.mlp_output_norm);
-}
-
-void CudaDecoder::keep_states(int layer, int rows) {
-  auto found = std::find(limits_.state_layers.begin(), limits_.state_layers.end(), layer);
-  if (found == limits_.state_layers.end() || rows == 0) return;
-  const CudaNorm none;
-  const bool is_last = layer == config_.num_layers;
-  cuda::NormLaunch launch = norm_launch(rows, is_last ? weights_.final_norm : none, residual_);
-  launch.rows = inputs(step_.offsets().state_rows);
-  launch.out_float = state_memory_.as<float>() + (found - limits_.state_layers.begin()) * rows *
-                                                     std::ptrdiff_t{config_.hidden_size};
-  check_launch(cuda::launch_norm(launch, stream_.get()), "hidden states");
 }
 
 void CudaDecoder::run_layers(int m, int state_rows) {
   const CudaStep::Offsets& at = step_.offsets();
+  tokens_in_step_ = m;
   for (std::size_t i = 0; i < ropes_.size(); ++i) {
     const std::size_t offset = angles_before(i);
     cuda::RopeLaunch launch;
@@ -239,19 +244,8 @@ void CudaDecoder::run_layers(int m, int state_rows) {
     launch.sin = sin_.as<float>() + offset;
     check_launch(cuda::launch_rope(launch, stream_.get()), "rope");
   }
-  cuda::EmbedLaunch embed;
-  embed.tokens = inputs(at.tokens);
-  embed.positions = inputs(at.positions);
-  embed.m = m;
-  embed.hidden = config_.hidden_size;
-  embed.table = weights_.token_embedding().data.as<void>();
-  embed.chunks = weights_.token_embedding().chunks();
-  embed.scale = to_float(to_bf16(config_.embedding_scale));
-  embed.positions_table = weights_.positions.data.as<void>();
-  embed.offset = config_.position_offset;
-  embed.x = residual_.as<float>();
-  check_launch(cuda::launch_embed(embed, stream_.get()), "embedding");
-  keep_states(0, state_rows);
+  embed(m);
+  keep_states(0, state_rows, m);
   for (int i = 0; i < config_.num_layers; ++i) {
     const CudaLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
     const int kind = config_.attention_of(i);
@@ -259,7 +253,7 @@ void CudaDecoder::run_layers(int m, int state_rows) {
     project_qkv(m, layer, kv, kind_rope_[static_cast<std::size_t>(kind)]);
     attention_block(m, layer, kv, kind);
     mlp_block(m, layer);
-    keep_states(i + 1, state_rows);
+    keep_states(i + 1, state_rows, m);
   }
 }
 

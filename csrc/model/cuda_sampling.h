@@ -18,10 +18,11 @@ class CudaSampling {
   static constexpr int kReportedTokens = 1 << 16;
 
   /// For up to `max_tokens` rows of logits; `pool_words` is the size of the pool of launch().
+  /// A vocabulary of 0 is that of ranks that do not sample.
   CudaSampling(int vocabulary, int max_tokens, std::size_t pool_words, cuda::DeviceStream& stream);
 
   /// Whether rows are sampled here at all.
-  bool available() const { return vocabulary_ <= cuda::kMaxSampledVocabulary; }
+  bool available() const { return vocabulary_ > 0 && vocabulary_ <= cuda::kMaxSampledVocabulary; }
 
   /// Samples rows first .. first + count of a step, whose logits[count, vocabulary] are given;
   /// samples and pool are the step's, in device memory.

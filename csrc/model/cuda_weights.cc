@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/bf16.h"
+#include "kernels/cpu/packing.h"
 #include "kernels/cuda/packing.h"
 #include "model/decoder_weights.h"
 
@@ -19,16 +21,27 @@ class Uploader {
   Uploader(WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream)
       : loader_(loader), team_(team), stream_(stream), staging_(kStagingBytes) {}
 
-  /// `row_multiple`: tiles are added (zero) until their rows are a multiple of it.
-  CudaMatrix matrix(const std::string& tensor, int n, int k,
-                    const std::vector<std::int32_t>& row_map = {}, int row_multiple = kTileRows) {
-    const TensorView source = loader_.source().matrix(tensor, n, k);
+  /// A part of a tensor [n, k]. `row_multiple`: tiles are added (zero) until their rows are a
+  /// multiple of it. The columns begin at `first_col` of the result.
+  CudaMatrix matrix(const std::string& tensor, int n, int k, Range rows, Range cols,
+                    const std::vector<std::int32_t>& row_map = {}, int row_multiple = kTileRows,
+                    int first_col = 0) {
+    CudaMatrix out = matrix(part_of(loader_.source().matrix(tensor, n, k), rows, cols), row_map,
+                            row_multiple, first_col);
+    loader_.used(tensor, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(k));
+    return out;
+  }
+
+  CudaMatrix matrix(const TensorView& source, const std::vector<std::int32_t>& row_map,
+                    int row_multiple, int first_col = 0) {
     CudaMatrix out;
-    out.n = row_map.empty() ? n : static_cast<int>(row_map.size());
-    out.k = k;
+    out.n =
+        static_cast<int>(row_map.empty() ? static_cast<std::size_t>(source.rows) : row_map.size());
+    out.k = source.cols == 0 ? 0 : first_col + static_cast<int>(source.cols);
     out.tiles = tiles_of(out.n, row_multiple) * row_multiple / kTileRows;
     const std::size_t tile_bytes =
         static_cast<std::size_t>(out.chunks()) * kTileRows * kTileCols * sizeof(bf16);
+    if (tile_bytes == 0) return out;
     out.data = cuda::DeviceBuffer(static_cast<std::size_t>(out.tiles) * tile_bytes);
     const int most = std::max(1, static_cast<int>(kStagingBytes / tile_bytes));
     if (tile_bytes > staging_.size()) staging_ = cuda::PinnedBuffer(tile_bytes);
@@ -38,12 +51,12 @@ class Uploader {
         auto [begin, end] = member.share(count);
         cuda::pack_weights(source, row_map, first + begin, first + end,
                            reinterpret_cast<bf16*>(staging_.as<std::byte>() +
-                                                   static_cast<std::size_t>(begin) * tile_bytes));
+                                                   static_cast<std::size_t>(begin) * tile_bytes),
+                           first_col);
       });
       copy(out.data.as<std::byte>() + static_cast<std::size_t>(first) * tile_bytes,
            static_cast<std::size_t>(count) * tile_bytes);
     }
-    loader_.used(tensor, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(k));
     return out;
   }
 
@@ -58,28 +71,43 @@ class Uploader {
     return out;
   }
 
-  CudaLinear linear(const std::string& name, int n, int k,
+  /// `norm`: of what it reads, whose terms are needed where V has columns of it; or null.
+  CudaLinear linear(const std::string& name, LinearRole role, int n, int k, const Norm* norm,
                     const std::vector<std::int32_t>& row_map = {}, int row_multiple = kTileRows) {
-    const LinearTensors tensors = loader_.linear_tensors(name, k);
+    const LinearPart part = loader_.part(name, role, n, k);
+    const LinearTensors& tensors = part.tensors;
+    const LinearPlacement& place = part.place;
     CudaLinear out;
     out.name = name;
-    if (tensors.rank > 0) {
+    out.rank = part.rank();
+    out.exchanges = part.exchanges;
+    out.v_shares = part.v_shares;
+    out.y_share = part.y_share;
+    out.x_chunk = part.x_col / kTileCols;
+    const std::vector<std::int32_t> in_order;
+    const std::vector<std::int32_t>& map = part.exchanges_output() ? in_order : row_map;
+    if (part.multiplied_out) {
+      const std::vector<float> values = loader_.product(part, n, k);
+      out.u = matrix({values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
+                      place.u_cols.size()},
+                     map, row_multiple);
+    } else if (out.is_low_rank()) {
+      if (norm != nullptr && norm->kind == NormKind::kLayer && !loader_.share().hidden.empty()) {
+        out.own_terms = own_terms(
+            part_of(loader_.source().matrix(tensors.v, out.rank, k), place.v_rows, place.v_cols),
+            *norm, place.v_cols.begin);
+      }
       // The padding of z is written too, as products read it.
-      out.v = matrix(tensors.v, tensors.rank, k, {}, kTileCols);
-      out.u = matrix(tensors.u, n, tensors.rank, row_map, row_multiple);
+      out.v = matrix(tensors.v, out.rank, k, place.v_rows, place.v_cols, {}, kTileCols);
+      out.u = matrix(tensors.u, n, out.rank, place.u_rows, place.u_cols, map, row_multiple);
     } else {
-      out.u = matrix(tensors.w, n, k, row_map, row_multiple);
+      out.u = matrix(tensors.w, n, k, place.u_rows, place.u_cols, map, row_multiple,
+                     part.x_col % kTileCols);
     }
     if (!tensors.bias.empty()) {
-      const std::vector<float> values = loader_.vector(tensors.bias, n);
-      std::vector<float> packed(static_cast<std::size_t>(out.u.tiles * kTileRows), 0.0f);
-      for (int row = 0; row < out.u.n; ++row) {
-        const int from = row_map.empty() ? row : row_map[static_cast<std::size_t>(row)];
-        if (from >= 0) {
-          packed[static_cast<std::size_t>(row)] = values[static_cast<std::size_t>(from)];
-        }
-      }
-      out.u.bias = floats(packed);
+      std::vector<float> bias = loader_.bias(part, n, map);
+      bias.resize(std::max(bias.size(), static_cast<std::size_t>(out.u.tiles * kTileRows)));
+      out.u.bias = floats(bias);
     }
     return out;
   }
@@ -89,6 +117,25 @@ class Uploader {
   }
 
  private:
+  /// V g and V b of columns of V, as rounded.
+  static std::vector<float> own_terms(const TensorView& v, const Norm& norm, int first) {
+    const auto rank = static_cast<std::size_t>(v.rows);
+    std::vector<float> terms(2 * rank), row(static_cast<std::size_t>(v.cols));
+    for (std::size_t j = 0; j < rank; ++j) {
+      cpu::read_row(v, static_cast<std::int64_t>(j), row.data());
+      double gain = 0, bias = 0;
+      for (std::size_t k = 0; k < row.size(); ++k) {
+        const auto column = static_cast<std::size_t>(first) + k;
+        const auto value = static_cast<double>(to_float(to_bf16(row[k])));
+        gain += value * norm.gain[column];
+        bias += value * norm.bias[column];
+      }
+      terms[j] = static_cast<float>(gain);
+      terms[rank + j] = static_cast<float>(bias);
+    }
+    return terms;
+  }
+
   static constexpr std::size_t kStagingBytes = std::size_t{32} << 20;
 
   void copy(void* to, std::size_t bytes) {
@@ -105,41 +152,71 @@ class Uploader {
 CudaLayer load_layer(const ModelConfig& config, const std::string& prefix, WeightLoader& loader,
                      Uploader& uploader) {
   const ModuleNames& names = config.names;
+  const HeadShare& own = loader.share().heads;
   const int hidden = config.hidden_size;
   const int inner = config.intermediate_size;
   const int query_size = config.num_heads * config.head_dim;
   const int kv_size = config.num_kv_heads * config.head_dim;
   auto norm = [&](const std::string& name) {
-    return uploader.norm(load_norm(config, prefix, name, hidden, loader));
+    return load_norm(config, prefix, name, hidden, loader);
   };
-  auto row_map = [&](int heads) {
-    return rotates_tiles(config) ? cuda_rotary_row_map(heads, config.head_dim)
+  auto row_map = [&](Range heads) {
+    return rotates_tiles(config) ? cuda_rotary_row_map(heads.size(), config.head_dim)
                                  : std::vector<std::int32_t>{};
   };
-  auto head_norm = [&](const std::string& name, int heads) {
-    return uploader.norm(load_head_norm(config, prefix, name, heads, {0, heads}, loader));
+  auto head_norm = [&](const std::string& name, int heads, Range part) {
+    return uploader.norm(load_head_norm(config, prefix, name, heads, part, loader));
   };
   CudaLayer layer;
-  layer.attention_norm = norm(names.attention_norm);
-  layer.query =
-      uploader.linear(prefix + names.query, query_size, hidden, row_map(config.num_heads));
-  layer.key = uploader.linear(prefix + names.key, kv_size, hidden, row_map(config.num_kv_heads));
-  layer.value = uploader.linear(prefix + names.value, kv_size, hidden);
+  const Norm attention_norm = norm(names.attention_norm);
+  layer.attention_norm = uploader.norm(attention_norm);
+  layer.query = uploader.linear(prefix + names.query, LinearRole::kQuery, query_size, hidden,
+                                &attention_norm, row_map(own.heads));
+  layer.key = uploader.linear(prefix + names.key, LinearRole::kKey, kv_size, hidden,
+                              &attention_norm, row_map(own.kv_heads));
+  layer.value =
+      uploader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden, &attention_norm);
   if (config.qk_norm != QkNormKind::kNone) {
-    layer.query_norm = head_norm(names.query_norm, config.num_heads);
-    layer.key_norm = head_norm(names.key_norm, config.num_kv_heads);
+    layer.query_norm = head_norm(names.query_norm, config.num_heads, own.heads);
+    layer.key_norm = head_norm(names.key_norm, config.num_kv_heads, own.kv_heads);
   }
-  layer.output = uploader.linear(prefix + names.output, hidden, query_size);
-  layer.attention_output_norm = norm(names.attention_output_norm);
-  layer.mlp_norm = norm(names.mlp_norm);
+  layer.output = uploader.linear(prefix + names.output, LinearRole::kAttentionOutput, hidden,
+                                 query_size, nullptr);
+  layer.attention_output_norm = uploader.norm(norm(names.attention_output_norm));
+  const Norm mlp_norm = norm(names.mlp_norm);
+  layer.mlp_norm = uploader.norm(mlp_norm);
   // What they write is read up to a multiple of kTileCols.
   if (is_gated(config.mlp)) {
-    layer.gate = uploader.linear(prefix + names.gate, inner, hidden, {}, kTileCols);
+    layer.gate = uploader.linear(prefix + names.gate, LinearRole::kGate, inner, hidden, &mlp_norm,
+                                 {}, kTileCols);
   }
-  layer.up = uploader.linear(prefix + names.up, inner, hidden, {}, kTileCols);
-  layer.down = uploader.linear(prefix + names.down, hidden, inner);
-  layer.mlp_output_norm = norm(names.mlp_output_norm);
+  layer.up =
+      uploader.linear(prefix + names.up, LinearRole::kUp, inner, hidden, &mlp_norm, {}, kTileCols);
+  layer.down = uploader.linear(prefix + names.down, LinearRole::kDown, hidden, inner, nullptr);
+  layer.mlp_output_norm = uploader.norm(norm(names.mlp_output_norm));
   return layer;
+}
+
+/// The terms of all ranks, whose own are known.
+void join_terms(CudaLinear& linear, Communicator& communicator, cuda::DeviceStream& stream) {
+  if (linear.own_terms.empty()) return;
+  const auto rank = static_cast<std::size_t>(linear.rank);
+  const auto cols = static_cast<std::size_t>(linear.z_cols());
+  const auto size = static_cast<std::size_t>(communicator.size());
+  const std::vector<float>& own = linear.own_terms;
+  std::vector<float> all(size * own.size()), gain(size * cols), bias(cols);
+  communicator.all_gather(own.data(), own.size() * sizeof(float), all.data());
+  for (std::size_t r = 0; r < size; ++r) {
+    const float* theirs = all.data() + r * own.size();
+    std::copy_n(theirs, rank, gain.data() + r * cols);
+    for (std::size_t j = 0; j < rank; ++j) bias[j] += theirs[rank + j];
+  }
+  linear.gain_terms = cuda::DeviceBuffer(gain.size() * sizeof(float));
+  linear.bias_terms = cuda::DeviceBuffer(bias.size() * sizeof(float));
+  stream.upload(linear.gain_terms.as<void>(), gain.data(), linear.gain_terms.size());
+  stream.upload(linear.bias_terms.as<void>(), bias.data(), linear.bias_terms.size());
+  stream.synchronize();
+  linear.own_terms = {};
 }
 
 }  // namespace
@@ -177,17 +254,28 @@ std::size_t CudaWeights::bytes() const {
   return total;
 }
 
+void join_norm_terms(CudaWeights& weights, Communicator& communicator, cuda::DeviceStream& stream) {
+  for (CudaLayer& layer : weights.layers) {
+    for (CudaLinear* linear : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up}) {
+      join_terms(*linear, communicator, stream);
+    }
+  }
+}
+
 CudaWeights load_cuda_weights(const ModelConfig& config, WeightLoader& loader, ThreadTeam& team,
                               cuda::DeviceStream& stream) {
   Uploader uploader(loader, team, stream);
   const ModuleNames& names = config.names;
+  const RankShare& share = loader.share();
+  const Range columns{0, config.hidden_size};
   CudaWeights weights;
-  CudaMatrix embedding =
-      uploader.matrix(names.embedding + ".weight", config.vocab_size, config.hidden_size);
+  CudaMatrix embedding = uploader.matrix(names.embedding + ".weight", config.vocab_size,
+                                         config.hidden_size, share.vocabulary(), columns);
   if (config.positions == PositionKind::kLearned) {
-    weights.positions = uploader.matrix(names.positions + ".weight",
-                                        config.position_offset + config.max_position_embeddings,
-                                        config.hidden_size);
+    const int rows = config.position_offset + config.max_position_embeddings;
+    weights.positions = uploader.matrix(
+        names.positions + ".weight", rows, config.hidden_size, {0, rows},
+        share.hidden.empty() ? columns : share.hidden[static_cast<std::size_t>(share.rank)]);
   }
   for (int i = 0; i < config.num_layers; ++i) {
     const std::string prefix = names.layers + "." + std::to_string(i) + ".";
@@ -199,7 +287,8 @@ CudaWeights load_cuda_weights(const ModelConfig& config, WeightLoader& loader, T
     weights.head.name = names.embedding;
     weights.head.u = std::move(embedding);
   } else {
-    weights.head = uploader.linear(names.head, config.vocab_size, config.hidden_size);
+    weights.head = uploader.linear(names.head, LinearRole::kHead, config.vocab_size,
+                                   config.hidden_size, nullptr);
     weights.embedding = std::move(embedding);
   }
   loader.check_all_used();

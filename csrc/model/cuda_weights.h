@@ -1,9 +1,11 @@
 // A decoder's weights on a CUDA device: bf16 in the order of kernels/cuda/layout.h.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
+#include "comm/communicator.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/runtime.h"
 #include "model/loader.h"
@@ -19,21 +21,34 @@ struct CudaMatrix {
   int k = 0;
   int tiles = 0;  // of rows
 
-  bool empty() const { return n == 0; }
   int chunks() const { return cuda::tiles_of(k, cuda::kTileCols); }
   std::size_t bytes() const { return data.size() + bias.size(); }
 };
 
-/// y = W x + b, or U (V x) + b.
+/// This rank's part of y = W x + b, or U (V x) + b. Where y travels, u has its rows in order, and
+/// the bias is of those that this rank keeps.
 struct CudaLinear {
   std::string name;
-  CudaMatrix v;  // [r, k]; empty when dense
+  CudaMatrix v;  // [r, k]; empty when dense, or when this rank has no row of it
   CudaMatrix u;  // [n, r], or W[n, k]
+  int rank = 0;  // of the whole linear; 0: dense
+  std::array<LinearExchanges, kNumStepKinds> exchanges;
+  std::vector<Range> v_shares;   // as LowRankLinear
+  Range y_share;                 // likewise
+  int x_chunk = 0;               // of a replicated input, the first tile of columns that W takes
+  std::vector<float> own_terms;  // V g, V b of this rank's columns, until join_norm_terms()
+  cuda::DeviceBuffer gain_terms, bias_terms;  // NormTerms, padded as z is
 
-  bool is_low_rank() const { return !v.empty(); }
+  bool is_low_rank() const { return rank > 0; }
+  const LinearExchanges& exchange(StepKind kind) const {
+    return exchanges[static_cast<std::size_t>(kind)];
+  }
   /// Tiles of columns of z.
-  int z_chunks() const { return is_low_rank() ? u.chunks() : 0; }
-  std::size_t bytes() const { return v.bytes() + u.bytes(); }
+  int z_chunks() const { return cuda::tiles_of(rank, cuda::kTileCols); }
+  int z_cols() const { return z_chunks() * cuda::kTileCols; }
+  std::size_t bytes() const {
+    return v.bytes() + u.bytes() + gain_terms.size() + bias_terms.size();
+  }
 };
 
 struct CudaNorm {
@@ -53,19 +68,25 @@ struct CudaLayer {
 };
 
 struct CudaWeights {
-  CudaMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
-  CudaMatrix positions;  // of learned ones
+  // [own vocabulary, hidden]; empty when tied: then the head serves for both
+  CudaMatrix embedding;
+  CudaMatrix positions;  // of learned ones; under hidden shards this rank's columns
   std::vector<CudaLayer> layers;
   CudaNorm final_norm;
   CudaLinear head;
 
-  const CudaMatrix& token_embedding() const { return embedding.empty() ? head.u : embedding; }
+  const CudaMatrix& token_embedding() const { return embedding.n == 0 ? head.u : embedding; }
   std::size_t bytes() const;
 };
 
-/// Loads all weights of `config`, on one rank. Throws as WeightLoader does, and kOutOfMemory.
+/// Loads the weights of `config` that are the loader's rank's. Throws as WeightLoader does, and
+/// kOutOfMemory.
 CudaWeights load_cuda_weights(const ModelConfig& config, WeightLoader& loader, ThreadTeam& team,
                               cuda::DeviceStream& stream);
+
+/// Computes CudaLinear::gain_terms where the plan divides what linears read by columns. All ranks
+/// must call it, once all have loaded their weights.
+void join_norm_terms(CudaWeights& weights, Communicator& communicator, cuda::DeviceStream& stream);
 
 /// Element j and its partner j + head_dim / 2 of a head in rows i and i + 8 of a tile; -1: padding.
 std::vector<std::int32_t> cuda_rotary_row_map(int heads, int head_dim);

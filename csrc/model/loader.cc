@@ -7,6 +7,14 @@
 namespace deinfer {
 namespace {
 
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "[";
+  for (std::int64_t extent : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
+  return text + "]";
+}
+
+}  // namespace
+
 TensorView part_of(const TensorView& whole, Range rows, Range cols) {
   TensorView part = whole;
   part.data =
@@ -15,14 +23,6 @@ TensorView part_of(const TensorView& whole, Range rows, Range cols) {
   part.cols = cols.size();
   return part;
 }
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "[";
-  for (std::int64_t extent : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
-  return text + "]";
-}
-
-}  // namespace
 
 io::WeightSource open_weights(const std::filesystem::path& directory, const ModelConfig& config) {
   io::WeightSource source = io::WeightSource::open(directory);
@@ -83,22 +83,21 @@ cpu::PackedMatrix WeightLoader::pack(DType dtype, const std::string& tensor, int
   return packed;
 }
 
-cpu::PackedMatrix WeightLoader::multiply_out(const std::string& v, const std::string& u, int n,
-                                             int k, int rank, const LinearPlacement& place,
-                                             const std::vector<std::int32_t>& row_map) {
-  TensorView factor_u = part_of(source_.matrix(u, n, rank), place.u_rows, {0, rank});
-  TensorView factor_v = part_of(source_.matrix(v, rank, k), {0, rank}, place.u_cols);
+std::vector<float> WeightLoader::product(const LinearPart& part, int n, int k) {
+  const auto& [w, v, u, bias, rank] = part.tensors;
+  TensorView factor_u = part_of(source_.matrix(u, n, rank), part.place.u_rows, {0, rank});
+  TensorView factor_v = part_of(source_.matrix(v, rank, k), {0, rank}, part.place.u_cols);
   auto rows = static_cast<std::size_t>(factor_u.rows);
   auto cols = static_cast<std::size_t>(factor_v.cols);
   std::vector<float> product(rows * cols, 0.0f);
   std::vector<float> v_rows(static_cast<std::size_t>(rank) * cols);
-  team_.run([&](TeamMember& member) {
-    auto [v_first, v_last] = member.share(rank);
+  team_.run([&, inner = rank](TeamMember& member) {
+    auto [v_first, v_last] = member.share(inner);
     for (int j = v_first; j < v_last; ++j) {
       cpu::read_row(factor_v, j, v_rows.data() + static_cast<std::size_t>(j) * cols);
     }
     member.barrier();
-    std::vector<float> u_row(static_cast<std::size_t>(rank));
+    std::vector<float> u_row(static_cast<std::size_t>(inner));
     auto [first, last] = member.share(static_cast<int>(rows));
     for (int i = first; i < last; ++i) {
       cpu::read_row(factor_u, i, u_row.data());
@@ -109,11 +108,9 @@ cpu::PackedMatrix WeightLoader::multiply_out(const std::string& v, const std::st
       }
     }
   });
-  TensorView whole{product.data(), DType::kFloat32, factor_u.rows, factor_v.cols, factor_v.cols};
-  cpu::PackedMatrix packed = pack_part(dtype_, whole, row_map);
   used(v, static_cast<std::uint64_t>(rank) * static_cast<std::uint64_t>(k));
   used(u, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(rank));
-  return packed;
+  return product;
 }
 
 LinearTensors WeightLoader::linear_tensors(const std::string& name, int k) const {
@@ -150,54 +147,72 @@ LinearTensors WeightLoader::linear_tensors(const std::string& name, int k) const
   return tensors;
 }
 
-LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int n, int k,
-                                   const std::vector<std::int32_t>& row_map, bool all_heads) {
-  const LinearTensors tensors = linear_tensors(name, k);
-  const int rank = tensors.rank;
-  const bool is_low_rank = rank > 0;
-  LowRankLinear linear;
-  linear.name = name;
-  bool multiplied = is_low_rank && share_.plans[0]->multiplies_out();
-  LinearShape shape{n, k, multiplied ? 0 : rank};
-  LinearPlacement place = share_.place(StepKind::kDecode, role, shape, all_heads);
+LinearPart WeightLoader::part(const std::string& name, LinearRole role, int n, int k,
+                              bool all_heads) const {
+  LinearPart part;
+  part.tensors = linear_tensors(name, k);
+  part.multiplied_out = part.tensors.rank > 0 && share_.plans[0]->multiplies_out();
+  const LinearShape shape{n, k, part.rank()};
+  part.place = share_.place(StepKind::kDecode, role, shape, all_heads);
   for (StepKind kind : {StepKind::kDecode, StepKind::kPrefill}) {
     LinearPlacement own = share_.place(kind, role, shape, all_heads);
-    linear.exchanges[static_cast<std::size_t>(kind)] = {own.before, own.after_v, own.after_u};
+    part.exchanges[static_cast<std::size_t>(kind)] = {own.before, own.after_v, own.after_u};
   }
-  bool exchanged = place.after_u != Exchange::kNone;
+  for (int r = 0; r < share_.size && part.rank() > 0; ++r) {
+    part.v_shares.push_back(share_.plans[0]->place(role, shape, r).v_rows);
+  }
+  bool scattered = part.place.after_u == Exchange::kReduceScatter && !share_.hidden.empty();
+  part.y_share =
+      scattered ? share_.hidden[static_cast<std::size_t>(share_.rank)] : part.place.u_rows;
+  // A linear that all-reduces its output while all ranks attend to all heads reads a replicated x.
+  bool whole_input = !share_.plans[0]->merges_exchanges() && share_.size > 1;
+  if (part.tensors.rank == 0 && whole_input) part.x_col = part.place.u_cols.begin;
+  return part;
+}
+
+std::vector<float> WeightLoader::bias(const LinearPart& part, int n,
+                                      const std::vector<std::int32_t>& row_map) {
+  std::vector<float> values = vector(part.tensors.bias, n);
+  std::vector<float> own(row_map.empty() ? static_cast<std::size_t>(part.y_share.size())
+                                         : row_map.size());
+  for (std::size_t i = 0; i < own.size(); ++i) {
+    const int row = row_map.empty() ? static_cast<int>(i) : row_map[i];
+    if (row >= 0) own[i] = values[static_cast<std::size_t>(part.y_share.begin + row)];
+  }
+  return own;
+}
+
+LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int n, int k,
+                                   const std::vector<std::int32_t>& row_map, bool all_heads) {
+  const LinearPart part = this->part(name, role, n, k, all_heads);
+  const LinearTensors& tensors = part.tensors;
+  const LinearPlacement& place = part.place;
+  LowRankLinear linear;
+  linear.name = name;
+  linear.exchanges = part.exchanges;
+  linear.v_shares = part.v_shares;
+  linear.y_share = part.y_share;
+  linear.x_col = part.x_col;
   const std::vector<std::int32_t> in_order;
-  const std::vector<std::int32_t>& packed_map = exchanged ? in_order : row_map;
-  if (exchanged) linear.y_map = row_map;
-  if (multiplied) {
-    linear.w = multiply_out(tensors.v, tensors.u, n, k, rank, place, packed_map);
-  } else if (is_low_rank) {
-    linear.rank = rank;
-    linear.v = pack(dtype_, tensors.v, rank, k, place.v_rows, place.v_cols, {});
-    linear.u = pack(dtype_, tensors.u, n, rank, place.u_rows, place.u_cols, packed_map);
-    for (int r = 0; r < share_.size; ++r) {
-      linear.v_shares.push_back(share_.plans[0]->place(role, shape, r).v_rows);
-    }
+  const std::vector<std::int32_t>& packed_map = part.exchanges_output() ? in_order : row_map;
+  if (part.exchanges_output()) linear.y_map = row_map;
+  if (part.multiplied_out) {
+    const std::vector<float> values = product(part, n, k);
+    linear.w = pack_part(dtype_,
+                         {values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
+                          place.u_cols.size()},
+                         packed_map);
+  } else if (tensors.rank > 0) {
+    linear.rank = tensors.rank;
+    linear.v = pack(dtype_, tensors.v, tensors.rank, k, place.v_rows, place.v_cols, {});
+    linear.u = pack(dtype_, tensors.u, n, tensors.rank, place.u_rows, place.u_cols, packed_map);
   } else {
     linear.w = pack(dtype_, tensors.w, n, k, place.u_rows, place.u_cols, packed_map);
   }
-  bool scattered = place.after_u == Exchange::kReduceScatter && !share_.hidden.empty();
-  linear.y_share = scattered ? share_.hidden[static_cast<std::size_t>(share_.rank)] : place.u_rows;
-  // A linear that all-reduces its output while all ranks attend to all heads reads a replicated x.
-  bool whole_input = !share_.plans[0]->merges_exchanges() && share_.size > 1;
-  if (!is_low_rank && whole_input) linear.x_col = place.u_cols.begin;
   if (!tensors.bias.empty()) {
-    std::vector<float> values = vector(tensors.bias, n);
-    int rows = scattered ? linear.y_share.size() : linear.output_factor().n;
-    if (!linear.y_map.empty()) rows = static_cast<int>(linear.y_map.size());
-    linear.bias = Buffer(static_cast<std::size_t>(rows + 2 * cpu::kPanelRows) * sizeof(float));
-    for (int i = 0; i < rows; ++i) {
-      auto row = static_cast<std::size_t>(i);
-      std::int32_t source_row = row_map.empty() ? i : row_map[row];
-      if (source_row >= 0) {
-        linear.bias.as<float>()[row] =
-            values[static_cast<std::size_t>(linear.y_share.begin + source_row)];
-      }
-    }
+    const std::vector<float> values = bias(part, n, row_map);
+    linear.bias = Buffer((values.size() + std::size_t{2} * cpu::kPanelRows) * sizeof(float));
+    std::copy(values.begin(), values.end(), linear.bias.as<float>());
   }
   return linear;
 }

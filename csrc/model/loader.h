@@ -1,6 +1,7 @@
 // From checkpoint tensors to packed weights.
 #pragma once
 
+#include <array>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -32,6 +33,24 @@ struct LinearTensors {
   int rank = 0;      // of the factors; 0: dense
 };
 
+/// What the plans leave of a linear to one rank.
+struct LinearPart {
+  LinearTensors tensors;
+  bool multiplied_out = false;  // `place` is of the product of the factors
+  LinearPlacement place;        // the same in both kinds of step, but for exchanges:
+  std::array<LinearExchanges, kNumStepKinds> exchanges;
+  std::vector<Range> v_shares;  // as LowRankLinear, and so on
+  Range y_share;
+  int x_col = 0;
+
+  int rank() const { return multiplied_out ? 0 : tensors.rank; }
+  /// The output travels, so that rows are packed in order.
+  bool exchanges_output() const { return exchanges[0].after_u != Exchange::kNone; }
+};
+
+/// Rows and columns of a matrix.
+TensorView part_of(const TensorView& whole, Range rows, Range cols);
+
 /// Reads one rank's part of a checkpoint, one tensor at a time: resident memory stays near the
 /// packed weights plus one tensor.
 class WeightLoader {
@@ -53,8 +72,14 @@ class WeightLoader {
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
                        const std::vector<std::int32_t>& row_map = {}, bool all_heads = false);
 
-  /// The tensors of the linear called `name`, checked as linear() says.
-  LinearTensors linear_tensors(const std::string& name, int k) const;
+  /// What of it is this rank's, checked as linear() says.
+  LinearPart part(const std::string& name, LinearRole role, int n, int k,
+                  bool all_heads = false) const;
+  /// The values [place.u_rows, place.u_cols] of a product of factors, fp32.
+  std::vector<float> product(const LinearPart& part, int n, int k);
+  /// The bias of a part that has one: of output row row_map[i] (an empty map is the identity; 0 for
+  /// -1), of the outputs that this rank keeps.
+  std::vector<float> bias(const LinearPart& part, int n, const std::vector<std::int32_t>& row_map);
 
   /// Says that a tensor of so many elements has been read and is not needed any more.
   void used(const std::string& tensor, std::uint64_t elements);
@@ -66,6 +91,7 @@ class WeightLoader {
   cpu::PackedMatrix positions(DType dtype, const std::string& name, int n, int k);
   std::vector<float> vector(const std::string& name, int n);
   bool contains(const std::string& name) const { return source_.contains(name); }
+  const RankShare& share() const { return share_; }
 
   /// Throws kInvalidArgument naming a tensor of the file that nobody asked for: running without it
   /// would be running another model.
@@ -74,9 +100,7 @@ class WeightLoader {
   std::uint64_t parameters() const { return parameters_; }
 
  private:
-  cpu::PackedMatrix multiply_out(const std::string& v, const std::string& u, int n, int k, int rank,
-                                 const LinearPlacement& place,
-                                 const std::vector<std::int32_t>& row_map);
+  LinearTensors linear_tensors(const std::string& name, int k) const;
   cpu::PackedMatrix pack_part(DType dtype, const TensorView& part,
                               const std::vector<std::int32_t>& row_map);
   cpu::PackedMatrix pack(DType dtype, const std::string& tensor, int n, int k, Range rows,

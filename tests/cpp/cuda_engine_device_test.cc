@@ -109,10 +109,15 @@ TEST(CudaEngineDevice, RefusesWhatItCannotDo) {
   expect_error(ErrorCode::kInvalidArgument, "device=\"gpu\" is unknown",
                make([](C& c) { c.device = "gpu"; }));
   expect_error(ErrorCode::kUnsupported, "dtype=\"int8\"", make([](C& c) { c.dtype = "int8"; }));
-  expect_error(ErrorCode::kUnsupported, "tensor_parallel_size=2",
-               make([](C& c) { c.tensor_parallel_size = 2; }));
-  expect_error(ErrorCode::kUnsupported, "tensor_parallel_plan=\"dense\"",
-               make([](C& c) { c.tensor_parallel_plan = "dense"; }));
+  expect_error(ErrorCode::kUnsupported, "emulated_link=\"pcie\"", make([](C& c) {
+                 c.tensor_parallel_size = 2;
+                 c.tensor_parallel_plan = "dense";
+                 c.emulated_link = "pcie";
+               }));
+  expect_error(ErrorCode::kUnsupported, "exchange_chunks=2: on CUDA devices", make([](C& c) {
+                 c.tensor_parallel_size = 2;
+                 c.exchange_chunks = 2;
+               }));
   expect_error(ErrorCode::kOutOfMemory, "of device memory",
                make([](C& c) { c.num_kv_blocks = 1 << 28; }));
   emulation::device_state().count = 0;
@@ -127,13 +132,52 @@ TEST(CudaEngineDevice, AFailedKernelFailsTheEngine) {
   test::TinyConfig config;
   config.bfloat16 = true;
   test::TinyModel model(config);
-  Engine engine(config_for(model, "cuda"));
-  Request request = greedy(4, 1, 4);
-  engine.submit(request.prompt, request.params);
-  emulation::device_state().fails = true;
-  EXPECT_THROW(engine.step(), Error);
-  emulation::device_state().fails = false;
-  EXPECT_THROW(engine.step(), Error) << "for good";
+  for (int ranks : {1, 3}) {
+    EngineConfig engine_config = config_for(model, "cuda");
+    engine_config.tensor_parallel_size = ranks;
+    Engine engine(engine_config);
+    Request request = greedy(4, 1, 4);
+    engine.submit(request.prompt, request.params);
+    emulation::device_state().fails = true;
+    EXPECT_THROW(engine.step(), Error);
+    emulation::device_state().fails = false;
+    EXPECT_THROW(engine.step(), Error) << "for good";
+  }
+}
+
+TEST(CudaEngineDevice, RanksDecodeByGraphsOnOneDeviceOrSeveral) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  emulation::DeviceState& device = emulation::device_state();
+  EngineConfig engine_config = config_for(model, "cuda");
+  engine_config.hidden_state_layers.clear();
+  engine_config.tensor_parallel_size = 3;
+  std::vector<Answer> answers;
+  for (int devices : {1, 2}) {
+    device.count = devices;
+    Engine engine(engine_config);
+    const int graphs = device.graphs;
+    answers.push_back(generate(engine, {greedy(4, 1, 8)})[0]);
+    EXPECT_EQ(device.graphs - graphs, 3) << "one size";
+    const std::size_t used = device.used_bytes;
+    const int launches = device.graph_launches;
+    const int waits = device.synchronizations;
+    answers.push_back(generate(engine, {greedy(4, 1, 8)})[0]);
+    EXPECT_EQ(device.graphs - graphs, 3) << "captured once";
+    EXPECT_EQ(device.graph_launches - launches, 3 * 7) << "all but the prompt";
+    EXPECT_EQ(device.synchronizations - waits, 3 * 8) << "one per step";
+    EXPECT_EQ(device.used_bytes, used);
+  }
+  for (const Answer& answer : answers) EXPECT_EQ(answer, answers[0]);
+  device.reads_peers = false;
+  expect_error(ErrorCode::kUnsupported, "cannot read the memory of device",
+               [&] { Engine engine(engine_config); });
+  engine_config.device = "cuda:1";  // all on one
+  Engine engine(engine_config);
+  EXPECT_EQ(generate(engine, {greedy(4, 1, 8)})[0], answers[0]);
+  device.reads_peers = true;
+  device.count = 1;
 }
 
 }  // namespace

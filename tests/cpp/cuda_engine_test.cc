@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "base/check.h"
 #include "cuda_engine_fixture.h"
 #include "cuda_fixture.h"
 #include "kernels/cuda/kernels.h"
@@ -136,12 +137,13 @@ TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
   EXPECT_EQ(generate(crowded, requests, true), all) << "other chunks, preemptions";
 }
 
-/// Whatever is asked for, a row that the device samples has the tokens and reports of the host.
+/// Whatever is asked for, a row that the device samples has the tokens and reports of the host; of
+/// several ranks the first samples.
 TEST_F(CudaEngine, SamplesAsTheHostDoes) {
   test::TinyConfig config;
   config.bfloat16 = true;
   test::TinyModel model(config);
-  std::vector<Request> requests;
+  std::vector<Request> all;
   for (int i = 0; i < 12; ++i) {
     Request request = greedy(5 + 7 * i % 40, i, 7);
     SamplingParams& params = request.params;
@@ -160,10 +162,12 @@ TEST_F(CudaEngine, SamplesAsTheHostDoes) {
       params.stop_token_ids = {3, 4, 5, 6, 7, 8, 9};
     }
     if (i % 3 == 0) params.prompt_logprobs = 2;
-    requests.push_back(request);
+    all.push_back(request);
   }
-  const auto run = [&] {
-    Engine engine(config_for(model, "cuda"));
+  const auto run = [&](int ranks, const std::vector<Request>& requests) {
+    EngineConfig engine_config = config_for(model, "cuda");
+    engine_config.tensor_parallel_size = ranks;
+    Engine engine(engine_config);
     std::map<RequestId, std::size_t> places;
     for (std::size_t i = 0; i < requests.size(); ++i) {
       places[engine.submit(requests[i].prompt, requests[i].params)] = i;
@@ -180,23 +184,26 @@ TEST_F(CudaEngine, SamplesAsTheHostDoes) {
     }
     return reports;
   };
-  const std::vector<Report> device = run();
-  for (Request& request : requests) {
+  std::vector<Request> by_the_host = all;
+  for (Request& request : by_the_host) {
     request.params.logprobs = kSampledOnTheHost;
     if (request.params.prompt_logprobs) request.params.prompt_logprobs = kSampledOnTheHost;
   }
-  const std::vector<Report> host = run();
-  for (std::size_t i = 0; i < requests.size(); ++i) {
-    SCOPED_TRACE(i);
-    ASSERT_EQ(device[i].size(), host[i].size());
-    ASSERT_GE(device[i].size(), 5u);
-    for (std::size_t j = 0; j < device[i].size(); ++j) {
-      // The chosen token, and of the others as many as were asked for.
-      ASSERT_LT(device[i][j].size(), host[i][j].size());
-      for (std::size_t k = 0; k < device[i][j].size(); ++k) {
-        EXPECT_EQ(device[i][j][k].token, host[i][j][k].token);
-        EXPECT_EQ(device[i][j][k].logprob, host[i][j][k].logprob);
-        EXPECT_EQ(device[i][j][k].rank, host[i][j][k].rank);
+  for (int ranks : {1, 2}) {
+    const std::vector<Report> device = run(ranks, all);
+    const std::vector<Report> host = run(ranks, by_the_host);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      SCOPED_TRACE(str_cat(ranks, " ranks, request ", i));
+      ASSERT_EQ(device[i].size(), host[i].size());
+      ASSERT_GE(device[i].size(), 5u);
+      for (std::size_t j = 0; j < device[i].size(); ++j) {
+        // The chosen token, and of the others as many as were asked for.
+        ASSERT_LT(device[i][j].size(), host[i][j].size());
+        for (std::size_t k = 0; k < device[i][j].size(); ++k) {
+          EXPECT_EQ(device[i][j][k].token, host[i][j][k].token);
+          EXPECT_EQ(device[i][j][k].logprob, host[i][j][k].logprob);
+          EXPECT_EQ(device[i][j][k].rank, host[i][j][k].rank);
+        }
       }
     }
   }

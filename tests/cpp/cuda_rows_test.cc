@@ -35,6 +35,7 @@ TEST_F(CudaRows, NormalizesAsItsKindSays) {
         DeviceBuffer out = on_device(std::vector<float>(static_cast<std::size_t>(m * n), 5.0f));
         (adds ? launch.add_to : launch.out_float) = out.as<float>();
         (adds ? launch.out_float : launch.add_to) = nullptr;
+        launch.out_ld = n;
         cuda::check_launch(cuda::launch_norm(launch, stream_->get()), "norm");
         return on_host<float>(out);
       };
@@ -79,17 +80,26 @@ TEST_F(CudaRows, EmbedsTokensAndPositions) {
   DeviceBuffer tokens_device = on_device(tokens), positions_device = on_device(positions);
   DeviceBuffer x(static_cast<std::size_t>(m * hidden) * 4);
   for (bool learned : {false, true}) {
-    cuda::EmbedLaunch launch{tokens_device.as<int>(),
-                             positions_device.as<int>(),
-                             m,
-                             hidden,
-                             table_device.as<void>(),
-                             cuda::tiles_of(hidden, 32),
-                             2.5f,
-                             learned ? places_device.as<void>() : nullptr,
-                             2,
-                             x.as<float>()};
+    cuda::EmbedLaunch launch;
+    launch.indices = tokens_device.as<int>();
+    launch.m = m;
+    launch.cols = hidden;
+    launch.table = table_device.as<void>();
+    launch.table_rows = vocabulary;
+    launch.chunks = cuda::tiles_of(hidden, 32);
+    launch.scale = 2.5f;
+    launch.x = x.as<float>();
+    launch.ld = hidden;
     cuda::check_launch(cuda::launch_embed(launch, stream_->get()), "embed");
+    if (learned) {
+      launch.indices = positions_device.as<int>();
+      launch.offset = 2;
+      launch.table = places_device.as<void>();
+      launch.table_rows = 20;
+      launch.scale = 1.0f;
+      launch.adds = true;
+      cuda::check_launch(cuda::launch_embed(launch, stream_->get()), "embed");
+    }
     const std::vector<float> got = on_host<float>(x);
     for (int i = 0; i < m; ++i) {
       for (int j = 0; j < hidden; ++j) {

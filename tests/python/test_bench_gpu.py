@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import gpu
 import gpu_checks
+import gpu_ranks
 import random_llama
 
 TINY = {
@@ -72,6 +73,10 @@ def measured(**changes: float) -> dict[str, Any]:
         "outside_model": {"decode 64": 0.01},
         "ceilings": {"read_gb_per_s": 4000.0},
         "weight_bytes": 7_000_000_000,
+        "ranks": {
+            "naive 1": {"step_ms": 1.0},
+            "naive 2": {"step_ms": 2.0, "equal_tokens": 0.5, "lockstep_equal": True},
+        },
     }
 
 
@@ -151,3 +156,21 @@ def test_steps_are_timed(tmp_path: Path) -> None:
     stepper.decode(2, lambda step: watched.append(step()), temperature=0.8, top_p=0.9)
     assert len(watched) == 1 and len(watched[0]) == 2
     assert len(gpu.Stepper(model, "cpu", 1, 64).prefill()) == 5
+
+
+def test_ranks_are_compared_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_ranks, "SHAPE", TINY)
+    monkeypatch.setattr(gpu_ranks, "NEW_TOKENS", 4)
+    monkeypatch.setattr(gpu_ranks, "PLANS", ("naive", "hidden_sharded"))
+    results = gpu_ranks.measure(tmp_path, "cpu", sizes=(2,))
+    assert set(results) == {"naive 1", "naive 2", "hidden_sharded 1", "hidden_sharded 2"}
+    assert all(check.ok for check in gpu_ranks.judge(results))
+    results["naive 2"] |= {"lockstep_equal": False, "equal_tokens": 0.1}
+    assert not any(check.ok for check in gpu_ranks.judge(results))
+
+
+def test_tokens_count_up_to_the_first_other_one() -> None:
+    assert gpu_ranks.equal_tokens([([1, 2, 3], [])], [([1, 2, 3], [])]) == 1
+    answers: gpu_ranks.Answers = [([1, 2, 3, 4], []), ([5, 6, 7, 8], [])]
+    others: gpu_ranks.Answers = [([1, 2, 0, 4], []), ([0, 6, 7, 8], [])]
+    assert gpu_ranks.equal_tokens(answers, others) == 0.25

@@ -10,7 +10,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "base": set(),
     "kernels": {"base"},
-    "comm": {"base"},
+    "comm": {"base", "kernels"},
     "scheduler": {"base"},
     "io": {"base"},
     "plan": {"base", "kernels", "comm", "scheduler", "io"},

@@ -21,9 +21,10 @@ using RequestId = std::uint64_t;
 
 struct DEINFER_API EngineConfig {
   std::string model;             // directory: config.json and *.safetensors
-  std::string device = "cpu";    // "cpu", "cuda" (the first device), "cuda:N", or "auto": a CUDA
-                                 // device where there is one that serves, else the CPU. On CUDA:
-                                 // bfloat16, one rank
+  std::string device = "cpu";    // "cpu", "cuda" (the first device, or round robin over all of them
+                                 // for several ranks), "cuda:N" (all ranks there), or "auto": as
+                                 // "cuda" where there is a device that serves, else the CPU. On
+                                 // CUDA: bfloat16, at most 8 ranks
   std::string dtype = "auto";    // "float32", "bfloat16"; "int8": weights rounded to 8 bits with a
                                  // scale per row, all else bfloat16; auto: bfloat16 for bf16
                                  // checkpoints, else float32 (so that no weight loses bits)
@@ -46,7 +47,8 @@ struct DEINFER_API EngineConfig {
   int block_size = 16;               // tokens per KV block, a multiple of 16
   std::int64_t num_kv_blocks = 0;    // 0: from kv_cache_bytes
   std::uint64_t kv_cache_bytes = 0;  // 0: a quarter of the memory available after loading; on a
-                                     // CUDA device nine tenths of what is free there
+                                     // CUDA device nine tenths of what is free there, for all its
+                                     // ranks together
   std::string kv_cache = "dense";  // what is kept of every token: "dense": K and V; "latent": z = V
                                    // x of every decomposed projection to k or v, of any rank, and
                                    // the others dense; "auto": in each layer of K and of V what

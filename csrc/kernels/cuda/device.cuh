@@ -93,6 +93,14 @@ __device__ __forceinline__ float soft_capped(float value, float cap) {
   return cap > 0.0f ? cap * tanhf(value / cap) : value;
 }
 
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+/// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
+__device__ __forceinline__ float gelu_tanh(float x) {
+  const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + expf(-2.0f * u));
+}
+
 /// Elements before K of a slot in a layer's pool; dimensions follow one another.
 __device__ __forceinline__ std::int64_t key_offset(const KvPool& pool, int slot, int head) {
   const std::int64_t page = std::int64_t{slot / pool.block_size} * pool.kv_heads + head;

@@ -64,6 +64,9 @@ struct LinearSegment {
   int tiles = 0;  // tiles of rows of W
   void* out = nullptr;
   int out_chunks = 0;
+  // Of activations: row 0 is this column of out, and rows beyond so many are not stored.
+  int out_col = 0;
+  int out_rows = 1 << 30;
   std::int64_t ld = 0;
   float soft_cap = 0.0f;
 };
@@ -74,7 +77,8 @@ struct LinearLaunch {
   LinearSegment segments[kMaxSegments];
   int num_segments = 0;
   int m = 0;
-  int heads = 0;  // of kQuery and kRotaryQuery
+  int first_token = 0;  // of [0, m) that matters; what comes before is not stored
+  int heads = 0;        // of kQuery and kRotaryQuery
   Rotation rotation;
   KvPool kv;
   const int* slots = nullptr;  // [m]: block * block_size + offset; -1: nowhere
@@ -104,32 +108,44 @@ int launch_linear(const LinearLaunch& args, Stream stream);
 struct NormLaunch {
   const float* x = nullptr;  // [., n], rows ld apart
   std::int64_t ld = 0;
-  const int* rows = nullptr;  // [m] rows of x; null: 0, 1, ..
+  const int* rows = nullptr;  // [m] rows of x; null: first_row, first_row + 1, ..
+  int first_row = 0;          // of x without `rows`, and of what is written
   int m = 0;
   int n = 0;
   int kind = 0;
   float eps = 0.0f;
   const float* gain = nullptr;  // [n]
   const float* bias = nullptr;
-  void* out = nullptr;  // activations of out_chunks; or
+  // Where ranks have parts of a row: what the others need to know of this part, its sum of squares,
+  // or its mean and squared distances to it. The result then has the gain, is centred on the part's
+  // mean, and nothing else.
+  float* statistics = nullptr;  // [., 1 or 2], rows statistics_ld apart
+  int statistics_ld = 0;
+  // Of the whole row, which has `width` columns: its sum of squares (RMS), if it is known.
+  const float* squares = nullptr;  // [.]
+  int width = 0;
+  void* out = nullptr;  // activations of out_chunks, zero beyond n; or
   int out_chunks = 0;
-  float* out_float = nullptr;  // [m, n], contiguous; or
-  float* add_to = nullptr;     // [m, n], rows ld apart: the result is added
+  float* out_float = nullptr;  // [., n], rows out_ld apart; or
+  std::int64_t out_ld = 0;
+  float* add_to = nullptr;  // [., n], rows ld apart: the result is added; or nothing
 };
 int launch_norm(const NormLaunch& args, Stream stream);
 
-/// x[i] = scale * table[tokens[i]] + positions_table[positions[i] + offset].
+/// x[i, cols] (+)= scale * table[indices[i] + offset], or zero where the table has no such row.
 struct EmbedLaunch {
-  const int* tokens = nullptr;     // [m]
-  const int* positions = nullptr;  // [m]
-  int m = 0;
-  int hidden = 0;
-  const void* table = nullptr;  // weights [vocabulary, hidden] in the order of weight_offset()
+  const int* indices = nullptr;
+  int offset = 0;
+  int first_row = 0;
+  int m = 0;  // rows from first_row on
+  int cols = 0;
+  const void* table = nullptr;  // weights [table_rows, cols] in the order of weight_offset()
+  int table_rows = 0;
   int chunks = 0;
   float scale = 1.0f;
-  const void* positions_table = nullptr;  // likewise; or null
-  int offset = 0;
-  float* x = nullptr;  // [m, hidden]
+  bool adds = false;
+  float* x = nullptr;  // rows ld apart
+  std::int64_t ld = 0;
 };
 int launch_embed(const EmbedLaunch& args, Stream stream);
 
@@ -145,15 +161,21 @@ struct RopeLaunch {
 };
 int launch_rope(const RopeLaunch& args, Stream stream);
 
-/// Normalises q and k (RMS), rotates them, stores them as the epilogues do.
+/// Normalises q and k (RMS), rotates them, stores them, and v, as the epilogues do.
 struct QkNormLaunch {
   const float* q = nullptr;  // [m, heads * head_dim]
   const float* k = nullptr;  // [m, kv_heads * head_dim]
+  const float* v = nullptr;  // likewise; or null: it is stored
   int m = 0;
   int heads = 0;
-  const float* query_gain = nullptr;  // [head_dim], or [heads * head_dim] where all_heads
+  const float* query_gain = nullptr;  // [head_dim], or [heads * head_dim] where all_heads; null: no
+                                      // norm
   const float* key_gain = nullptr;
   bool all_heads = false;  // one norm over all heads
+  // Of all ranks' heads, where they are divided: sums of squares of q and k, over so many numbers.
+  const float* squares = nullptr;  // [m, 2]
+  int query_width = 0;
+  int key_width = 0;
   float query_eps = 0.0f;
   float key_eps = 0.0f;
   Rotation rotation;
@@ -162,6 +184,20 @@ struct QkNormLaunch {
   const int* slots = nullptr;  // [m]
 };
 int launch_qk_norm(const QkNormLaunch& args, Stream stream);
+
+/// out[i, j] = f(gate[i, j]) * up[i, j], or max(up[i, j], 0): of products whose sums have
+/// travelled.
+struct ActivateLaunch {
+  const float* gate = nullptr;  // [m, n], rows ld apart
+  const float* up = nullptr;    // likewise
+  std::int64_t ld = 0;
+  int m = 0;
+  int n = 0;
+  LinearEpilogue kind = LinearEpilogue::kRelu;  // or one of the gated ones
+  void* out = nullptr;                          // activations
+  int out_chunks = 0;
+};
+int launch_activate(const ActivateLaunch& args, Stream stream);
 
 /// Rows of one sequence in the batch; the KV of all positions before is cached.
 struct AttentionSequence {
@@ -253,6 +289,11 @@ struct AttentionPlanLaunch {
   AttentionSequence* sequences = nullptr;
 };
 int launch_attention_plan(const AttentionPlanLaunch& args, Stream stream);
+/// The largest logit of a part of the vocabulary.
+struct RankCandidate {
+  float value;
+  int token;
+};
 
 /// tokens[i] = the place of the largest of logits[i, vocabulary], the lowest of equal ones; NaN is
 /// never the largest.
@@ -260,7 +301,9 @@ struct ArgmaxLaunch {
   const float* logits = nullptr;
   int rows = 0;
   int vocabulary = 0;
-  int* tokens = nullptr;
+  int* tokens = nullptr;                // or
+  RankCandidate* candidates = nullptr;  // [rows], of logits of the tokens from first_token on
+  int first_token = 0;
 };
 int launch_argmax(const ArgmaxLaunch& args, Stream stream);
 

@@ -10,14 +10,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kWarps == kSlices, "few tokens: a warp per slice");
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
-/// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
-__device__ __forceinline__ float gelu_tanh(float x) {
-  const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return x / (1.0f + expf(-2.0f * u));
-}
-
 /// Two values of a token, of rows `row` and `row + 8` of W.
 struct Pair {
   float low, high;
@@ -70,16 +62,19 @@ __device__ __forceinline__ void store_head_element(const LinearLaunch& args,
 /// Stores an element of an output that is activations, or rows.
 __device__ __forceinline__ void store_activation(const LinearSegment& segment, int token, int row,
                                                  float value) {
-  if (segment.out_chunks > 0) {
-    store_bf16(segment.out, activation_offset(token, row, segment.out_chunks), value);
-  } else if (row < segment.n) {
-    store_bf16(segment.out, token * segment.ld + row, value);
+  if (segment.out_chunks == 0) {
+    if (row < segment.n) store_bf16(segment.out, token * segment.ld + row, value);
+    return;
   }
+  if (row >= segment.out_rows) return;
+  store_bf16(segment.out, activation_offset(token, segment.out_col + row, segment.out_chunks),
+             value);
 }
 
 /// Rows 16 tile + pair and 8 rows further of y, for one token.
 __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSegment& segment,
                                        int tile, int pair, int token, Pair y) {
+  if (token < args.first_token) return;
   const int row = tile * kTileRows + pair;
   switch (segment.epilogue) {
     case LinearEpilogue::kRelu:

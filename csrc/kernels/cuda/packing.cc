@@ -8,9 +8,9 @@
 namespace deinfer::cuda {
 
 void pack_weights(const TensorView& source, std::span<const std::int32_t> row_map, int first_tile,
-                  int last_tile, bf16* out) {
+                  int last_tile, bf16* out, int first_col) {
   const int cols = static_cast<int>(source.cols);
-  const int chunks = tiles_of(cols, kTileCols);
+  const int chunks = tiles_of(first_col + cols, kTileCols);
   const auto rows =
       static_cast<int>(row_map.empty() ? static_cast<std::size_t>(source.rows) : row_map.size());
   std::fill_n(out, std::int64_t{last_tile - first_tile} * chunks * kTileRows * kTileCols, bf16{});
@@ -20,7 +20,7 @@ void pack_weights(const TensorView& source, std::span<const std::int32_t> row_ma
     if (from < 0) continue;
     cpu::read_row(source, from, values.data());
     for (int col = 0; col < cols; ++col) {
-      out[weight_offset(row - first_tile * kTileRows, col, chunks)] =
+      out[weight_offset(row - first_tile * kTileRows, first_col + col, chunks)] =
           to_bf16(values[static_cast<std::size_t>(col)]);
     }
   }

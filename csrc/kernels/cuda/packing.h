@@ -13,8 +13,9 @@ namespace deinfer::cuda {
 /// Writes the tiles of rows [first_tile, last_tile) of `source` (fp32, bf16 or fp16, any row
 /// stride) to out, which is where tile first_tile begins. Row i of the result is source row
 /// row_map[i], or zero where that is negative or there is none; an empty row_map is the identity.
-/// Columns up to a multiple of kTileCols are zero. Rounds to nearest even.
+/// The source's columns become those from first_col on; others up to a multiple of kTileCols are
+/// zero. Rounds to nearest even.
 void pack_weights(const TensorView& source, std::span<const std::int32_t> row_map, int first_tile,
-                  int last_tile, bf16* out);
+                  int last_tile, bf16* out, int first_col = 0);
 
 }  // namespace deinfer::cuda

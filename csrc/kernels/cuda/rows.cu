@@ -10,21 +10,31 @@ constexpr int kThreads = 256;
 
 /// A block per row.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormLaunch args) {
-  const int i = static_cast<int>(blockIdx.x);
-  const float* x = args.x + (args.rows != nullptr ? args.rows[i] : i) * args.ld;
+  const int i = args.first_row + static_cast<int>(blockIdx.x);
+  const float* x = args.x + (args.rows != nullptr ? args.rows[blockIdx.x] : i) * args.ld;
   const int first = static_cast<int>(threadIdx.x);
+  const bool is_part = args.statistics != nullptr;
   float mean = 0.0f;
   float scale = 1.0f;
   if (args.kind == 2) {
     float sum = 0.0f;
     for (int j = first; j < args.n; j += kThreads) sum += x[j];
-    mean = block_sum<kThreads>(sum) / static_cast<float>(args.n);
+    sum = block_sum<kThreads>(sum);
+    mean = args.n > 0 ? sum / static_cast<float>(args.n) : 0.0f;
   }
-  if (args.kind != 0) {
+  if (args.squares != nullptr) {
+    scale = 1.0f / sqrtf(args.squares[i] / static_cast<float>(args.width) + args.eps);
+  } else if (args.kind != 0) {
     float sum = 0.0f;
     for (int j = first; j < args.n; j += kThreads) sum += (x[j] - mean) * (x[j] - mean);
-    const float square = block_sum<kThreads>(sum) / static_cast<float>(args.n);
-    scale = 1.0f / sqrtf(square + args.eps);
+    const float squares = block_sum<kThreads>(sum);
+    if (!is_part) {
+      scale = 1.0f / sqrtf(squares / static_cast<float>(args.n) + args.eps);
+    } else if (first == 0) {
+      float* own = args.statistics + std::int64_t{i} * args.statistics_ld;
+      if (args.kind == 2) *own++ = mean;
+      *own = squares;
+    }
   }
   for (int j = first; j < args.n; j += kThreads) {
     float y = (x[j] - mean) * scale;
@@ -32,22 +42,24 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormLaunch args) {
     if (args.bias != nullptr) y += args.bias[j];
     const std::int64_t row = i;
     if (args.out != nullptr) store_bf16(args.out, activation_offset(i, j, args.out_chunks), y);
-    if (args.out_float != nullptr) args.out_float[row * args.n + j] = y;
+    if (args.out_float != nullptr) args.out_float[row * args.out_ld + j] = y;
     if (args.add_to != nullptr) args.add_to[row * args.ld + j] += y;
+  }
+  if (args.out == nullptr) return;
+  for (int j = args.n + first; j < args.out_chunks * kTileCols; j += kThreads) {
+    store_bf16(args.out, activation_offset(i, j, args.out_chunks), 0.0f);
   }
 }
 
 __global__ void __launch_bounds__(kThreads) embed_kernel(const EmbedLaunch args) {
-  const int i = static_cast<int>(blockIdx.x);
-  const int token = args.tokens[i];
-  float* x = args.x + std::int64_t{i} * args.hidden;
-  for (int j = static_cast<int>(threadIdx.x); j < args.hidden; j += kThreads) {
-    float value = args.scale * load_bf16(args.table, weight_offset(token, j, args.chunks));
-    if (args.positions_table != nullptr) {
-      const int row = args.positions[i] + args.offset;
-      value += load_bf16(args.positions_table, weight_offset(row, j, args.chunks));
-    }
-    x[j] = value;
+  const int i = args.first_row + static_cast<int>(blockIdx.x);
+  const int row = args.indices[i] + args.offset;
+  const bool found = row >= 0 && row < args.table_rows;
+  float* x = args.x + i * args.ld;
+  for (int j = static_cast<int>(threadIdx.x); j < args.cols; j += kThreads) {
+    float value = 0.0f;
+    if (found) value = args.scale * load_bf16(args.table, weight_offset(row, j, args.chunks));
+    x[j] = args.adds ? x[j] + value : value;
   }
 }
 
@@ -62,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeLaunch args) {
   }
 }
 
-/// A block per token: first the queries' heads, then the keys'; a warp per head.
+/// A block per token: first the queries' heads, then the keys', then the values'; a warp per head.
 __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch args) {
   const int token = static_cast<int>(blockIdx.x);
   const KvPool& kv = args.kv;
@@ -74,7 +86,11 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
     const float* gain = keys ? args.key_gain : args.query_gain;
     const float eps = keys ? args.key_eps : args.query_eps;
     float scale = 1.0f;
-    if (args.all_heads) {
+    if (args.squares != nullptr) {
+      const int width = keys ? args.key_width : args.query_width;
+      const float sum = args.squares[2 * token + side];
+      scale = 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
+    } else if (args.all_heads) {
       const int n = heads * kv.head_dim;
       float sum = 0.0f;
       for (int j = static_cast<int>(threadIdx.x); j < n; j += kThreads) sum += x[j] * x[j];
@@ -84,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
     for (int head = warp_id(); head < heads; head += kThreads / kWarp) {
       const float* row = x + head * kv.head_dim;
       const float* weights = args.all_heads ? gain + head * kv.head_dim : gain;
-      if (!args.all_heads) {
+      if (gain != nullptr && !args.all_heads) {
         float sum = 0.0f;
         for (int j = lane_id(); j < kv.head_dim; j += kWarp) sum += row[j] * row[j];
         scale = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(kv.head_dim) + eps);
@@ -93,16 +109,40 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
       void* out = keys ? kv.k : args.out;
       const std::int64_t place =
           keys ? key_offset(kv, slot, head) : (std::int64_t{token} * heads + head) * kv.head_width;
+      auto normed = [&](int j) { return gain != nullptr ? row[j] * scale * weights[j] : row[j]; };
+      if (half == 0) {
+        for (int j = lane_id(); j < kv.head_dim; j += kWarp) store_bf16(out, place + j, normed(j));
+      }
       for (int j = lane_id(); j < half; j += kWarp) {
         const std::int64_t at = std::int64_t{token} * half + j;
         const float cos = args.rotation.cos[at];
         const float sin = args.rotation.sin[at];
-        const float low = row[j] * scale * weights[j];
-        const float high = row[j + half] * scale * weights[j + half];
+        const float low = normed(j);
+        const float high = normed(j + half);
         store_bf16(out, place + j, low * cos - high * sin);
         store_bf16(out, place + j + half, high * cos + low * sin);
       }
     }
+  }
+  const int slot = args.slots[token];
+  if (args.v == nullptr || slot < 0) return;
+  const int n = kv.kv_heads * kv.head_dim;
+  for (int j = static_cast<int>(threadIdx.x); j < n; j += kThreads) {
+    store_bf16(kv.v, value_offset(kv, slot, j / kv.head_dim, j % kv.head_dim),
+               args.v[std::int64_t{token} * n + j]);
+  }
+}
+
+/// f(gate) * up, as the epilogues of gated products.
+__global__ void __launch_bounds__(kThreads) activate_kernel(const ActivateLaunch args) {
+  const int i = static_cast<int>(blockIdx.x);
+  for (int j = static_cast<int>(threadIdx.x); j < args.n; j += kThreads) {
+    const std::int64_t at = i * args.ld + j;
+    const float up = args.up[at];
+    float y = fmaxf(up, 0.0f);
+    if (args.kind == LinearEpilogue::kGatedSilu) y = silu(args.gate[at]) * up;
+    if (args.kind == LinearEpilogue::kGatedGelu) y = gelu_tanh(args.gate[at]) * up;
+    store_bf16(args.out, activation_offset(i, j, args.out_chunks), y);
   }
 }
 
@@ -110,7 +150,11 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
 __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxLaunch args) {
   const float* logits = args.logits + std::int64_t{blockIdx.x} * args.vocabulary;
   const Best best = block_best<kThreads>(largest_of<kThreads>(logits, args.vocabulary));
-  if (threadIdx.x == 0) args.tokens[blockIdx.x] = best.index;
+  if (threadIdx.x != 0) return;
+  if (args.tokens != nullptr) args.tokens[blockIdx.x] = best.index;
+  if (args.candidates != nullptr) {
+    args.candidates[blockIdx.x] = {best.value, args.first_token + best.index};
+  }
 }
 
 }  // namespace
@@ -129,6 +173,10 @@ int launch_rope(const RopeLaunch& args, Stream stream) {
 
 int launch_qk_norm(const QkNormLaunch& args, Stream stream) {
   return launch(stream, grid_of(args.m), kThreads, qk_norm_kernel, args);
+}
+
+int launch_activate(const ActivateLaunch& args, Stream stream) {
+  return launch(stream, grid_of(args.m), kThreads, activate_kernel, args);
 }
 
 int launch_argmax(const ArgmaxLaunch& args, Stream stream) {

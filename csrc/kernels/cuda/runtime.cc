@@ -33,6 +33,23 @@ int multiprocessors(int device) {
   return count;
 }
 
+void read_memory_of(int device) {
+  int own = 0;
+  int can = 0;
+  check(cudaGetDevice(&own), "cudaGetDevice");
+  check(cudaDeviceCanAccessPeer(&can, own, device), "cudaDeviceCanAccessPeer");
+  if (can == 0) {
+    fail(ErrorCode::kUnsupported, "tensor parallelism: CUDA device ", own,
+         " cannot read the memory of device ", device, "; \"cuda:N\" puts all ranks on one device");
+  }
+  const cudaError_t status = cudaDeviceEnablePeerAccess(device, 0);
+  if (status == cudaErrorPeerAccessAlreadyEnabled) {
+    cudaGetLastError();  // as good
+    return;
+  }
+  check(status, "cudaDeviceEnablePeerAccess");
+}
+
 std::uint64_t free_memory() {
   std::size_t free = 0;
   std::size_t total = 0;

@@ -15,6 +15,10 @@ void use_device(int device);
 
 int multiprocessors(int device);
 
+/// Lets the thread's device read and write the memory of `device`, another one. Throws kUnsupported
+/// where it cannot.
+void read_memory_of(int device);
+
 /// Bytes of the thread's device that nobody has allocated.
 std::uint64_t free_memory();
 

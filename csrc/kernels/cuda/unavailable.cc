@@ -2,6 +2,7 @@
 // why.
 #include "base/check.h"
 #include "kernels/cuda/devices.h"
+#include "kernels/cuda/exchange.h"
 #include "kernels/cuda/runtime.h"
 
 namespace deinfer::cuda {
@@ -19,6 +20,7 @@ std::vector<DeviceInfo> devices() { return {}; }
 
 void use_device(int) { unavailable(); }
 int multiprocessors(int) { unavailable(); }
+void read_memory_of(int) { unavailable(); }
 std::uint64_t free_memory() { unavailable(); }
 void check_launch(int, const char*) { unavailable(); }
 
@@ -49,6 +51,13 @@ int launch_pad_heads(const PadHeadsLaunch&, Stream) { unavailable(); }
 int launch_attention_plan(const AttentionPlanLaunch&, Stream) { unavailable(); }
 int launch_attention(const AttentionLaunch&, Stream) { unavailable(); }
 int launch_sample(const SampleLaunch&, Stream) { unavailable(); }
+int launch_activate(const ActivateLaunch&, Stream) { unavailable(); }
 int launch_argmax(const ArgmaxLaunch&, Stream) { unavailable(); }
+
+int launch_tell(const PeerExchange&, Stream) { unavailable(); }
+int launch_reduce(const ReduceLaunch&, Stream) { unavailable(); }
+int launch_gather_activations(const GatherActivationsLaunch&, Stream) { unavailable(); }
+int launch_gather_floats(const GatherFloatsLaunch&, Stream) { unavailable(); }
+int launch_best_of_ranks(const BestOfRanksLaunch&, Stream) { unavailable(); }
 
 }  // namespace deinfer::cuda

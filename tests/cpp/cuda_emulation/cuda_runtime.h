@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -81,6 +82,14 @@ template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -112,6 +121,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorPeerAccessAlreadyEnabled = 704,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
@@ -145,6 +155,9 @@ cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer);
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags);
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total);
 cudaError_t cudaMalloc(void** memory, std::size_t bytes);
 cudaError_t cudaFree(void* memory);
@@ -174,14 +187,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> body)
 
 /// Of the emulated devices, for tests.
 struct DeviceState {
-  int count = 1;                                    // devices
-  std::size_t memory_bytes = std::size_t{4} << 30;  // of each
-  std::size_t used_bytes = 0;                       // allocated
-  int launches = 0;                                 // grids run, those of graphs included
-  int graphs = 0;                                   // instantiated
-  int graph_launches = 0;
-  int synchronizations = 0;
-  bool fails = false;  // every stream, from its next synchronization on
+  std::atomic<int> count = 1;                                    // devices
+  std::atomic<std::size_t> memory_bytes = std::size_t{4} << 30;  // of all together
+  std::atomic<std::size_t> used_bytes = 0;                       // allocated
+  std::atomic<int> launches = 0;                                 // grids run, those of graphs too
+  std::atomic<int> graphs = 0;                                   // instantiated
+  std::atomic<int> graph_launches = 0;
+  std::atomic<int> synchronizations = 0;
+  std::atomic<bool> fails = false;  // every stream, from its next synchronization on
+  std::atomic<bool> reads_peers = true;
 };
 DeviceState& device_state();
 

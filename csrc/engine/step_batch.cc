@@ -1,9 +1,9 @@
-#include "engine/step_rows.h"
+#include "engine/step_batch.h"
 
 namespace deinfer {
 
-void StepRows::build(const ScheduledBatch& scheduled, const SequenceOwners& owners,
-                     const HiddenStates& hidden_states, SamplingRoom room) {
+void StepBatch::build(const ScheduledBatch& scheduled, const SequenceOwners& owners,
+                      const HiddenStates& hidden_states, SamplingRoom room) {
   batch_.clear();
   targets_.clear();
   sampled_targets_.clear();
@@ -54,7 +54,7 @@ void StepRows::build(const ScheduledBatch& scheduled, const SequenceOwners& owne
   }
 }
 
-void StepRows::take_logits(TeamMember& member, int first, int count, float* logits) {
+void StepBatch::take_logits(TeamMember& member, int first, int count, float* logits) {
   Sampler& sampler = samplers_[static_cast<std::size_t>(member.id())];
   auto [begin, end] = member.share(count);
   for (int i = begin; i < end; ++i) {
@@ -69,7 +69,7 @@ void StepRows::take_logits(TeamMember& member, int first, int count, float* logi
   }
 }
 
-void StepRows::take_sampled(std::span<SampleResult> rows) {
+void StepBatch::take_sampled(std::span<SampleResult> rows) {
   for (std::size_t i = 0; i < sampled_targets_.size(); ++i) {
     const Target& target = sampled_targets_[i];
     if (target.prompt_position >= 0) {
@@ -80,7 +80,7 @@ void StepRows::take_sampled(std::span<SampleResult> rows) {
   }
 }
 
-void StepRows::take_most_likely(std::span<const TokenId> tokens) {
+void StepBatch::take_most_likely(std::span<const TokenId> tokens) {
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     results_[static_cast<std::size_t>(argmax_results_[i])] = {tokens[i], {}};
   }

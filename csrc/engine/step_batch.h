@@ -6,9 +6,11 @@
 #include <utility>
 #include <vector>
 
+#include "base/thread_team.h"
 #include "engine/hidden_states.h"
 #include "engine/request.h"
 #include "engine/sampler.h"
+#include "engine/worker.h"
 #include "ops/batch.h"
 #include "ops/sampling.h"
 #include "scheduler/scheduler.h"
@@ -20,10 +22,10 @@ using SequenceOwners = std::unordered_map<SequenceId, std::pair<Request*, int>>;
 
 /// Rows are sampled in one of three ways: the worker finds the most likely token, or samples (as
 /// its SamplingRoom allows), or the samplers here do so from its logits.
-class StepRows {
+class StepBatch {
  public:
   /// `samplers`: one per thread of the worker.
-  StepRows(int block_size, int vocab_size, std::vector<Sampler> samplers)
+  StepBatch(int block_size, int vocab_size, std::vector<Sampler> samplers)
       : block_size_(block_size), vocab_size_(vocab_size), samplers_(std::move(samplers)) {}
 
   /// Lays out what was scheduled. Owners and sequences must stay until all was taken.
