@@ -4,12 +4,13 @@
     python bench/gpu.py --check    # and exit with 1 where a target is missed
 
 Builds the preset `gpu`, runs the tests that are labelled cuda on the device (1,000 replays of a
-step, and 100,000 exchanges among 8 ranks, are some) and those of torch's ops, compares greedy tokens
-with the CPU engine's (of --smollm2, where there is such a folder), and measures the engine with
-random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer layers, beside what the
-device itself can do: its read bandwidth and its rate of bf16 products, and the same products by
+step, and 100,000 exchanges among 8 ranks, are some) and those of torch's ops, compares greedy
+tokens with the CPU engine's (of --smollm2, where there is such a folder), and measures the engine
+with random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer layers, beside what
+the device itself can do: its read bandwidth and its rate of bf16 products, and the same products by
 torch (cuBLAS) in a CUDA graph. Then it checks every tensor-parallel plan with up to 8 ranks on the
-device (gpu_ranks.py). Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
+device (gpu_ranks.py). Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no
+GPU.
 """
 
 from __future__ import annotations
