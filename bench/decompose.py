@@ -43,13 +43,15 @@ from random_llama import write_random_llama
 from transformers import AutoTokenizer
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-# (method, ranks, compensate): what `deinfer decompose` does, and SVD-LLM's objective.
+# (method, ranks, compensate): what `deinfer decompose` does below and from 0.85 on, and SVD-LLM's
+# objective.
 OURS = ("two_sided", "allocated", True)
+OURS_PLAIN = ("two_sided", "allocated", False)
 BASELINE = ("whitened", "uniform", False)
 GRID = (
     OURS,
     BASELINE,
-    ("two_sided", "allocated", False),
+    OURS_PLAIN,
     ("two_sided", "uniform", False),
     ("svd", "uniform", False),
 )
@@ -152,6 +154,7 @@ def grid(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Check]:
             entry["keep"] = sum(parameters(c, chosen[n]) for n, c in candidates.items()) / sum(
                 parameters(c, None) for c in candidates.values()
             )
+            entry["calibration_tokens"] = arguments.calibration_tokens
             entry["seconds"] = round(time.perf_counter() - start, 1)
             row[f"{keep:g}"] = entry
             print(f"  keep {keep:g}: {entry}", flush=True)
@@ -162,7 +165,13 @@ def grid(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Check]:
 
 def grid_checks(results: dict[str, Any]) -> list[Check]:
     table = results.get("grid", {})
-    ours, baseline = (table.get(label(*kind), {}) for kind in (OURS, BASELINE))
+    baseline = table.get(label(*BASELINE), {})
+    ours = {
+        keep: row
+        for kind in (OURS, OURS_PLAIN)
+        for keep, row in table.get(label(*kind), {}).items()
+        if (float(keep) < 0.85) == (kind == OURS)
+    }
     checks = [
         Check(
             f"keep {keep}, training-free: perplexity ratio", row["heldout"], limit, at_least=False

@@ -26,6 +26,21 @@ from oracle import relative_error  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
+def test_factors_are_compensated_where_little_is_kept(dense: Path, tmp_path: Path) -> None:
+    def made(**options: Any) -> tuple[bool, dict[str, Any]]:
+        report = decompose(dense, tmp_path / "low", overwrite=True, **options)
+        return report.compensated, load_reference(tmp_path / "low", torch.float64).state_dict()
+
+    for keep, by_default in ((0.95, False), (0.7, True)):
+        chosen, weights = made(keep=keep)
+        assert chosen == by_default
+        for compensate in (False, True):
+            _, same = made(keep=keep, compensate=compensate)
+            equal = all(torch.equal(weights[name], same[name]) for name in weights)
+            assert equal == (compensate == by_default)
+    assert made(keep=0.7, method="svd")[0] is False
+
+
 @pytest.mark.parametrize("method", ["two_sided", "whitened", "svd"])
 def test_round_trip(dense: Path, tmp_path: Path, method: str) -> None:
     report = decompose(dense, tmp_path / "low", keep=0.7, method=method)

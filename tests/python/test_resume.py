@@ -97,7 +97,7 @@ def test_other_arguments_and_sources_are_refused(dense: Path, tmp_path: Path) ->
         decompose(dense, low, keep=0.7)
     for changes, message in (
         ({"keep": 0.6}, "target 'keep 0.7', not 'keep 0.6'"),
-        ({"keep": 0.7, "method": "svd"}, "compensate True, not False"),
+        ({"keep": 0.7, "method": "svd"}, "compensate 'by keep', not False"),
         ({"keep": 0.7, "seed": 1}, "seed 0, not 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -81,7 +81,7 @@ def add_parser(commands: Commands) -> None:
         "--compensate",
         action=argparse.BooleanOptionalAction,
         help="fit the factors to the activations of the decomposed model, block after block "
-        "(default: for two_sided)",
+        "(default: for two_sided, where less than 0.85 is kept)",
     )
     parser.add_argument(
         "--calibration",

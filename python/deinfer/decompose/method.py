@@ -23,7 +23,8 @@ class Method:
         inputs: Whether it needs second moments of the inputs.
         outputs: Whether it needs second moments of the gradients of the outputs.
         ranks: How it distributes ranks by default, see `allocate.RANKS`.
-        compensate: Whether its factors are by default fitted to the decomposed model's activations.
+        compensate: Whether its factors are by default fitted to the decomposed model's activations,
+            where little enough is kept.
         scales: By which the energies of some linears are multiplied where ranks are allocated.
         moments: Makes the moments that its factors are optimal for of a weight [n, k] and its
             statistics.

@@ -14,6 +14,9 @@ from deinfer.decompose.methods import METHODS
 from deinfer.decompose.statistics import Needs
 
 DEFAULT_KEEP = 0.8
+# Where more is kept, layers err so little that fitting them to it gains nothing and costs time.
+# Measured on SmolLM2-135M (bench/decompose.py): better at 0.8 and below, worse at 0.9.
+_COMPENSATE_BELOW = 0.85
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Options:
     method: Method
     ranks: str
     rank_multiple: int
-    compensate: bool
+    compensate: bool | None
     calibration: Path | None
     calibration_tokens: int
     recover_minutes: float
@@ -39,6 +42,21 @@ class Options:
         return Needs(self.method.inputs, self.method.outputs, powers=self.ranks == "allocated")
 
     @property
+    def may_compensate(self) -> bool:
+        """Whether `compensates` is true of any share."""
+        return self.method.compensate if self.compensate is None else self.compensate
+
+    def compensates(self, keep: float) -> bool:
+        """Whether factors are fitted to the decomposed model's activations.
+
+        Args:
+            keep: Share of the parameters that is kept.
+        """
+        if self.compensate is not None:
+            return self.compensate
+        return self.method.compensate and keep < _COMPENSATE_BELOW
+
+    @property
     def recovers(self) -> bool:
         """Whether the factors are trained."""
         return self.recover_minutes > 0 or self.recover_steps > 0
@@ -46,7 +64,7 @@ class Options:
     @property
     def calibrates(self) -> bool:
         """Whether any text is needed."""
-        return self.needs.forward or self.compensate or self.target_ppl_increase is not None
+        return self.needs.forward or self.may_compensate or self.target_ppl_increase is not None
 
     @property
     def target(self) -> str:
@@ -67,7 +85,9 @@ class Options:
             "ranks": self.ranks,
             "rank_multiple": self.rank_multiple,
             "target": self.target,
-            "compensate": self.compensate,
+            "compensate": "by keep"
+            if self.compensate is None and self.method.compensate
+            else self.may_compensate,
             "calibration": text,
             "calibration_tokens": self.calibration_tokens,
             "recover_minutes": self.recover_minutes,
@@ -136,7 +156,7 @@ def make_options(
         method=chosen,
         ranks=ranks,
         rank_multiple=rank_multiple,
-        compensate=chosen.compensate if compensate is None else compensate,
+        compensate=compensate,
         calibration=None if calibration is None else Path(calibration),
         calibration_tokens=calibration_tokens,
         recover_minutes=recover_minutes,

@@ -62,7 +62,7 @@ def decompose_model(
         rank_multiple: Ranks are multiples of this. A matrix stays dense where r(n + k) >= n k, and
             with allocated ranks where that is the better choice.
         compensate: Fit the second factors to the activations of the decomposed model; by default
-            the method's.
+            `two_sided` does so where less than 0.85 is kept.
         calibration: File to calibrate on, see `texts.read_sequences`; without one the model samples
             its own text.
         calibration_tokens: Tokens to calibrate on.

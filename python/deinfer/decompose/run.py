@@ -112,7 +112,7 @@ class Run:
             matrices=matrices,
             calibration_source=calibration.source,
             calibration_tokens=calibration.tokens,
-            compensated=options.compensate,
+            compensated=options.compensates(self._kept(ranks)),
             recovery=recovery,
             perplexity_ratio=ratio,
         )
@@ -154,7 +154,7 @@ class Run:
             method=self._options.method,
             needs=self._options.needs,
             rank_multiple=self._options.rank_multiple,
-            keep_inputs=self._options.compensate,
+            keep_inputs=self._options.may_compensate,
             progress=self._progress,
         ).run()
 
@@ -206,6 +206,14 @@ class Run:
     def ranks_at(self, candidates: Mapping[str, Candidate], keep: float) -> Ranks:
         """Choose ranks for a share of the parameters."""
         return choose_ranks(candidates, keep, self._options.rank_multiple, self._options.ranks)
+
+    def _kept(self, ranks: Ranks) -> float:
+        """Share of the parameters that is stored at these ranks."""
+        stored = 0
+        for name, (n, k) in self._shapes.items():
+            rank = ranks[name]
+            stored += n * k if rank is None else rank * (n + k)
+        return stored / sum(n * k for n, k in self._shapes.values())
 
     def _choose(
         self,
@@ -263,7 +271,7 @@ class Run:
     def factor(self, model: StreamedModel, ranks: Ranks, calibration: Calibration) -> None:
         """Write the factors of every block at the ranks chosen."""
         work, options = self.work, self._options
-        if options.compensate:
+        if options.compensates(self._kept(ranks)):
             compensate(model, work, ranks, calibration.sequences, progress=self._progress)
             return
         for index, prefix in enumerate(model.prefixes):
