@@ -240,7 +240,6 @@ def measure(folder: Path) -> dict[str, Any]:
         results["outside_model"][f"decode {m}"] = outside
     del stepper
     results["engine_ms"]["prefill"] = Stepper(model, "cuda", 1, PREFILL).prefill()
-    results["ranks"] = gpu_ranks.measure(folder)
     return results
 
 
@@ -289,7 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {**os.environ, "PYTHONPATH": str(package)}
     command = [sys.executable, __file__, "--measure", str(out), "--models", str(options.models)]
     subprocess.run(command, env=environment, check=True)
+    ranks = ROOT / "build" / "gpu" / "ranks.json"
+    # In a process of its own, whose CUDA nobody has set up before.
+    command = [sys.executable, gpu_ranks.__file__, str(options.models), "--out", str(ranks)]
+    subprocess.run(command, env=environment, check=True)
     measured = {"failed_tests": failed, **json.loads(out.read_text())}
+    measured["ranks"] = json.loads(ranks.read_text())
     results = {"environment": {**common.environment(), **device}, **measured}
     name = result_name(device["name"], datetime.date.today())
     common.finish(name, results, judge(measured), None, options.check)

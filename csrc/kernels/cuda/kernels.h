@@ -246,4 +246,11 @@ struct ArgmaxLaunch {
 };
 int launch_argmax(const ArgmaxLaunch& args, Stream stream);
 
+// The driver may load a kernel at its first launch, and waits for the device to do it: for ever,
+// where a kernel of another stream waits for that very launch. These load a file's kernels now.
+int load_attention_kernels();
+int load_exchange_kernels();
+int load_linear_kernels();
+int load_row_kernels();
+
 }  // namespace deinfer::cuda
