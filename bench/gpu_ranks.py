@@ -12,6 +12,7 @@ those of one rank, of which those of other ranks may differ by rounding.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -137,14 +138,18 @@ def judge(measured: dict[str, Any]) -> list[Check]:
     ]
 
 
-def main() -> None:
-    """Prints the checks."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the checks, or writes what they judge."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, help="folder for the random model")
     parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, instead of the checks")
+    options = parser.parse_args(arguments)
     measured = measure(options.models, options.device)
+    if options.out:
+        options.out.write_text(json.dumps(measured))
+        return
     for name, result in measured.items():
         print(name, result)
     for check in judge(measured):

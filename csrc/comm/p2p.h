@@ -60,9 +60,9 @@ class P2pCommunicator final : public Communicator {
 
   // Of the devices, by the rank's thread.
 
-  /// Allocates this rank's memory on its device, for contributions of at most `bytes`, and finds
-  /// that of the others. Collective, once; `stream` is this rank's from then on. Throws
-  /// kUnsupported where a device cannot read another's memory, and kOutOfMemory.
+  /// Loads all kernels, allocates this rank's memory on its device, for contributions of at most
+  /// `bytes`, and finds that of the others. Collective, once; `stream` is this rank's from then on.
+  /// Throws kUnsupported where a device cannot read another's memory, and kOutOfMemory.
   void open(std::size_t bytes, cuda::DeviceStream& stream);
 
   /// In lockstep waits for this rank's turn, and hands it on.

@@ -62,7 +62,6 @@ DeviceChoice choose_device(const std::string& device) {
 
 void prepare_concurrent_ranks() {
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
 }
 
 std::vector<int> choose_devices(const std::string& device, int ranks) {

@@ -18,9 +18,8 @@ struct DeviceChoice {
 DeviceChoice choose_device(const std::string& device);
 
 /// To be called before a process uses CUDA for several ranks, whose kernels wait for each other.
-/// The driver must let those run that are waited for: every stream needs a queue of its own, and
-/// kernels must not be loaded at their first launch, which waits for the device. It reads both from
-/// the environment; what stands there remains.
+/// The driver must let those run that are waited for: every stream needs a queue of its own. It
+/// reads how many there are from the environment; what stands there remains.
 void prepare_concurrent_ranks();
 
 /// The CUDA device of each of `ranks` ranks; empty for the CPU. "cuda" and "auto" go round the

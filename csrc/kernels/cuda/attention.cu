@@ -290,6 +290,12 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Attentio
 
 }  // namespace
 
+int load_attention_kernels() {
+  return first_failure({load(attention_kernel<64, 4>), load(attention_kernel<96, 4>),
+                        load(attention_kernel<128, 4>), load(attention_kernel<256, 2>),
+                        load(combine_kernel)});
+}
+
 int launch_attention(const AttentionLaunch& args, Stream stream) {
   int status = 0;
   switch (args.kv.head_width) {

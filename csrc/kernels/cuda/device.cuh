@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+
 #include "kernels/cuda/kernels.h"
 
 namespace deinfer::cuda {
@@ -122,6 +124,20 @@ int launch(Stream stream, dim3 grid, int threads, void (*kernel)(Params...), con
   config.blockDim = dim3{static_cast<unsigned>(threads), 1, 1};
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+/// Loads a kernel, and says how that went.
+template <typename... Params>
+int load(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes{};
+  return static_cast<int>(cudaFuncGetAttributes(&attributes, kernel));
+}
+/// The first failure of several, or success.
+inline int first_failure(std::initializer_list<int> statuses) {
+  for (int status : statuses) {
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 /// A grid of one dimension; or two.

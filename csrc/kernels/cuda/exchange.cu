@@ -301,6 +301,11 @@ std::int64_t blocks_for(std::int64_t units) { return (units + kThreads - 1) / kT
 
 }  // namespace
 
+int load_exchange_kernels() {
+  return first_failure({load(tell_kernel), load(reduce_kernel), load(gather_activations_kernel),
+                        load(gather_floats_kernel), load(best_of_ranks_kernel)});
+}
+
 int launch_tell(const PeerExchange& exchange, Stream stream) {
   return launch(stream, grid_of(1), kThreads, tell_kernel, exchange);
 }

@@ -378,4 +378,12 @@ struct SampleLaunch {
 };
 int launch_sample(const SampleLaunch& args, Stream stream);
 
+// The driver may load a kernel at its first launch, and waits for the device to do it: for ever,
+// where a kernel of another stream waits for that very launch. These load a file's kernels now.
+int load_attention_kernels();
+int load_exchange_kernels();
+int load_linear_kernels();
+int load_row_kernels();
+int load_sampling_kernels();
+
 }  // namespace deinfer::cuda

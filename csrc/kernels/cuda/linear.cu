@@ -331,6 +331,12 @@ int launch_many(const LinearLaunch& args, Stream stream) {
 
 }  // namespace
 
+int load_linear_kernels() {
+  return first_failure({load(linear_few_kernel<1>), load(linear_few_kernel<2>),
+                        load(linear_few_kernel<4>), load(linear_few_kernel<8>),
+                        load(linear_many_kernel<1, true>), load(linear_many_kernel<2, false>)});
+}
+
 int launch_linear(const LinearLaunch& args, Stream stream) {
   if (args.m > kFewTokens) {
     const LinearEpilogue epilogue = args.segments[0].epilogue;

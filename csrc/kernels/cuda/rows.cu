@@ -159,6 +159,11 @@ __global__ void __launch_bounds__(kThreads) argmax_kernel(const ArgmaxLaunch arg
 
 }  // namespace
 
+int load_row_kernels() {
+  return first_failure({load(norm_kernel), load(embed_kernel), load(rope_kernel),
+                        load(qk_norm_kernel), load(activate_kernel), load(argmax_kernel)});
+}
+
 int launch_norm(const NormLaunch& args, Stream stream) {
   return launch(stream, grid_of(args.m), kThreads, norm_kernel, args);
 }

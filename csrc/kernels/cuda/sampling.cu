@@ -163,6 +163,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleLaunch arg
 
 }  // namespace
 
+int load_sampling_kernels() { return load(sample_kernel); }
+
 int launch_sample(const SampleLaunch& args, Stream stream) {
   return launch(stream, grid_of(args.rows), kThreads, sample_kernel, args);
 }

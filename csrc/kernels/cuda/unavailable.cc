@@ -54,6 +54,12 @@ int launch_sample(const SampleLaunch&, Stream) { unavailable(); }
 int launch_activate(const ActivateLaunch&, Stream) { unavailable(); }
 int launch_argmax(const ArgmaxLaunch&, Stream) { unavailable(); }
 
+int load_attention_kernels() { unavailable(); }
+int load_exchange_kernels() { unavailable(); }
+int load_linear_kernels() { unavailable(); }
+int load_row_kernels() { unavailable(); }
+int load_sampling_kernels() { unavailable(); }
+
 int launch_tell(const PeerExchange&, Stream) { unavailable(); }
 int launch_reduce(const ReduceLaunch&, Stream) { unavailable(); }
 int launch_gather_activations(const GatherActivationsLaunch&, Stream) { unavailable(); }

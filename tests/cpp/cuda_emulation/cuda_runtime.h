@@ -201,6 +201,12 @@ DeviceState& device_state();
 
 }  // namespace emulation
 
+struct cudaFuncAttributes {};
+template <typename... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Params...)) {
+  return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
