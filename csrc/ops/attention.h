@@ -111,7 +111,7 @@ class AttentionSchedule {
   void contribute(const Unit& unit, int row, const cpu::AttentionState& state, const Call& call);
   void scale_contribution(ExecutionContext& ctx, const Pass& pass, const Call& call);
   void merge_ranks(ExecutionContext& ctx, const Pass& pass, const Call& call);
-  int partial_columns() const { return shape_.heads * (shape_.head_dim + 2); }
+  int partial_columns() const;
   Activations latent_outputs(const Call& call);
 
   AttentionShape shape_;

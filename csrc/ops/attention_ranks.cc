@@ -3,8 +3,13 @@
 #include <limits>
 
 #include "ops/attention.h"
+#include "plan/exchanges.h"
 
 namespace deinfer {
+
+int AttentionSchedule::partial_columns() const {
+  return attention_part_columns({.num_heads = shape_.heads, .head_dim = shape_.head_dim});
+}
 
 /// What this rank found for the rows of a unit, from `row` of the pass on: outputs, unless they are
 /// latents, maxima and sums, of all heads each.
