@@ -60,9 +60,7 @@ DeviceChoice choose_device(const std::string& device) {
   return {true, index};
 }
 
-void prepare_concurrent_ranks() {
-  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-}
+void prepare_concurrent_ranks() { setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); }
 
 std::vector<int> choose_devices(const std::string& device, int ranks) {
   const DeviceChoice first = choose_device(device);
