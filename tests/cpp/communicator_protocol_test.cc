@@ -239,8 +239,8 @@ TEST(CommunicatorProtocol, HoldsInEveryInterleaving) {
   }
 }
 
-/// What kernels/cuda/exchange.h rests on: with two slots and one exchange at a time, who has started
-/// e + 1 has read e.
+/// What kernels/cuda/exchange.h rests on: with two slots and one exchange at a time, who has
+/// started e + 1 has read e.
 TEST(CommunicatorProtocol, TwoSlotsInTurnNeedNoWordOfWhoHasFinished) {
   EXPECT_EQ(verdict({2, 2, 6, 1, Broken::kWritesWithoutWaiting}), "ok");
   EXPECT_EQ(verdict({3, 2, 4, 1, Broken::kWritesWithoutWaiting}), "ok");
