@@ -100,6 +100,10 @@ class CudaDecoder {
   void mlp_block(int m, const CudaLayer& layer);
   void add_to_residual(int m, const Activations& x, const CudaLinear& linear, const CudaNorm& norm);
   void add_branch(int m, const CudaNorm& norm);
+  void run_linear(const cuda::LinearLaunch& launch) const;
+  /// A norm of m rows of x[., columns]; where they go is left to fill in.
+  cuda::NormLaunch norm_launch(int m, const CudaNorm& norm, const cuda::DeviceBuffer& x) const;
+  void run_norm(const cuda::NormLaunch& launch) const;
   cuda::KvPool kv_pool(int layer) const;
   cuda::Rotation rotation(std::size_t rope) const;
   /// Numbers in cos_ and sin_ before those of a rotation.
@@ -126,10 +130,6 @@ class CudaDecoder {
   /// A sum over ranks: `args`, but for the exchange, of all rows and columns where it is an
   /// all-reduce.
   void reduce(Collective kind, std::size_t bytes, const char* name, cuda::ReduceLaunch args);
-  void run_linear(const cuda::LinearLaunch& launch) const;
-  /// A norm of m rows of x[., columns]; where they go is left to fill in.
-  cuda::NormLaunch norm_launch(int m, const CudaNorm& norm, const cuda::DeviceBuffer& x) const;
-  void run_norm(const cuda::NormLaunch& launch) const;
 
   // cuda_ends.cc
   void embed(int m);

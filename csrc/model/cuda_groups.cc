@@ -63,34 +63,6 @@ cuda::Borders CudaDecoder::row_owners(int m) const {
   return borders;
 }
 
-void CudaDecoder::run_linear(const LinearLaunch& launch) const {
-  bool any = false;
-  for (int i = 0; i < launch.num_segments; ++i) any |= launch.segments[i].tiles > 0;
-  if (!any || launch.m <= launch.first_token) return;  // this rank has nothing of it
-  check_launch(cuda::launch_linear(launch, stream_.get()), "linear");
-}
-
-void CudaDecoder::run_norm(const cuda::NormLaunch& launch) const {
-  if (launch.m > 0) check_launch(cuda::launch_norm(launch, stream_.get()), "norm");
-}
-
-cuda::NormLaunch CudaDecoder::norm_launch(int m, const CudaNorm& norm,
-                                          const cuda::DeviceBuffer& x) const {
-  const Range columns = own_columns();
-  const Range rows = own_rows(m);
-  cuda::NormLaunch launch;
-  launch.x = x.as<float>();
-  launch.ld = columns.size();
-  launch.first_row = rows.begin;
-  launch.m = rows.size();
-  launch.n = columns.size();
-  launch.kind = static_cast<int>(norm.kind);
-  launch.eps = norm.eps;
-  launch.gain = norm.gain.size() == 0 ? nullptr : norm.gain.as<float>() + columns.begin;
-  launch.bias = norm.bias.size() == 0 ? nullptr : norm.bias.as<float>() + columns.begin;
-  return launch;
-}
-
 CudaDecoder::Input CudaDecoder::normed(int m, const CudaNorm& norm, Linears group) {
   auto gathers = [&](const CudaLinear* linear) {
     return linear->exchange(kind_).before != Exchange::kNone;

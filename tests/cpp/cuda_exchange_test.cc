@@ -1,101 +1,19 @@
-// Exchanges between ranks on devices: what they receive, for any number of ranks and blocks, over
-// many epochs, in graphs and in lockstep; and how a rank that does not come ends them.
+// Exchanges between ranks on devices: what they receive, for any number of ranks and blocks, and in
+// lockstep.
 #include <gtest/gtest.h>
 
-#include <chrono>
-#include <exception>
 #include <numeric>
 #include <random>
-#include <thread>
 
-#include "base/check.h"
-#include "comm/local.h"
-#include "comm/p2p.h"
-#include "cuda_fixture.h"
+#include "cuda_exchange_fixture.h"
 
 namespace deinfer {
 namespace {
 
 using cuda::DeviceBuffer;
+using test::Rank;
 
-/// One rank: a thread with a stream.
-struct Rank {
-  int rank;
-  int size;
-  P2pCommunicator& comm;
-  cuda::DeviceStream& stream;
-
-  template <typename T>
-  std::vector<T> read(const void* data, std::size_t count) const {
-    std::vector<T> values(count);
-    stream.download(values.data(), data, count * sizeof(T));
-    stream.synchronize();
-    comm.check();
-    return values;
-  }
-  template <typename T>
-  void send(const std::vector<T>& values) const {
-    stream.upload(comm.send(), values.data(), values.size() * sizeof(T));
-    if (!comm.lockstep()) return;  // `values` must live until the stream has taken them
-    stream.synchronize();
-  }
-};
-
-class CudaExchange : public test::CudaDeviceTest {
- protected:
-  static constexpr std::size_t kBytes = 64 << 10;
-
-  /// f(rank) on a thread each; what one throws is thrown.
-  static void on_ranks(int size, const P2pOptions& options,
-                       const std::function<void(const Rank&)>& f) {
-    LocalGroup local(size, 1024);
-    P2pGroup group(std::vector<int>(static_cast<std::size_t>(size), 0), options);
-    std::vector<std::unique_ptr<P2pCommunicator>> ends;
-    for (int rank = 0; rank < size; ++rank) {
-      ends.push_back(group.communicator(local.communicator(rank)));
-    }
-    std::vector<std::exception_ptr> errors(static_cast<std::size_t>(size));
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < size; ++rank) {
-      threads.emplace_back([&, rank] {
-        const auto index = static_cast<std::size_t>(rank);
-        try {
-          cuda::use_device(0);
-          cuda::DeviceStream stream;
-          ends[index]->open(kBytes, stream);
-          ends[index]->begin_step();
-          f({rank, size, *ends[index], stream});
-          ends[index]->end_step();
-          stream.synchronize();
-        } catch (const CommunicatorAborted&) {
-        } catch (...) {
-          errors[index] = std::current_exception();
-          ends[index]->abort();
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    for (const std::exception_ptr& error : errors) {
-      if (error) std::rethrow_exception(error);
-    }
-  }
-
-  /// f under everything that must not change a result, for 1 to 8 ranks.
-  static void in_every_way(const std::function<void(const Rank&)>& f) {
-    for (int size : {1, 2, 3, 4, 8}) {
-      for (bool lockstep : {false, true}) {
-        for (int order = 0; order < std::min(test::kThreadOrders, 3); ++order) {
-          SCOPED_TRACE(str_cat(size, " ranks, lockstep ", lockstep, ", order ", order));
-          test::set_thread_order(order);
-          P2pOptions options;
-          options.lockstep = lockstep;
-          options.max_blocks = 1 + order;
-          on_ranks(size, options, f);
-        }
-      }
-    }
-  }
-};
+class CudaExchange : public test::CudaExchangeTest {};
 
 /// What rank `rank` contributes: whole numbers, so that sums are exact.
 std::vector<float> numbers(int rank, int count, int seed = 0) {
@@ -354,127 +272,6 @@ TEST_F(CudaExchange, FindsTheBestTokenOfAllRanks) {
     EXPECT_EQ(rank.read<int>(tokens.as<void>(), 3),
               (std::vector<int>{10 * (rank.size - 1), first + 1, first + 2}));
   });
-}
-
-/// A chain of sums, each of what the one before gave: a stale or torn contribution would show.
-void run_epochs(const Rank& rank, int count, const DeviceBuffer& x, int n) {
-  for (int i = 0; i < count; ++i) {
-    cuda::NormLaunch copy;  // contributes x
-    copy.x = x.as<float>();
-    copy.ld = copy.out_ld = n;
-    copy.m = 1;
-    copy.n = n;
-    copy.out_float = reinterpret_cast<float*>(rank.comm.send());
-    cuda::check_launch(launch_norm(copy, rank.stream.get()), "copy");
-    rank.comm.exchange(Collective::kAllReduce, static_cast<std::size_t>(n) * sizeof(float), "epoch",
-                       [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
-                         cuda::ReduceLaunch args;
-                         args.exchange = exchange;
-                         args.rows = 1;
-                         args.cols = args.ld = args.out_ld = n;
-                         args.out = x.as<void>();
-                         return launch_reduce(args, stream);
-                       });
-  }
-}
-
-TEST_F(CudaExchange, KeepsManyEpochsApart) {
-  for (int size : {2, 8}) {
-    P2pOptions options;
-    options.max_blocks = 2;
-    on_ranks(size, options, [](const Rank& rank) {
-      constexpr int n = 2052;
-      DeviceBuffer x(n * sizeof(float));
-      const std::vector<float> ones(n, 1.0f);
-      for (int round = 0; round < test::kExchanges / 5; ++round) {
-        rank.stream.upload(x.as<void>(), ones.data(), x.size());
-        if (rank.rank == round % rank.size) {
-          std::this_thread::sleep_for(std::chrono::microseconds(50 * (round % 5)));
-        }
-        run_epochs(rank, 5, x, n);
-        const std::vector<float> expected(n, static_cast<float>(std::pow(rank.size, 5)));
-        ASSERT_EQ(rank.read<float>(x.as<void>(), n), expected) << "round " << round;
-      }
-    });
-  }
-}
-
-TEST_F(CudaExchange, RunsInGraphs) {
-  on_ranks(3, {}, [](const Rank& rank) {
-    constexpr int n = 36;
-    DeviceBuffer x(n * sizeof(float));
-    const std::vector<float> ones(n, 1.0f);
-    run_epochs(rank, 1, x, n);  // kernels load at their first launch
-    rank.comm.make_even();
-    rank.stream.synchronize();
-    rank.comm.begin_log();
-    rank.stream.begin_capture();
-    run_epochs(rank, 3, x, n);
-    rank.comm.make_even();
-    const cuda::Graph graph = rank.stream.end_capture();
-    const ExchangeLog log = rank.comm.end_log();
-    EXPECT_EQ(log.size(), 4u);
-    const std::uint64_t calls =
-        rank.comm.traffic()[static_cast<std::size_t>(Collective::kAllReduce)].calls;
-    for (int round = 0; round < 20; ++round) {
-      rank.stream.upload(x.as<void>(), ones.data(), x.size());
-      rank.stream.launch(graph);
-      rank.comm.count_all(log);
-      ASSERT_EQ(rank.read<float>(x.as<void>(), n), std::vector<float>(n, 27.0f)) << round;
-    }
-    EXPECT_EQ(rank.comm.traffic()[static_cast<std::size_t>(Collective::kAllReduce)].calls,
-              calls + 60);
-  });
-}
-
-TEST_F(CudaExchange, ARankThatDoesNotComeIsAnErrorThatNamesIt) {
-  P2pOptions options;
-  options.timeout_s = 1.5;
-  const auto start = std::chrono::steady_clock::now();
-  try {
-    on_ranks(3, options, [](const Rank& rank) {
-      DeviceBuffer x(64 * sizeof(float));
-      run_epochs(rank, 2, x, 64);
-      rank.stream.synchronize();
-      rank.comm.check();
-      if (rank.rank == 1) return;
-      run_epochs(rank, 50, x, 64);  // which all end at once after the first
-      rank.stream.synchronize();
-      rank.comm.check();
-      ADD_FAILURE() << "no error";
-    });
-    ADD_FAILURE() << "no error";
-  } catch (const Error& error) {
-    EXPECT_NE(
-        std::string(error.what()).find("waited 1.5 s for rank 1 in its exchange 3, \"epoch\""),
-        std::string::npos)
-        << error.what();
-  }
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
-}
-
-TEST_F(CudaExchange, AnAbortFreesThoseWhoWait) {
-  for (bool lockstep : {false, true}) {
-    P2pOptions options;
-    options.lockstep = lockstep;
-    try {
-      on_ranks(3, options, [](const Rank& rank) {
-        DeviceBuffer x(64 * sizeof(float));
-        if (rank.rank == 2) fail(ErrorCode::kUnsupported, "rank 2 has enough");
-        run_epochs(rank, 2, x, 64);
-        rank.stream.synchronize();
-        rank.comm.check();
-        ADD_FAILURE() << "no error";
-      });
-      ADD_FAILURE() << "no error";
-    } catch (const Error& error) {
-      EXPECT_STREQ(error.what(), "rank 2 has enough");
-    }
-  }
-}
-
-TEST_F(CudaExchange, RefusesTooManyRanks) {
-  EXPECT_THROW(P2pGroup(std::vector<int>(9, 0), {}), Error);
 }
 
 }  // namespace

@@ -1,0 +1,98 @@
+// Ranks on a device as threads, for tests of what they exchange.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <exception>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+#include "comm/local.h"
+#include "comm/p2p.h"
+#include "cuda_fixture.h"
+
+namespace deinfer::test {
+
+/// One rank: a thread with a stream.
+struct Rank {
+  int rank;
+  int size;
+  P2pCommunicator& comm;
+  cuda::DeviceStream& stream;
+
+  template <typename T>
+  std::vector<T> read(const void* data, std::size_t count) const {
+    std::vector<T> values(count);
+    stream.download(values.data(), data, count * sizeof(T));
+    stream.synchronize();
+    comm.check();
+    return values;
+  }
+  template <typename T>
+  void send(const std::vector<T>& values) const {
+    stream.upload(comm.send(), values.data(), values.size() * sizeof(T));
+    if (!comm.lockstep()) return;  // `values` must live until the stream has taken them
+    stream.synchronize();
+  }
+};
+
+class CudaExchangeTest : public CudaDeviceTest {
+ protected:
+  static constexpr std::size_t kBytes = 64 << 10;
+
+  /// f(rank) on a thread each; what one throws is thrown.
+  static void on_ranks(int size, const P2pOptions& options,
+                       const std::function<void(const Rank&)>& f) {
+    LocalGroup local(size, 1024);
+    P2pGroup group(std::vector<int>(static_cast<std::size_t>(size), 0), options);
+    std::vector<std::unique_ptr<P2pCommunicator>> ends;
+    for (int rank = 0; rank < size; ++rank) {
+      ends.push_back(group.communicator(local.communicator(rank)));
+    }
+    std::vector<std::exception_ptr> errors(static_cast<std::size_t>(size));
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < size; ++rank) {
+      threads.emplace_back([&, rank] {
+        const auto index = static_cast<std::size_t>(rank);
+        try {
+          cuda::use_device(0);
+          cuda::DeviceStream stream;
+          ends[index]->open(kBytes, stream);
+          ends[index]->begin_step();
+          f({rank, size, *ends[index], stream});
+          ends[index]->end_step();
+          stream.synchronize();
+        } catch (const CommunicatorAborted&) {
+        } catch (...) {
+          errors[index] = std::current_exception();
+          ends[index]->abort();
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const std::exception_ptr& error : errors) {
+      if (error) std::rethrow_exception(error);
+    }
+  }
+
+  /// f under everything that must not change a result, for 1 to 8 ranks.
+  static void in_every_way(const std::function<void(const Rank&)>& f) {
+    for (int size : {1, 2, 3, 4, 8}) {
+      for (bool lockstep : {false, true}) {
+        for (int order = 0; order < std::min(kThreadOrders, 3); ++order) {
+          SCOPED_TRACE(str_cat(size, " ranks, lockstep ", lockstep, ", order ", order));
+          set_thread_order(order);
+          P2pOptions options;
+          options.lockstep = lockstep;
+          options.max_blocks = 1 + order;
+          on_ranks(size, options, f);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace deinfer::test
