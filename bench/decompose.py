@@ -155,6 +155,7 @@ def grid(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Check]:
                 parameters(c, None) for c in candidates.values()
             )
             entry["calibration_tokens"] = arguments.calibration_tokens
+            entry["rank_multiple"] = DEFAULT_RANK_MULTIPLE
             entry["seconds"] = round(time.perf_counter() - start, 1)
             row[f"{keep:g}"] = entry
             print(f"  keep {keep:g}: {entry}", flush=True)
