@@ -31,7 +31,7 @@ from deinfer.decompose import METHODS, decompose_model, load_reference
 from deinfer.decompose.allocate import parameters, tail_loss
 from deinfer.decompose.calibration import RuntimeSampler, sample_calibration
 from deinfer.decompose.checkpoint import Factors
-from deinfer.decompose.options import make_options
+from deinfer.decompose.options import COMPENSATE_BELOW, make_options
 from deinfer.decompose.pipeline import DEFAULT_RANK_MULTIPLE, DEFAULT_TOKENS
 from deinfer.decompose.quality import loss
 from deinfer.decompose.run import Run
@@ -43,8 +43,8 @@ from random_llama import write_random_llama
 from transformers import AutoTokenizer
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-# (method, ranks, compensate): what `deinfer decompose` does below and from 0.85 on, and SVD-LLM's
-# objective.
+# (method, ranks, compensate): what `deinfer decompose` does below COMPENSATE_BELOW and above, and
+# the objective of SVD-LLM.
 OURS = ("two_sided", "allocated", True)
 OURS_PLAIN = ("two_sided", "allocated", False)
 BASELINE = ("whitened", "uniform", False)
@@ -171,7 +171,7 @@ def grid_checks(results: dict[str, Any]) -> list[Check]:
         keep: row
         for kind in (OURS, OURS_PLAIN)
         for keep, row in table.get(label(*kind), {}).items()
-        if (float(keep) < 0.85) == (kind == OURS)
+        if (float(keep) < COMPENSATE_BELOW) == (kind == OURS)
     }
     checks = [
         Check(

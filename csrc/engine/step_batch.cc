@@ -9,14 +9,18 @@ void StepBatch::build(const ScheduledBatch& scheduled, const SequenceOwners& own
   sampled_targets_.clear();
   argmax_results_.clear();
   // The worker samples the row, or the consumer of its logits does.
-  auto want_row = [&](const SampledRow& row, const Target& target, bool needs_logits) {
-    if (!needs_logits && room.take(row)) {
-      batch_.sampled.push_back(row);
-      sampled_targets_.push_back(target);
-    } else {
-      batch_.logit_rows.push_back(row.row);
-      targets_.push_back(target);
+  const bool worker_samples = room.most_reported >= 0;
+  auto want_row = [&](int row, const Target& target, bool needs_logits, auto&& sampled) {
+    if (worker_samples && !needs_logits) {
+      const SampledRow own = sampled();
+      if (room.take(own)) {
+        batch_.sampled.push_back(own);
+        sampled_targets_.push_back(target);
+        return;
+      }
     }
+    batch_.logit_rows.push_back(row);
+    targets_.push_back(target);
   };
   int num_results = 0;
   for (const ScheduledSequence& item : scheduled.items) {
@@ -34,8 +38,9 @@ void StepBatch::build(const ScheduledBatch& scheduled, const SequenceOwners& own
           {sequence.block_table[static_cast<std::size_t>(position / block_size_)],
            position % block_size_});
       if (prompt_rows && request->wants_prompt_row(position)) {
-        want_row(request->reported_row(first_row + i, position),
-                 {request, &sequence, index, position, -1}, request->params().prompt_logits);
+        want_row(first_row + i, {request, &sequence, index, position, -1},
+                 request->params().prompt_logits,
+                 [&] { return request->reported_row(first_row + i, position); });
       }
     }
     if (!item.samples) continue;
@@ -45,8 +50,8 @@ void StepBatch::build(const ScheduledBatch& scheduled, const SequenceOwners& own
       batch_.argmax_rows.push_back(last_row);
       argmax_results_.push_back(num_results++);
     } else {
-      want_row(request->sampled_row(last_row, sequence, index),
-               {request, &sequence, index, -1, num_results++}, false);
+      want_row(last_row, {request, &sequence, index, -1, num_results++}, false,
+               [&] { return request->sampled_row(last_row, sequence, index); });
     }
   }
   if (static_cast<int>(results_.size()) < num_results) {

@@ -8,6 +8,24 @@
 
 using namespace deinfer::torch_ops;  // NOLINT: the macros below name functions
 
+namespace {
+
+/// The same functions on every device; they see where their tensors are.
+template <typename Library>
+void implement(Library& library) {
+  library.impl("lowrank_pack", TORCH_BOX(&lowrank_pack));
+  library.impl("lowrank_linear", TORCH_BOX(&lowrank_linear));
+  library.impl("lowrank_linear_packed", TORCH_BOX(&lowrank_linear_packed));
+  library.impl("lowrank_gated_mlp", TORCH_BOX(&lowrank_gated_mlp));
+  library.impl("lowrank_gated_mlp_packed", TORCH_BOX(&lowrank_gated_mlp_packed));
+  library.impl("lowrank_qkv", TORCH_BOX(&lowrank_qkv));
+  library.impl("lowrank_qkv_packed", TORCH_BOX(&lowrank_qkv_packed));
+  library.impl("kv_cache_write", TORCH_BOX(&kv_cache_write));
+  library.impl("paged_attention", TORCH_BOX(&paged_attention));
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(deinfer, library) {
   library.def("lowrank_pack(Tensor?[] v, Tensor[] u, Tensor?[] bias) -> Tensor");
   library.def("lowrank_linear(Tensor x, Tensor v, Tensor u, Tensor? bias=None) -> Tensor");
@@ -34,26 +52,6 @@ STABLE_TORCH_LIBRARY(deinfer, library) {
       "Tensor query_starts, Tensor lengths, float scale, int window=0) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deinfer, CPU, library) {
-  library.impl("lowrank_pack", TORCH_BOX(&lowrank_pack));
-  library.impl("lowrank_linear", TORCH_BOX(&lowrank_linear));
-  library.impl("lowrank_linear_packed", TORCH_BOX(&lowrank_linear_packed));
-  library.impl("lowrank_gated_mlp", TORCH_BOX(&lowrank_gated_mlp));
-  library.impl("lowrank_gated_mlp_packed", TORCH_BOX(&lowrank_gated_mlp_packed));
-  library.impl("lowrank_qkv", TORCH_BOX(&lowrank_qkv));
-  library.impl("lowrank_qkv_packed", TORCH_BOX(&lowrank_qkv_packed));
-  library.impl("kv_cache_write", TORCH_BOX(&kv_cache_write));
-  library.impl("paged_attention", TORCH_BOX(&paged_attention));
-}
+STABLE_TORCH_LIBRARY_IMPL(deinfer, CPU, library) { implement(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(deinfer, CUDA, library) {
-  library.impl("lowrank_pack", TORCH_BOX(&lowrank_pack));
-  library.impl("lowrank_linear", TORCH_BOX(&lowrank_linear));
-  library.impl("lowrank_linear_packed", TORCH_BOX(&lowrank_linear_packed));
-  library.impl("lowrank_gated_mlp", TORCH_BOX(&lowrank_gated_mlp));
-  library.impl("lowrank_gated_mlp_packed", TORCH_BOX(&lowrank_gated_mlp_packed));
-  library.impl("lowrank_qkv", TORCH_BOX(&lowrank_qkv));
-  library.impl("lowrank_qkv_packed", TORCH_BOX(&lowrank_qkv_packed));
-  library.impl("kv_cache_write", TORCH_BOX(&kv_cache_write));
-  library.impl("paged_attention", TORCH_BOX(&paged_attention));
-}
+STABLE_TORCH_LIBRARY_IMPL(deinfer, CUDA, library) { implement(library); }

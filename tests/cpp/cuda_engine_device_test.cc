@@ -6,10 +6,13 @@
 #include <functional>
 
 #include "cuda_engine_fixture.h"
+#include "expect_error.h"
 #include "thread_order.h"
 
 namespace deinfer {
 namespace {
+
+using test::expect_error;
 
 using test::Answer;
 using test::config_for;
@@ -80,16 +83,6 @@ TEST(CudaEngineDevice, SampledStepsAreGraphsThatReadBackOnce) {
   EXPECT_EQ(device.graph_launches - launches, 11) << "all but the prompts";
   EXPECT_EQ(device.synchronizations - waits, 12) << "one read-back per step";
   EXPECT_EQ(device.used_bytes, used);
-}
-
-void expect_error(ErrorCode code, const std::string& text, const std::function<void()>& f) {
-  try {
-    f();
-    ADD_FAILURE() << "no error; expected: " << text;
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
-  }
 }
 
 TEST(CudaEngineDevice, RefusesWhatItCannotDo) {

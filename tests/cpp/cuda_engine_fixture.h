@@ -1,7 +1,11 @@
 // Small engines on a CUDA device, and what they answer.
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <cmath>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -67,6 +71,14 @@ inline std::vector<Answer> generate(Engine& engine, const std::vector<Request>& 
   }
   drain();
   return answers;
+}
+
+/// Of the distances between two vectors of equal size.
+inline double root_mean_square(std::span<const float> a, std::span<const float> b) {
+  EXPECT_EQ(a.size(), b.size());
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return std::sqrt(sum / static_cast<double>(a.size()));
 }
 
 inline Request greedy(int length, int seed, int tokens) {

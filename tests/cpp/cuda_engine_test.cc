@@ -18,6 +18,7 @@ using test::generate;
 using test::greedy;
 using test::Kind;
 using test::Request;
+using test::root_mean_square;
 
 class CudaEngine : public test::CudaDeviceTest {};
 
@@ -50,13 +51,6 @@ std::vector<Kind> kinds() {
 
 /// The log-probabilities of a request's tokens, in order.
 using Report = std::vector<std::vector<TokenLogprob>>;
-
-double root_mean_square(const std::vector<float>& a, const std::vector<float>& b) {
-  EXPECT_EQ(a.size(), b.size());
-  double sum = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
-  return std::sqrt(sum / static_cast<double>(a.size()));
-}
 
 TEST_F(CudaEngine, ComputesTheLogitsOfTheCpuEngine) {
   for (const Kind& kind : kinds()) {

@@ -3,9 +3,12 @@
 
 #include "cuda_fixture.h"
 #include "deinfer/cuda_ops.h"
+#include "expect_error.h"
 
 namespace deinfer {
 namespace {
+
+using test::expect_error;
 
 using cuda::DeviceBuffer;
 
@@ -144,18 +147,8 @@ TEST_F(CudaOpsAttention, HasNoRace) {
   test::in_every_order<bf16>([&] { return run(work); });
 }
 
-template <typename F>
-void expect_error(const std::string& text, F f) {
-  try {
-    f();
-    ADD_FAILURE() << "no error; expected: " << text;
-  } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
-  }
-}
-
 TEST_F(CudaOpsAttention, NamesBadInput) {
-  expect_error("head_dim=257", [] { cuda_head_width(257); });
+  expect_error(ErrorCode::kUnsupported, "head_dim=257", [] { cuda_head_width(257); });
   const DeviceBuffer memory(1 << 20);
   CudaPagedCache cache{memory.as<void>(), memory.as<void>(), 4, 2, 20, 32};
   const MutableTensorView out{memory.as<void>(), DType::kBFloat16, 3, 80, 80};
@@ -164,14 +157,17 @@ TEST_F(CudaOpsAttention, NamesBadInput) {
     cuda_paged_attention(view(memory, 3, cols), cache, {ints, ints, ints, 4, 2}, 1.0f, 0, out,
                          memory.as<void>(), bytes, on());
   };
-  expect_error("out has shape [3, 80] and row stride 80, not [3, 60]", [&] { attend(60, 0); });
-  expect_error("the workspace has 7 bytes", [&] { attend(80, 7); });
+  expect_error(ErrorCode::kInvalidArgument, "out has shape [3, 80] and row stride 80, not [3, 60]",
+               [&] { attend(60, 0); });
+  expect_error(ErrorCode::kInvalidArgument, "the workspace has 7 bytes", [&] { attend(80, 7); });
   cache.block_size = 24;
-  expect_error("block_size must be a multiple of 16", [&] { attend(80, 0); });
+  expect_error(ErrorCode::kInvalidArgument, "block_size must be a multiple of 16",
+               [&] { attend(80, 0); });
   cache.block_size = 32;
   cache.kv_heads = 3;
-  expect_error("there are 4 heads, no multiple of 3 kv heads", [&] { attend(80, 0); });
-  expect_error("v has shape [3, 60], not [2, 60]", [&] {
+  expect_error(ErrorCode::kInvalidArgument, "there are 4 heads, no multiple of 3 kv heads",
+               [&] { attend(80, 0); });
+  expect_error(ErrorCode::kInvalidArgument, "v has shape [3, 60], not [2, 60]", [&] {
     cuda_write_kv(view(memory, 2, 60), view(memory, 3, 60), memory.as<std::int64_t>(), cache, on());
   });
 }

@@ -1,10 +1,13 @@
 // deinfer/cuda_ops.h: the linears on other programs' device memory.
 #include "deinfer/cuda_ops.h"
+#include "expect_error.h"
 
 #include "cuda_fixture.h"
 
 namespace deinfer {
 namespace {
+
+using test::expect_error;
 
 using cuda::DeviceBuffer;
 
@@ -152,17 +155,6 @@ TEST_F(CudaOps, GatedMlp) {
 TEST_F(CudaOps, NoRows) {
   const CudaPackedLinears packed = pack({linear(8, 6, 3, false)}, 6);
   EXPECT_TRUE(run({}, 0, 6, packed)[0].empty());
-}
-
-template <typename F>
-void expect_error(ErrorCode code, const std::string& text, F f) {
-  try {
-    f();
-    ADD_FAILURE() << "no error; expected: " << text;
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
-  }
 }
 
 TEST_F(CudaOps, NamesBadInput) {

@@ -21,6 +21,7 @@ using test::generate;
 using test::greedy;
 using test::Kind;
 using test::Request;
+using test::root_mean_square;
 
 constexpr int kVocabulary = 97;
 
@@ -63,12 +64,6 @@ EngineConfig ranks_for(const test::TinyModel& model, int size, std::string_view 
   return config;
 }
 
-double root_mean_square(const float* a, const float* b, std::size_t count) {
-  double sum = 0;
-  for (std::size_t i = 0; i < count; ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
-  return std::sqrt(sum / static_cast<double>(count));
-}
-
 /// Logits of a prompt and of generated tokens, by engines that are to be compared.
 class Comparison {
  public:
@@ -95,8 +90,8 @@ class Comparison {
     const std::vector<Answer> got = generate(engine, requests);
     const std::vector<float>& mine = got[0].prompt_logits;
     ASSERT_EQ(mine.size(), logits_.size());
-    const double own = root_mean_square(mine.data(), logits_.data(), mine.size());
-    const double cpu = root_mean_square(rounded.data(), logits_.data(), mine.size());
+    const double own = root_mean_square(mine, logits_);
+    const double cpu = root_mean_square(rounded, logits_);
     EXPECT_LE(own, 2 * cpu + 1e-3) << "farther from fp32 than the CPU's bf16";
     for (std::size_t i = 1; i < requests.size(); ++i) {
       Request all = requests[i];
@@ -237,7 +232,7 @@ TEST_F(CudaRanks, TellHiddenStates) {
   for (const char* plan : {"rank_gather", "hidden_sharded", "token_sharded"}) {
     const std::vector<float> states = last_states(ranks_for(model, 3, plan));
     ASSERT_EQ(states.size(), expected.size());
-    EXPECT_LE(root_mean_square(states.data(), expected.data(), states.size()), 0.02) << plan;
+    EXPECT_LE(root_mean_square(states, expected), 0.02) << plan;
   }
 }
 

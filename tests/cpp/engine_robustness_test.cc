@@ -10,11 +10,14 @@
 #include "base/check.h"
 #include "deinfer/engine.h"
 #include "engine/worker.h"
+#include "expect_error.h"
 #include "model/planned_model.h"
 #include "tiny_model.h"
 
 namespace deinfer {
 namespace {
+
+using test::expect_error;
 
 EngineConfig config_for(const test::TinyModel& model) {
   EngineConfig config;
@@ -25,17 +28,6 @@ EngineConfig config_for(const test::TinyModel& model) {
 }
 
 /// Runs fn, which must throw Error with `code` and a message that contains `text`.
-template <typename Fn>
-void expect_error(ErrorCode code, const std::string& text, Fn&& fn) {
-  try {
-    fn();
-    ADD_FAILURE() << "no error; expected one with \"" << text << "\"";
-  } catch (const Error& error) {
-    EXPECT_EQ(static_cast<int>(error.code()), static_cast<int>(code)) << error.what();
-    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
-  }
-}
-
 std::vector<TokenId> generate(Engine& engine, std::vector<TokenId> prompt, int max_tokens) {
   SamplingParams params;
   params.max_tokens = max_tokens;

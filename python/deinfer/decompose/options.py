@@ -16,7 +16,7 @@ from deinfer.decompose.statistics import Needs
 DEFAULT_KEEP = 0.8
 # Where more is kept, layers err so little that fitting them to it gains nothing and costs time.
 # Measured on SmolLM2-135M (bench/decompose.py): better at 0.8 and below, worse at 0.9.
-_COMPENSATE_BELOW = 0.85
+COMPENSATE_BELOW = 0.85
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
         """
         if self.compensate is not None:
             return self.compensate
-        return self.method.compensate and keep < _COMPENSATE_BELOW
+        return self.method.compensate and keep < COMPENSATE_BELOW
 
     @property
     def recovers(self) -> bool:
