@@ -99,6 +99,8 @@ class CudaDecoder {
   void attention_block(int m, const CudaLayer& layer, const cuda::KvPool& kv, int kind);
   void mlp_block(int m, const CudaLayer& layer);
   void add_to_residual(int m, const Activations& x, const CudaLinear& linear, const CudaNorm& norm);
+  /// squares_[m, count] = the sums over ranks of the statistics that they have written to send.
+  void sum_squares(int m, int count, const char* name);
   void add_branch(int m, const CudaNorm& norm);
   void run_linear(const cuda::LinearLaunch& launch) const;
   /// A norm of m rows of x[., columns]; where they go is left to fill in.

@@ -10,6 +10,13 @@ using cuda::check_launch;
 using cuda::LinearEpilogue;
 using cuda::LinearLaunch;
 
+namespace {
+
+/// Numbers between the rows of statistics that ranks contribute.
+constexpr int kStatisticsLd = 4;
+
+}  // namespace
+
 void CudaDecoder::run_linear(const LinearLaunch& launch) const {
   bool any = false;
   for (int i = 0; i < launch.num_segments; ++i) any |= launch.segments[i].tiles > 0;
@@ -77,22 +84,26 @@ void CudaDecoder::add_to_residual(int m, const Activations& x, const CudaLinear&
   if (normalizes) add_branch(m, norm);
 }
 
+void CudaDecoder::sum_squares(int m, int count, const char* name) {
+  cuda::ReduceLaunch sum;
+  sum.rows = m;
+  sum.cols = count;
+  sum.ld = kStatisticsLd;
+  sum.out = squares_.as<void>();
+  sum.out_ld = count;
+  reduce(Collective::kAllReduce,
+         static_cast<std::size_t>(m) * static_cast<std::size_t>(count) * sizeof(float), name, sum);
+}
+
 /// residual_ += norm(branch_).
 void CudaDecoder::add_branch(int m, const CudaNorm& norm) {
   cuda::NormLaunch add = norm_launch(m, norm, branch_);
   if (layout() == ResidualLayout::kHiddenShards) {
     cuda::NormLaunch part = add;
     part.statistics = floats_to_send();
-    part.statistics_ld = 4;
+    part.statistics_ld = kStatisticsLd;
     run_norm(part);
-    cuda::ReduceLaunch sum;
-    sum.rows = m;
-    sum.cols = 1;
-    sum.ld = 4;
-    sum.out = squares_.as<void>();
-    sum.out_ld = 1;
-    reduce(Collective::kAllReduce, static_cast<std::size_t>(m) * sizeof(float),
-           "squares of what a block adds", sum);
+    sum_squares(m, 1, "squares of what a block adds");
     add.squares = squares_.as<float>();
     add.width = config_.hidden_size;
   }
@@ -179,17 +190,10 @@ void CudaDecoder::normalize_qk(int m, const CudaLayer& layer, const LinearLaunch
       part.n = keys && !counts_keys ? 0 : static_cast<int>(part.ld);
       part.kind = static_cast<int>(NormKind::kRms);
       part.statistics = floats_to_send() + (keys ? 1 : 0);
-      part.statistics_ld = 4;
+      part.statistics_ld = kStatisticsLd;
       run_norm(part);
     }
-    cuda::ReduceLaunch sum;
-    sum.rows = m;
-    sum.cols = 2;
-    sum.ld = 4;
-    sum.out = squares_.as<void>();
-    sum.out_ld = 2;
-    reduce(Collective::kAllReduce, static_cast<std::size_t>(m) * 2 * sizeof(float),
-           "squares of q and k", sum);
+    sum_squares(m, 2, "squares of q and k");
     norm.squares = squares_.as<float>();
     norm.query_width = config_.num_heads * config_.head_dim;
     norm.key_width = config_.num_kv_heads * config_.head_dim;
