@@ -291,7 +291,13 @@ def test_reader_that_leaves_early(tiny_model: Path) -> None:
 def test_interrupt(tiny_model: Path) -> None:
     command = [sys.executable, "-m", "deinfer", "chat", str(tiny_model), *ENGINE]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has what it runs in the background ignore the signal, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write("hello\n")
