@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 TOKENS = 64
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-KERNEL_TESTS = ("attention", "linear", "ops", "ops_attention", "rows", "sampling")
+KERNEL_TESTS = (
+    "attention",
+    "latent_attention",
+    "linear",
+    "ops",
+    "ops_attention",
+    "rows",
+    "sampling",
+)
 SANITIZER_SECONDS = 300
 QUESTIONS = (
     "What is the capital of France?",

@@ -117,8 +117,8 @@ void P2pCommunicator::open(std::size_t bytes, cuda::DeviceStream& stream) {
   memory.fault = cuda::PinnedBuffer(sizeof(cuda::ExchangeFault));
   *memory.fault.as<cuda::ExchangeFault>() = {};
   for (auto load :
-       {cuda::load_attention_kernels, cuda::load_exchange_kernels, cuda::load_linear_kernels,
-        cuda::load_row_kernels, cuda::load_sampling_kernels}) {
+       {cuda::load_attention_kernels, cuda::load_exchange_kernels, cuda::load_latent_kernels,
+        cuda::load_linear_kernels, cuda::load_row_kernels, cuda::load_sampling_kernels}) {
     cuda::check_launch(load(), "loading kernels");
   }
   stream.clear(memory.parts);

@@ -12,9 +12,9 @@ static_assert(cuda::kSortedWindow == Candidates::kSortedWindow &&
               "windows are those of the host");
 
 CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-                       int device, std::unique_ptr<Communicator> communicator,
-                       P2pCommunicator* peers, int threads, int max_model_len,
-                       const LoadProgress& progress)
+                       const std::vector<KvForms>& kv_forms, int device,
+                       std::unique_ptr<Communicator> communicator, P2pCommunicator* peers,
+                       int threads, int max_model_len, const LoadProgress& progress)
     : device_(device),
       block_size_(config.block_size),
       kernels_(cpu::kernels_for(select_isa())),
@@ -36,7 +36,7 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
   cuda::use_device(device_);
   stream_ = std::make_unique<cuda::DeviceStream>();
   WeightLoader loader(config.model, model, share, team_, progress);
-  CudaWeights weights = load_cuda_weights(model, loader, team_, *stream_);
+  CudaWeights weights = load_cuda_weights(model, kv_forms, loader, team_, *stream_);
   parameters_ = loader.parameters();
   const int max_sequences = std::min(config.max_num_seqs, config.max_num_batched_tokens);
   const BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
@@ -67,17 +67,21 @@ void CudaWorker::allocate_kv_cache(std::int64_t num_blocks) {
 
 std::uint64_t CudaWorker::kv_memory() const {
   cuda::use_device(device_);
-  // Graphs and the driver take some more later.
-  return cuda::free_memory() / 10 * 9;
+  return cuda_kv_share(cuda::free_memory());
 }
 
 KvInfo CudaWorker::kv_info() const {
-  const std::uint64_t block_bytes = kv_block_bytes();
-  const std::uint64_t token_bytes = block_bytes / static_cast<std::uint64_t>(block_size_);
-  const auto layers = decoder_->weights().layers.size();
-  const std::uint64_t side = token_bytes / 2 / layers;
-  return {block_bytes * static_cast<std::uint64_t>(num_kv_blocks_), block_bytes, token_bytes,
-          std::vector<KvLayerInfo>(layers, {"dense", "dense", side, side})};
+  KvInfo info;
+  info.block_bytes = kv_block_bytes();
+  info.pool_bytes = info.block_bytes * static_cast<std::uint64_t>(num_kv_blocks_);
+  const std::vector<CudaLayer>& layers = decoder_->weights().layers;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const KvBytes bytes = decoder_->kv_token_bytes(static_cast<int>(i));
+    info.layers.push_back(
+        {kv_form_name(layers[i].kv.k), kv_form_name(layers[i].kv.v), bytes.k, bytes.v});
+    info.dense_bytes_per_token += decoder_->dense_kv_token_bytes();
+  }
+  return info;
 }
 
 WeightsInfo CudaWorker::weights_info() const {

@@ -10,6 +10,10 @@
 
 namespace deinfer {
 
+/// The part of a device's free memory that the KV pool takes unless told otherwise: graphs and the
+/// driver take some more later.
+constexpr std::uint64_t cuda_kv_share(std::uint64_t memory) { return memory / 10 * 9; }
+
 /// Computes in bf16 and samples, with the tokens and reports that the host's sampler finds from the
 /// same logits. Left to the host, by `threads` threads and from logits that are copied there: rows
 /// whose logits are asked for, reports of more than cuda::kMaxReported tokens (as much to copy as
@@ -18,11 +22,12 @@ namespace deinfer {
 class CudaWorker final : public Worker {
  public:
   /// Loads this rank's weights onto device `device`. `peers`: what `communicator` is, of several
-  /// ranks; else null. Throws kUnsupported for what the CUDA engine does not do: dtypes but
-  /// bfloat16, emulated links, exchanges in chunks.
+  /// ranks; else null. kv_forms as load_cuda_weights(). Throws kUnsupported for what the CUDA
+  /// engine does not do: dtypes but bfloat16, emulated links, exchanges in chunks.
   CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
-             int device, std::unique_ptr<Communicator> communicator, P2pCommunicator* peers,
-             int threads, int max_model_len, const LoadProgress& progress);
+             const std::vector<KvForms>& kv_forms, int device,
+             std::unique_ptr<Communicator> communicator, P2pCommunicator* peers, int threads,
+             int max_model_len, const LoadProgress& progress);
   ~CudaWorker() override;
 
   void join() override;

@@ -1,11 +1,13 @@
 #include "engine/kv_selection.h"
 
 #include <algorithm>
+#include <set>
 
 #include "base/buffer.h"
 #include "base/check.h"
+#include "engine/cuda_worker.h"
 #include "engine/device.h"
-#include "engine/worker.h"
+#include "kernels/cuda/runtime.h"
 #include "model/loader.h"
 #include "model/planned_model.h"
 
@@ -13,6 +15,19 @@ namespace deinfer {
 namespace {
 
 constexpr int kContext = 512;  // as plans are chosen for
+
+/// Bytes for the KV caches of all ranks, once their weights are loaded.
+std::uint64_t kv_memory(const EngineConfig& config, std::uint64_t weights) {
+  auto left = [&](std::uint64_t memory) { return memory - std::min(memory, weights); };
+  const std::vector<int> ranks = choose_devices(config.device, config.tensor_parallel_size);
+  if (ranks.empty()) return kv_share(left(available_memory()));
+  std::uint64_t memory = 0;
+  for (const int device : std::set<int>(ranks.begin(), ranks.end())) {
+    cuda::use_device(device);
+    memory += cuda::free_memory();
+  }
+  return cuda_kv_share(left(memory));
+}
 
 KvDemand demand_of(const EngineConfig& config, const PlannedModel& model,
                    const TensorParallelPlan& plan, int max_model_len) {
@@ -28,8 +43,7 @@ KvDemand demand_of(const EngineConfig& config, const PlannedModel& model,
   if (demand.bytes > 0) return demand;
   std::uint64_t weights = 0;
   for (int rank = 0; rank < plan.size(); ++rank) weights += rank_weight_bytes(model, plan, rank);
-  const std::uint64_t memory = available_memory();
-  demand.bytes = kv_share(memory - std::min(memory, weights)) / ranks;
+  demand.bytes = kv_memory(config, weights) / ranks;
   return demand;
 }
 
@@ -37,22 +51,27 @@ KvDemand demand_of(const EngineConfig& config, const PlannedModel& model,
 
 KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
                          const StepPlans& plans, int threads, int max_model_len) {
-  if (choose_device(config.device).is_cuda) {
-    if (config.kv_cache == "latent") {
-      fail(ErrorCode::kUnsupported, "kv_cache=\"latent\": on CUDA devices K and V are kept so far");
+  const bool on_cuda = choose_device(config.device).is_cuda;
+  std::string_view latents = config.kv_latents;
+  if (on_cuda && config.tensor_parallel_size > 1) {
+    if (latents == "token_sharded") {
+      fail(ErrorCode::kUnsupported, "kv_latents=\"token_sharded\": on CUDA devices every rank has ",
+           "the latents of all tokens");
     }
-    return {{}, "dense: on CUDA devices K and V are kept so far"};
+    latents = "replicated";
   }
-  const DType dtype = resolve_dtype(config.dtype, open_weights(config.model, model), model);
+  const DType dtype = on_cuda
+                          ? DType::kBFloat16
+                          : resolve_dtype(config.dtype, open_weights(config.model, model), model);
   const PlannedModel planned = planned_model(model, 0.0, dtype_name(dtype));
   const TensorParallelPlan& plan = *plans[0];
   Machine machine;
-  const bool compares = config.tensor_parallel_size > 1 && config.kv_latents == "auto";
+  const bool compares = config.tensor_parallel_size > 1 && latents == "auto";
   if (config.kv_cache == "auto" || compares) {
     machine = measure_machine(config, model, threads);
   }
-  return choose_kv_forms({config.kv_cache, config.kv_latents}, planned, plan, machine.hardware,
-                         machine.link, demand_of(config, planned, plan, max_model_len));
+  return choose_kv_forms({config.kv_cache, latents}, planned, plan, machine.hardware, machine.link,
+                         demand_of(config, planned, plan, max_model_len));
 }
 
 void fit_blocks(const std::vector<KvForms>& forms, EngineConfig& config) {

@@ -51,8 +51,8 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
     const LoadProgress& reports = rank == 0 ? progress : LoadProgress{};
     if (!devices.empty()) {
       workers_[index] = std::make_unique<CudaWorker>(
-          config, model, RankShare(plans_, rank), devices[index], std::move(communicators_[index]),
-          peers[index], threads, max_model_len, reports);
+          config, model, RankShare(plans_, rank), choice.kv_forms, devices[index],
+          std::move(communicators_[index]), peers[index], threads, max_model_len, reports);
       return;
     }
     // Threads inherit the cores of the one that creates them, and memory comes from where it is

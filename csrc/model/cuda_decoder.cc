@@ -11,22 +11,46 @@ namespace {
 
 using cuda::tiles_of;
 
-constexpr int kPartialRows = 32768;
+constexpr std::size_t kPartialBytes = std::size_t{32} << 20;  // for states of splits
 constexpr int kWarpsPerMultiprocessor = 8;  // that attention wants to have work for
 constexpr int kBlocksPerMultiprocessor = 4;
 
+/// Where nothing of a layer's sides differs between heads, all heads share the loads of a latent.
+CudaAttentionKind attention_kind(const ModelConfig& config, const RankShare& share,
+                                 const CudaWeights& weights, int layer) {
+  const KvForms& kv = weights.layers[static_cast<std::size_t>(layer)].kv;
+  const bool shares = kv.k == KvForm::kAbsorbed && kv.v == KvForm::kAbsorbed;
+  return {config.attention[static_cast<std::size_t>(config.attention_of(layer))].window,
+          shares ? 1 : share.heads.kv_heads.size()};
+}
+
+/// Elements of an output of attention, at most.
+int max_output_width(const ModelConfig& config, const CudaWeights& weights) {
+  int width = cuda::head_width(config.head_dim);
+  for (const CudaLayer& layer : weights.layers) {
+    if (layer.kv.v != KvForm::kAbsorbed) continue;
+    width = std::max(width, cuda::head_columns(layer.value.rank));
+  }
+  return width;
+}
+
 CudaStepLimits step_limits(const ModelConfig& config, const RankShare& share,
-                           const BatchLimits& limits, int max_sequences, int block_size,
-                           int multiprocessors) {
+                           const CudaWeights& weights, const BatchLimits& limits, int max_sequences,
+                           int block_size, int multiprocessors) {
   CudaStepLimits step;
   step.max_tokens = limits.max_tokens;
   step.max_sequences = max_sequences;
   step.max_model_len = limits.max_model_len;
   step.block_size = block_size;
   step.heads = share.heads.heads.size();
-  step.kv_heads = share.heads.kv_heads.size();
-  for (const AttentionKind& kind : config.attention) step.windows.push_back(kind.window);
-  step.partial_rows = kPartialRows;
+  for (int i = 0; i < config.num_layers; ++i) {
+    const CudaAttentionKind kind = attention_kind(config, share, weights, i);
+    if (std::find(step.attention.begin(), step.attention.end(), kind) == step.attention.end()) {
+      step.attention.push_back(kind);
+    }
+  }
+  const auto width = static_cast<std::size_t>(max_output_width(config, weights));
+  step.partial_rows = static_cast<int>(kPartialBytes / (std::max<std::size_t>(width, 256) * 4));
   step.parallel_warps = multiprocessors * kWarpsPerMultiprocessor;
   step.vocabulary = config.vocab_size;
   step.history_tokens = CudaSampling::kHistoryTokens;
@@ -61,7 +85,8 @@ CudaDecoder::CudaDecoder(const ModelConfig& config, const RankShare& share, Cuda
       stream_(stream),
       heads_(share.heads.heads.size()),
       kv_heads_(share.heads.kv_heads.size()),
-      step_(step_limits(config, share, limits, max_sequences, block_size, multiprocessors)),
+      step_(
+          step_limits(config, share, weights_, limits, max_sequences, block_size, multiprocessors)),
       sampling_(share.rank == 0 ? config.vocab_size : 0, padded_tokens(limits.max_tokens),
                 static_cast<std::size_t>(step_.offsets().end - step_.offsets().tables), stream) {
   const int width = cuda::head_width(config.head_dim);
@@ -108,15 +133,27 @@ CudaDecoder::CudaDecoder(const ModelConfig& config, const RankShare& share, Cuda
   const bool outputs_travel = has_ranks() && !share.plans[0]->merges_exchanges();
   if (config.qk_norm != QkNormKind::kNone || outputs_travel) {
     raw_query_ = float_rows(heads_ * config.head_dim);
-    raw_key_ = float_rows(kv_heads_ * config.head_dim);
+    int key_columns = kv_heads_ * config.head_dim;
+    for (const CudaLayer& layer : weights_.layers) {
+      if (keeps_key_scales(layer)) key_columns = std::max(key_columns, layer.key.u.n);
+    }
+    raw_key_ = float_rows(key_columns);
   }
   if (outputs_travel) {
     raw_value_ = float_rows(kv_heads_ * config.head_dim);
     raw_up_ = float_rows(config.intermediate_size);
     if (is_gated(config.mlp)) raw_gate_ = float_rows(config.intermediate_size);
   }
-  partial_sums_ = zeroed(std::size_t{kPartialRows} * static_cast<std::size_t>(width) * 4);
-  partial_stats_ = zeroed(std::size_t{kPartialRows} * 2 * sizeof(float));
+  for (int i = 0; i < config.num_layers; ++i) {
+    std::size_t place = 0;
+    while (step_.attention(place) != attention_kind(config, share, weights_, i)) ++place;
+    layer_attention_.push_back(place);
+  }
+  allocate_for_latents();
+  const auto partial_rows = static_cast<std::size_t>(step_.partial_rows());
+  partial_sums_ = zeroed(
+      partial_rows * static_cast<std::size_t>(max_output_width(config, weights_)) * sizeof(float));
+  partial_stats_ = zeroed(partial_rows * 2 * sizeof(float));
   const bool is_first = share.rank == 0;
   const int logits = is_first ? config.vocab_size : share.vocabulary().size();
   const std::size_t logit_bytes =
@@ -149,17 +186,24 @@ CudaDecoder::Activations CudaDecoder::activations(int cols) {
 }
 
 std::uint64_t CudaDecoder::kv_block_bytes() const {
-  return std::uint64_t{2} * sizeof(bf16) * static_cast<std::uint64_t>(config_.num_layers) *
-         static_cast<std::uint64_t>(kv_heads_ * block_size_) *
-         static_cast<std::uint64_t>(cuda::head_width(config_.head_dim));
+  std::uint64_t token = 0;
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const KvBytes bytes = kv_token_bytes(i);
+    token += bytes.k + bytes.v;
+  }
+  return token * static_cast<std::uint64_t>(block_size_);
 }
 
 void CudaDecoder::allocate_kv_cache(std::int64_t num_blocks) {
-  const std::size_t bytes = kv_block_bytes() / 2 / static_cast<std::size_t>(config_.num_layers) *
-                            static_cast<std::size_t>(num_blocks);
+  const std::size_t places =
+      static_cast<std::size_t>(num_blocks) * static_cast<std::size_t>(block_size_);
   for (int i = 0; i < config_.num_layers; ++i) {
-    k_.push_back(zeroed(bytes));
-    v_.push_back(zeroed(bytes));
+    const KvBytes token = kv_token_bytes(i);
+    const bool scales = keeps_key_scales(weights_.layers[static_cast<std::size_t>(i)]);
+    const std::size_t scale_bytes = scales ? sizeof(float) : 0;
+    k_.push_back(zeroed(places * (token.k - scale_bytes)));
+    key_scales_.push_back(zeroed(places * scale_bytes));
+    v_.push_back(zeroed(places * token.v));
   }
   stream_.synchronize();
 }

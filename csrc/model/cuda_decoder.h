@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "comm/p2p.h"
+#include "kernels/cuda/latents.h"
 #include "model/cuda_sampling.h"
 #include "model/cuda_step.h"
 #include "model/cuda_weights.h"
@@ -21,6 +22,11 @@ namespace deinfer {
 constexpr int padded_floats(int count) { return (count + 3) / 4 * 4; }
 /// Of ranges that follow one another.
 cuda::Borders cuda_borders(const std::vector<Range>& shares);
+
+/// Of K and V of a layer.
+struct KvBytes {
+  std::uint64_t k = 0, v = 0;
+};
 
 class CudaDecoder {
  public:
@@ -36,6 +42,10 @@ class CudaDecoder {
   /// Completes what the other ranks have a part in; all ranks must call it before forward().
   void join();
 
+  /// Bytes of a token's K and V in a layer, where both are kept.
+  std::uint64_t dense_kv_token_bytes() const;
+  /// Bytes that a layer keeps of a token.
+  KvBytes kv_token_bytes(int layer) const;
   /// Bytes of one block of the KV cache over all layers.
   std::uint64_t kv_block_bytes() const;
   void allocate_kv_cache(std::int64_t num_blocks);
@@ -74,6 +84,10 @@ class CudaDecoder {
     const Activations* gathered = nullptr;  // all of it, for linears that want that
     const CudaNorm* completes = nullptr;    // the norm that z completes, if any
   };
+  /// cos and sin, [., head_dim / 2].
+  struct Angles {
+    cuda::DeviceBuffer cos, sin;
+  };
   struct RecordedStep {
     cuda::Graph graph;
     ExchangeLog exchanges;
@@ -94,9 +108,11 @@ class CudaDecoder {
   /// What the graph of a size does.
   void run_bucket(int bucket, Choice choice);
   void run_recorded(int bucket, Choice choice);
-  void project_qkv(int m, const CudaLayer& layer, const cuda::KvPool& kv, std::size_t rope);
-  void normalize_qk(int m, const CudaLayer& layer, const cuda::LinearLaunch& launch, bool has_v);
-  void attention_block(int m, const CudaLayer& layer, const cuda::KvPool& kv, int kind);
+  void project_qkv(int m, int layer);
+  void normalize_qk(int m, int layer, const cuda::LinearLaunch& launch, bool has_v);
+  void attention_block(int m, int layer);
+  /// Attention of a layer, as with K and V in its pool.
+  cuda::AttentionLaunch attention_launch(int layer) const;
   void mlp_block(int m, const CudaLayer& layer);
   void add_to_residual(int m, const Activations& x, const CudaLinear& linear, const CudaNorm& norm);
   /// squares_[m, count] = the sums over ranks of the statistics that they have written to send.
@@ -110,6 +126,17 @@ class CudaDecoder {
   cuda::Rotation rotation(std::size_t rope) const;
   /// Numbers in cos_ and sin_ before those of a rotation.
   std::size_t angles_before(std::size_t rope) const;
+
+  // cuda_latents.cc
+  cuda::KvPool key_pool(int layer) const;
+  cuda::KvPool value_pool(int layer) const;
+  /// Whether a norm over all heads leaves a number per key.
+  bool keeps_key_scales(const CudaLayer& layer) const;
+  void allocate_for_latents();
+  void make_angles(std::size_t rope);
+  void store_latents(int m, int layer);
+  /// attended_ = attention of a layer of which some side is latent.
+  void attend_to_latents(int m, int layer);
 
   // cuda_groups.cc
   /// norm(x) of m rows as `group` reads it.
@@ -178,23 +205,30 @@ class CudaDecoder {
   cuda::DeviceBuffer inputs_;
   std::vector<Rope> ropes_;  // those that differ
   std::vector<cuda::DeviceBuffer> frequencies_;
-  std::vector<std::size_t> kind_rope_;  // of ModelConfig::attention, the place in ropes_
-  cuda::DeviceBuffer cos_, sin_;        // [ropes, max_tokens, head_dim / 2]
-  cuda::DeviceBuffer residual_;         // [max_tokens, own columns] fp32
-  cuda::DeviceBuffer branch_;           // likewise, where blocks' outputs are normalised
-  cuda::DeviceBuffer squares_;          // [max_tokens, 2], of norms over several ranks
-  cuda::DeviceBuffer whole_;            // [max_tokens, hidden] fp32, of sharded residual streams
+  std::vector<std::size_t> kind_rope_;        // of ModelConfig::attention, the place in ropes_
+  std::vector<std::size_t> layer_attention_;  // of every layer, the place in CudaStepLimits
+  cuda::DeviceBuffer cos_, sin_;              // [ropes, max_tokens, head_dim / 2]
+  cuda::DeviceBuffer residual_;               // [max_tokens, own columns] fp32
+  cuda::DeviceBuffer branch_;                 // likewise, where blocks' outputs are normalised
+  cuda::DeviceBuffer squares_;                // [max_tokens, 2], of norms over several ranks
+  cuda::DeviceBuffer whole_;  // [max_tokens, hidden] fp32, of sharded residual streams
   Activations normed_, z_, attended_, inner_;
   Activations gathered_;                    // likewise
   cuda::DeviceBuffer query_;                // [max_tokens, heads, head_width]
   cuda::DeviceBuffer raw_query_, raw_key_;  // fp32, before norms of q and k, or where q travels
   cuda::DeviceBuffer raw_value_, raw_gate_, raw_up_;  // fp32, where outputs travel
+  // Of latents: queries by heads and U^T of them, [max_tokens, heads, r]; sums of p z by heads; the
+  // angles of all positions, of ropes_, where keys are rebuilt.
+  Activations head_queries_;
+  cuda::DeviceBuffer absorbed_query_;
+  Activations latent_outputs_;
+  std::vector<Angles> all_angles_;
   cuda::DeviceBuffer partial_sums_, partial_stats_;
   cuda::DeviceBuffer logits_;        // [kLogitRows, vocab]; but for rank 0 its own part of it
   cuda::DeviceBuffer best_;          // [max_tokens]
   cuda::DeviceBuffer state_memory_;  // [state_layers, max_state_rows, hidden]
   cuda::PinnedBuffer host_logits_, host_best_, host_states_;
-  std::vector<cuda::DeviceBuffer> k_, v_;                  // per layer
+  std::vector<cuda::DeviceBuffer> k_, v_, key_scales_;     // per layer
   std::map<std::pair<int, Choice>, RecordedStep> graphs_;  // of numbers of tokens
   std::span<TokenId> tokens_;
   std::span<const float> states_;

@@ -111,16 +111,15 @@ void CudaDecoder::add_branch(int m, const CudaNorm& norm) {
   run_norm(add);
 }
 
-void CudaDecoder::project_qkv(int m, const CudaLayer& layer, const cuda::KvPool& kv,
-                              std::size_t rope) {
+void CudaDecoder::project_qkv(int m, int index) {
+  const CudaLayer& layer = weights_.layers[static_cast<std::size_t>(index)];
   const CudaLinear* const linears[] = {&layer.query, &layer.key, &layer.value};
   const Input input = normed(m, layer.attention_norm, linears);
   LinearLaunch launch;
   launch.m = m;
-  launch.num_segments = 3;
   launch.heads = heads_;
-  launch.rotation = rotation(rope);
-  launch.kv = kv;
+  launch.rotation = rotation(kind_rope_[static_cast<std::size_t>(config_.attention_of(index))]);
+  launch.kv = kv_pool(index);
   launch.slots = inputs(step_.offsets().slots);
   if (layer.query.exchange(kind_).after_u != Exchange::kNone) {
     float* const outs[] = {raw_query_.as<float>(), raw_key_.as<float>(), raw_value_.as<float>()};
@@ -128,43 +127,57 @@ void CudaDecoder::project_qkv(int m, const CudaLayer& layer, const cuda::KvPool&
       inner(m, input, Linears(linears + i, 1));
       exchange_output(m, *linears[i], input, 0, cuda::ReduceSink::kFloat, outs[i], linears[i]->u.n);
     }
-    return normalize_qk(m, layer, launch, true);
+    return normalize_qk(m, index, launch, true);
   }
   inner(m, input, linears);
+  if (layer.kv.any_latent()) store_latents(m, index);
   const bool rotates = rotates_tiles(config_);
   const bool normalizes = config_.qk_norm != QkNormKind::kNone;
   int z_chunk = 0;
-  for (int i = 0; i < 3; ++i) {
-    const CudaLinear& linear = *linears[i];
-    cuda::LinearSegment& segment = launch.segments[i];
-    segment.first = outer(linear, input, z_chunk);
-    segment.n = linear.u.n;
-    segment.tiles = linear.u.tiles;
+  auto add = [&](const CudaLinear& linear, bool is_wanted, LinearEpilogue epilogue,
+                 const cuda::DeviceBuffer* out) {
+    if (is_wanted) {
+      cuda::LinearSegment& segment = launch.segments[launch.num_segments++];
+      segment.first = outer(linear, input, z_chunk);
+      segment.n = linear.u.n;
+      segment.tiles = linear.u.tiles;
+      segment.epilogue = epilogue;
+      segment.ld = linear.u.n;
+      if (out != nullptr) segment.out = out->as<void>();
+    }
     z_chunk += linear.z_chunks();
-  }
-  auto& [query, key, value] = launch.segments;
-  value.epilogue = LinearEpilogue::kValue;
+  };
+  // Of latents, only a norm over all heads wants k now.
+  const bool wants_keys = layer.kv.k == KvForm::kDense || keeps_key_scales(layer);
+  const bool wants_values = layer.kv.v == KvForm::kDense;
   if (normalizes) {
-    query.epilogue = key.epilogue = LinearEpilogue::kFloat;
-    query.out = raw_query_.as<void>();
-    query.ld = query.n;
-    key.out = raw_key_.as<void>();
-    key.ld = key.n;
+    add(layer.query, true, LinearEpilogue::kFloat, &raw_query_);
+    add(layer.key, wants_keys, LinearEpilogue::kFloat, &raw_key_);
   } else {
-    query.epilogue = rotates ? LinearEpilogue::kRotaryQuery : LinearEpilogue::kQuery;
-    query.out = query_.as<void>();
-    key.epilogue = rotates ? LinearEpilogue::kRotaryKey : LinearEpilogue::kKey;
+    add(layer.query, true, rotates ? LinearEpilogue::kRotaryQuery : LinearEpilogue::kQuery,
+        &query_);
+    if (layer.kv.k == KvForm::kAbsorbed) {
+      cuda::LinearSegment& query = launch.segments[0];
+      query.epilogue = LinearEpilogue::kActivation;
+      query.out = head_queries_.data.as<void>();
+      query.out_chunks = head_queries_.chunks;
+    }
+    add(layer.key, wants_keys, rotates ? LinearEpilogue::kRotaryKey : LinearEpilogue::kKey,
+        nullptr);
   }
+  add(layer.value, wants_values, LinearEpilogue::kValue, nullptr);
   run_linear(launch);
-  if (normalizes) normalize_qk(m, layer, launch, false);
+  if (normalizes) normalize_qk(m, index, launch, false);
 }
 
-/// Norms, rotation and storage of q and k (and v) that have been computed as they are.
-void CudaDecoder::normalize_qk(int m, const CudaLayer& layer, const LinearLaunch& launch,
-                               bool has_v) {
+/// Norms, rotation and storage of q and k (and v) that have been computed as they are; of latent
+/// keys no more than the factor of their norm.
+void CudaDecoder::normalize_qk(int m, int index, const LinearLaunch& launch, bool has_v) {
+  const CudaLayer& layer = weights_.layers[static_cast<std::size_t>(index)];
+  const bool only_scales = keeps_key_scales(layer);
   cuda::QkNormLaunch norm;
   norm.q = raw_query_.as<float>();
-  norm.k = raw_key_.as<float>();
+  if (layer.kv.k == KvForm::kDense || only_scales) norm.k = raw_key_.as<float>();
   if (has_v) norm.v = raw_value_.as<float>();
   norm.m = m;
   norm.heads = heads_;
@@ -177,6 +190,8 @@ void CudaDecoder::normalize_qk(int m, const CudaLayer& layer, const LinearLaunch
   norm.out = query_.as<void>();
   norm.kv = launch.kv;
   norm.slots = launch.slots;
+  norm.key_scales = key_scales_[static_cast<std::size_t>(index)].as<float>();
+  norm.key_cols = layer.key.u.n;
   if (norm.all_heads && heads_ < config_.num_heads) {
     const HeadShare& own = share_.heads;
     // The first rank of those that share a kv head counts it.
@@ -185,7 +200,8 @@ void CudaDecoder::normalize_qk(int m, const CudaLayer& layer, const LinearLaunch
     for (bool keys : {false, true}) {
       cuda::NormLaunch part;
       part.x = keys ? norm.k : norm.q;
-      part.ld = (keys ? kv_heads_ : heads_) * config_.head_dim;
+      part.ld =
+          keys && only_scales ? norm.key_cols : (keys ? kv_heads_ : heads_) * config_.head_dim;
       part.m = m;
       part.n = keys && !counts_keys ? 0 : static_cast<int>(part.ld);
       part.kind = static_cast<int>(NormKind::kRms);
@@ -201,9 +217,9 @@ void CudaDecoder::normalize_qk(int m, const CudaLayer& layer, const LinearLaunch
   check_launch(cuda::launch_qk_norm(norm, stream_.get()), "norm of q and k");
 }
 
-void CudaDecoder::attention_block(int m, const CudaLayer& layer, const cuda::KvPool& kv, int kind) {
-  const AttentionKind& attention = config_.attention[static_cast<std::size_t>(kind)];
-  const CudaStep::AttentionOffsets& at = step_.offsets().attention[static_cast<std::size_t>(kind)];
+cuda::AttentionLaunch CudaDecoder::attention_launch(int layer) const {
+  const auto index = static_cast<std::size_t>(layer);
+  const CudaStep::AttentionOffsets& at = step_.offsets().attention[layer_attention_[index]];
   cuda::AttentionLaunch launch;
   launch.step.num_tasks = inputs(at.num_tasks);
   launch.step.num_combines = inputs(at.num_combines);
@@ -213,9 +229,9 @@ void CudaDecoder::attention_block(int m, const CudaLayer& layer, const cuda::KvP
       reinterpret_cast<const cuda::AttentionSequence*>(inputs(step_.offsets().sequences));
   launch.step.tables = inputs(step_.offsets().tables);
   launch.q = query_.as<void>();
-  launch.kv = kv;
+  launch.kv = kv_pool(layer);
   launch.heads = heads_;
-  launch.window = attention.window;
+  launch.window = step_.attention(layer_attention_[index]).window;
   launch.scale = config_.score_scale();
   launch.soft_cap = config_.attention_soft_cap;
   launch.partial_sums = partial_sums_.as<float>();
@@ -223,7 +239,16 @@ void CudaDecoder::attention_block(int m, const CudaLayer& layer, const cuda::KvP
   launch.out = attended_.data.as<void>();
   launch.out_chunks = attended_.chunks;
   launch.blocks = attention_blocks_;
-  check_launch(cuda::launch_attention(launch, stream_.get()), "attention");
+  return launch;
+}
+
+void CudaDecoder::attention_block(int m, int index) {
+  const CudaLayer& layer = weights_.layers[static_cast<std::size_t>(index)];
+  if (layer.kv.any_latent()) {
+    attend_to_latents(m, index);
+  } else {
+    check_launch(cuda::launch_attention(attention_launch(index), stream_.get()), "attention");
+  }
   add_to_residual(m, attended_, layer.output, layer.attention_output_norm);
 }
 
@@ -279,12 +304,9 @@ void CudaDecoder::run_layers(int m, int state_rows) {
   embed(m);
   keep_states(0, state_rows, m);
   for (int i = 0; i < config_.num_layers; ++i) {
-    const CudaLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
-    const int kind = config_.attention_of(i);
-    const cuda::KvPool kv = kv_pool(i);
-    project_qkv(m, layer, kv, kind_rope_[static_cast<std::size_t>(kind)]);
-    attention_block(m, layer, kv, kind);
-    mlp_block(m, layer);
+    project_qkv(m, i);
+    attention_block(m, i);
+    mlp_block(m, weights_.layers[static_cast<std::size_t>(i)]);
     keep_states(i + 1, state_rows, m);
   }
 }

@@ -61,12 +61,7 @@ CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
     next += (words + 3) / 4 * 4;
     return at;
   };
-  const int group = limits.heads / limits.kv_heads;
   const int tokens = padded_tokens(limits.max_tokens);
-  // A sequence's last tile may be half empty; every partial task has its own rows.
-  const std::int64_t tiles =
-      std::int64_t{limits.max_tokens} * group / kQueryRows + limits.max_sequences;
-  const std::int64_t tasks = tiles + limits.partial_rows / limits.kv_heads;
   offsets_.tokens = take(tokens);
   offsets_.positions = take(tokens);
   offsets_.slots = take(tokens);
@@ -76,7 +71,12 @@ CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
   offsets_.sampled_rows = take(tokens);
   offsets_.samples = take(std::int64_t{tokens} * kSampleWords);
   offsets_.sequences = take(std::int64_t{limits.max_sequences} * kSequenceWords);
-  for (std::size_t kind = 0; kind < limits.windows.size(); ++kind) {
+  for (const CudaAttentionKind& kind : limits.attention) {
+    // A sequence's last tile may be half empty; every partial task has its own rows.
+    const int group = limits.heads / kind.kv_heads;
+    const std::int64_t tiles =
+        std::int64_t{limits.max_tokens} * group / kQueryRows + limits.max_sequences;
+    const std::int64_t tasks = tiles + limits.partial_rows / kind.kv_heads;
     AttentionOffsets at{};
     at.num_tasks = take(1);
     at.num_combines = take(1);
@@ -118,8 +118,8 @@ std::size_t CudaStep::build(const Batch& batch, int tokens, std::byte* block) co
     std::copy_n(sequence.block_table, blocks, words + table);
     table += blocks;
   }
-  for (std::size_t kind = 0; kind < limits_.windows.size(); ++kind) {
-    plan_attention(batch, limits_.windows[kind], offsets_.attention[kind], words);
+  for (std::size_t kind = 0; kind < limits_.attention.size(); ++kind) {
+    plan_attention(batch, limits_.attention[kind], offsets_.attention[kind], words);
   }
   const bool samples = num_sampled(batch) > 0;
   return static_cast<std::size_t>(samples ? lay_out_samples(batch, tokens, table, words) : table) *
@@ -163,9 +163,9 @@ std::int64_t CudaStep::lay_out_samples(const Batch& batch, int tokens, std::int6
   return pool;
 }
 
-void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOffsets& at,
-                              std::int32_t* words) const {
-  const int group = limits_.heads / limits_.kv_heads;
+void CudaStep::plan_attention(const Batch& batch, const CudaAttentionKind& kind,
+                              const AttentionOffsets& at, std::int32_t* words) const {
+  const int group = limits_.heads / kind.kv_heads;
   auto* tasks = reinterpret_cast<AttentionTask*>(words + at.tasks);
   auto* combines = reinterpret_cast<AttentionTask*>(words + at.combines);
   int num_tiles = 0;
@@ -173,7 +173,7 @@ void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOff
     num_tiles += cuda::query_tiles(sequence.num_rows, group);
   }
   // Tiles alone keep the device busy, or splits must. The result has the same bits.
-  const bool divides = num_tiles * limits_.kv_heads < limits_.parallel_warps;
+  const bool divides = num_tiles * kind.kv_heads < limits_.parallel_warps;
   int num_tasks = 0;
   int num_combines = 0;
   int partial = 0;
@@ -181,9 +181,9 @@ void CudaStep::plan_attention(const Batch& batch, int window, const AttentionOff
     const BatchSequence& sequence = batch.sequences[i];
     for (int tile = 0; tile < cuda::query_tiles(sequence.num_rows, group); ++tile) {
       const cuda::TileSplits splits =
-          cuda::splits_of(sequence.num_rows, sequence.first_position, tile, group, window);
+          cuda::splits_of(sequence.num_rows, sequence.first_position, tile, group, kind.window);
       AttentionTask task{static_cast<int>(i), tile, splits.first, splits.count, -1};
-      const int rows = limits_.kv_heads * splits.rows;
+      const int rows = kind.kv_heads * splits.rows;
       const std::int64_t end = partial + std::int64_t{rows} * splits.count;
       if (!divides || splits.count == 1 || end > limits_.partial_rows) {
         tasks[num_tasks++] = task;

@@ -20,16 +20,22 @@ constexpr int padded_tokens(int tokens) {
 /// 8, then multiples of 8 up to 64 and of 32 up to 256; 0 beyond.
 int graph_bucket(int m);
 
+/// Attention that layers have in common: its window (0: none), and the kv heads that tasks are for.
+struct CudaAttentionKind {
+  int window = 0;
+  int kv_heads = 0;
+  bool operator==(const CudaAttentionKind&) const = default;
+};
+
 struct CudaStepLimits {
   int max_tokens = 0;     // of a batch
   int max_sequences = 0;  // likewise
   int max_model_len = 0;
   int block_size = 16;
   int heads = 0;
-  int kv_heads = 0;
-  std::vector<int> windows;  // of the kinds of attention; 0: none
-  int partial_rows = 0;      // room for states of splits
-  int parallel_warps = 0;    // that attention should have work for
+  std::vector<CudaAttentionKind> attention;
+  int partial_rows = 0;    // room for states of splits
+  int parallel_warps = 0;  // that attention should have work for
   int vocabulary = 0;
   int history_tokens = 0;  // that penalties of a step may need
 };
@@ -52,6 +58,8 @@ class CudaStep {
   explicit CudaStep(const CudaStepLimits& limits);
 
   const Offsets& offsets() const { return offsets_; }
+  int partial_rows() const { return limits_.partial_rows; }
+  const CudaAttentionKind& attention(std::size_t kind) const { return limits_.attention[kind]; }
   std::size_t capacity_bytes() const { return static_cast<std::size_t>(offsets_.end) * 4; }
 
   /// Writes `batch`, filled up to `tokens` tokens that have no slot, into `block`
@@ -67,7 +75,7 @@ class CudaStep {
   /// Describes the sampled rows; their histories begin at word `pool` and end where it returns.
   std::int64_t lay_out_samples(const Batch& batch, int tokens, std::int64_t pool,
                                std::int32_t* words) const;
-  void plan_attention(const Batch& batch, int window, const AttentionOffsets& at,
+  void plan_attention(const Batch& batch, const CudaAttentionKind& kind, const AttentionOffsets& at,
                       std::int32_t* words) const;
 
   CudaStepLimits limits_;

@@ -5,6 +5,7 @@
 
 #include "base/bf16.h"
 #include "kernels/cpu/packing.h"
+#include "kernels/cuda/latents.h"
 #include "kernels/cuda/packing.h"
 #include "model/decoder_weights.h"
 
@@ -60,6 +61,23 @@ class Uploader {
     return out;
   }
 
+  /// W^T of every head, each padded to head_columns() rows.
+  CudaMatrix transposed(const TensorView& w, int heads) {
+    const int head_dim = static_cast<int>(w.rows) / heads;
+    const auto rank = static_cast<std::size_t>(w.cols);
+    std::vector<float> row(rank), values(static_cast<std::size_t>(w.rows) * rank);
+    for (int i = 0; i < w.rows; ++i) {
+      cpu::read_row(w, i, row.data());
+      float* head = values.data() + static_cast<std::size_t>(i / head_dim * head_dim) * rank;
+      for (std::size_t j = 0; j < rank; ++j) {
+        head[j * static_cast<std::size_t>(head_dim) + static_cast<std::size_t>(i % head_dim)] =
+            row[j];
+      }
+    }
+    return matrix({values.data(), DType::kFloat32, heads * w.cols, head_dim, head_dim},
+                  cuda_head_row_map(heads, static_cast<int>(w.cols), kTileCols), kTileRows);
+  }
+
   cuda::DeviceBuffer floats(const std::vector<float>& values) {
     cuda::DeviceBuffer out(values.size() * sizeof(float));
     const std::size_t most = staging_.size() / sizeof(float);
@@ -72,8 +90,10 @@ class Uploader {
   }
 
   /// `norm`: of what it reads, whose terms are needed where V has columns of it; or null.
+  /// `absorbed_heads`: so many heads of keys are absorbed; 0: none.
   CudaLinear linear(const std::string& name, LinearRole role, int n, int k, const Norm* norm,
-                    const std::vector<std::int32_t>& row_map = {}, int row_multiple = kTileRows) {
+                    const std::vector<std::int32_t>& row_map = {}, int row_multiple = kTileRows,
+                    int absorbed_heads = 0) {
     const LinearPart part = loader_.part(name, role, n, k);
     const LinearTensors& tensors = part.tensors;
     const LinearPlacement& place = part.place;
@@ -99,13 +119,22 @@ class Uploader {
       }
       // The padding of z is written too, as products read it.
       out.v = matrix(tensors.v, out.rank, k, place.v_rows, place.v_cols, {}, kTileCols);
-      out.u = matrix(tensors.u, n, out.rank, place.u_rows, place.u_cols, map, row_multiple);
+      if (absorbed_heads > 0) {
+        out.u = transposed(
+            part_of(loader_.source().matrix(tensors.u, n, out.rank), place.u_rows, place.u_cols),
+            absorbed_heads);
+        loader_.used(tensors.u,
+                     static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(out.rank));
+      } else {
+        out.u = matrix(tensors.u, n, out.rank, place.u_rows, place.u_cols, map, row_multiple);
+      }
     } else {
       out.u = matrix(tensors.w, n, k, place.u_rows, place.u_cols, map, row_multiple,
                      part.x_col % kTileCols);
     }
     if (!tensors.bias.empty()) {
       std::vector<float> bias = loader_.bias(part, n, map);
+      if (absorbed_heads > 0) return out;
       bias.resize(std::max(bias.size(), static_cast<std::size_t>(out.u.tiles * kTileRows)));
       out.u.bias = floats(bias);
     }
@@ -149,8 +178,8 @@ class Uploader {
   cuda::PinnedBuffer staging_;
 };
 
-CudaLayer load_layer(const ModelConfig& config, const std::string& prefix, WeightLoader& loader,
-                     Uploader& uploader) {
+CudaLayer load_layer(const ModelConfig& config, const KvForms& forms, const std::string& prefix,
+                     WeightLoader& loader, Uploader& uploader) {
   const ModuleNames& names = config.names;
   const HeadShare& own = loader.share().heads;
   const int hidden = config.hidden_size;
@@ -160,10 +189,27 @@ CudaLayer load_layer(const ModelConfig& config, const std::string& prefix, Weigh
   auto norm = [&](const std::string& name) {
     return load_norm(config, prefix, name, hidden, loader);
   };
-  auto row_map = [&](Range heads) {
-    return rotates_tiles(config) ? cuda_rotary_row_map(heads.size(), config.head_dim)
-                                 : std::vector<std::int32_t>{};
+  const bool absorbs_keys = forms.k == KvForm::kAbsorbed;
+  auto head_map = [&](Range heads, int row_multiple) {
+    return cuda_head_row_map(heads.size(), config.head_dim, row_multiple);
   };
+  auto row_map = [&](Range heads, bool rotates) {
+    return rotates ? cuda_rotary_row_map(heads.size(), config.head_dim)
+                   : std::vector<std::int32_t>{};
+  };
+  // Absorbed queries are read as activations of heads, absorbed values written by pairs of tiles;
+  // keys are rebuilt with their rotation, whatever comes before it.
+  const std::vector<std::int32_t> query_rows =
+      absorbs_keys ? head_map(own.heads, kTileCols) : row_map(own.heads, rotates_tiles(config));
+  std::vector<std::int32_t> key_rows = row_map(own.kv_heads, rotates_tiles(config));
+  if (forms.k == KvForm::kRebuilt) {
+    key_rows = config.positions == PositionKind::kRotary ? row_map(own.kv_heads, true)
+                                                         : head_map(own.kv_heads, kTileRows);
+  }
+  std::vector<std::int32_t> value_rows;
+  if (forms.v != KvForm::kDense) {
+    value_rows = head_map(own.kv_heads, forms.v == KvForm::kAbsorbed ? 2 * kTileRows : kTileRows);
+  }
   auto head_norm = [&](const std::string& name, int heads, Range part) {
     return uploader.norm(load_head_norm(config, prefix, name, heads, part, loader));
   };
@@ -171,11 +217,15 @@ CudaLayer load_layer(const ModelConfig& config, const std::string& prefix, Weigh
   const Norm attention_norm = norm(names.attention_norm);
   layer.attention_norm = uploader.norm(attention_norm);
   layer.query = uploader.linear(prefix + names.query, LinearRole::kQuery, query_size, hidden,
-                                &attention_norm, row_map(own.heads));
-  layer.key = uploader.linear(prefix + names.key, LinearRole::kKey, kv_size, hidden,
-                              &attention_norm, row_map(own.kv_heads));
-  layer.value =
-      uploader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden, &attention_norm);
+                                &attention_norm, query_rows);
+  layer.key =
+      uploader.linear(prefix + names.key, LinearRole::kKey, kv_size, hidden, &attention_norm,
+                      key_rows, kTileRows, absorbs_keys ? own.kv_heads.size() : 0);
+  layer.value = uploader.linear(prefix + names.value, LinearRole::kValue, kv_size, hidden,
+                                &attention_norm, value_rows);
+  layer.kv = forms;
+  check_has_latents(layer.key, forms.k);
+  check_has_latents(layer.value, forms.v);
   if (config.qk_norm != QkNormKind::kNone) {
     layer.query_norm = head_norm(names.query_norm, config.num_heads, own.heads);
     layer.key_norm = head_norm(names.key_norm, config.num_kv_heads, own.kv_heads);
@@ -235,6 +285,16 @@ std::vector<std::int32_t> cuda_rotary_row_map(int heads, int head_dim) {
   return map;
 }
 
+std::vector<std::int32_t> cuda_head_row_map(int heads, int head_dim, int row_multiple) {
+  std::vector<std::int32_t> map;
+  for (int head = 0; head < heads; ++head) {
+    for (int row = 0; row < tiles_of(head_dim, row_multiple) * row_multiple; ++row) {
+      map.push_back(row < head_dim ? head * head_dim + row : -1);
+    }
+  }
+  return map;
+}
+
 std::vector<const CudaLinear*> CudaLayer::linears() const {
   std::vector<const CudaLinear*> all = {&query, &key, &value, &output, &up, &down, &gate};
   if (gate.name.empty()) all.pop_back();  // a plain MLP
@@ -262,8 +322,8 @@ void join_norm_terms(CudaWeights& weights, Communicator& communicator, cuda::Dev
   }
 }
 
-CudaWeights load_cuda_weights(const ModelConfig& config, WeightLoader& loader, ThreadTeam& team,
-                              cuda::DeviceStream& stream) {
+CudaWeights load_cuda_weights(const ModelConfig& config, const std::vector<KvForms>& kv_forms,
+                              WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream) {
   Uploader uploader(loader, team, stream);
   const ModuleNames& names = config.names;
   const RankShare& share = loader.share();
@@ -279,7 +339,8 @@ CudaWeights load_cuda_weights(const ModelConfig& config, WeightLoader& loader, T
   }
   for (int i = 0; i < config.num_layers; ++i) {
     const std::string prefix = names.layers + "." + std::to_string(i) + ".";
-    weights.layers.push_back(load_layer(config, prefix, loader, uploader));
+    const KvForms forms = kv_forms.empty() ? KvForms{} : kv_forms[static_cast<std::size_t>(i)];
+    weights.layers.push_back(load_layer(config, forms, prefix, loader, uploader));
   }
   weights.final_norm =
       uploader.norm(load_norm(config, "", names.final_norm, config.hidden_size, loader));

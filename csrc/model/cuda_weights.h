@@ -11,6 +11,7 @@
 #include "model/loader.h"
 #include "model/model_config.h"
 #include "ops/norm.h"
+#include "plan/kv_forms.h"
 
 namespace deinfer {
 
@@ -30,7 +31,10 @@ struct CudaMatrix {
 struct CudaLinear {
   std::string name;
   CudaMatrix v;  // [r, k]; empty when dense, or when this rank has no row of it
-  CudaMatrix u;  // [n, r], or W[n, k]
+  // [n, r], or W[n, k]. Of latent values, and of latent keys, heads begin with a tile each; of
+  // absorbed keys it is U^T[r, head_dim] of every kv head, r padded to head_columns(), and there is
+  // no bias: it adds the same to all scores of a query.
+  CudaMatrix u;
   int rank = 0;  // of the whole linear; 0: dense
   std::array<LinearExchanges, kNumStepKinds> exchanges;
   std::vector<Range> v_shares;   // as LowRankLinear
@@ -63,6 +67,7 @@ struct CudaLayer {
   CudaNorm query_norm, key_norm;
   CudaLinear query, key, value, output;
   CudaLinear gate, up, down;  // gate is empty in a plain MLP
+  KvForms kv;                 // what the KV cache keeps
 
   std::vector<const CudaLinear*> linears() const;
 };
@@ -79,10 +84,10 @@ struct CudaWeights {
   std::size_t bytes() const;
 };
 
-/// Loads the weights of `config` that are the loader's rank's. Throws as WeightLoader does, and
-/// kOutOfMemory.
-CudaWeights load_cuda_weights(const ModelConfig& config, WeightLoader& loader, ThreadTeam& team,
-                              cuda::DeviceStream& stream);
+/// Loads the weights of `config` that are the loader's rank's; kv_forms as load_decoder(), none of
+/// them token-sharded. Throws as WeightLoader does, and kOutOfMemory.
+CudaWeights load_cuda_weights(const ModelConfig& config, const std::vector<KvForms>& kv_forms,
+                              WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream);
 
 /// Computes CudaLinear::gain_terms where the plan divides what linears read by columns. All ranks
 /// must call it, once all have loaded their weights.
@@ -90,5 +95,7 @@ void join_norm_terms(CudaWeights& weights, Communicator& communicator, cuda::Dev
 
 /// Element j and its partner j + head_dim / 2 of a head in rows i and i + 8 of a tile; -1: padding.
 std::vector<std::int32_t> cuda_rotary_row_map(int heads, int head_dim);
+/// Rows of every head in order, padded to a multiple of `row_multiple`.
+std::vector<std::int32_t> cuda_head_row_map(int heads, int head_dim, int row_multiple);
 
 }  // namespace deinfer

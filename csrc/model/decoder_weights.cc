@@ -81,16 +81,8 @@ DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
 /// What the keys and values of a layer need for the forms in which they are kept.
 void set_kv_forms(const ModelConfig& config, const KvForms& forms, WeightLoader& loader,
                   DecoderLayer& layer) {
-  auto check = [](KvForm form, const LowRankLinear& linear) {
-    if (form == KvForm::kDense) return;
-    bool whole = linear.is_low_rank();
-    for (const LinearExchanges& exchanges : linear.exchanges) {
-      whole &= exchanges.after_u == Exchange::kNone;
-    }
-    if (!whole) fail(ErrorCode::kInternal, linear.name, " has no latents to be cached");
-  };
-  check(forms.k, layer.key);
-  check(forms.v, layer.value);
+  check_has_latents(layer.key, forms.k);
+  check_has_latents(layer.value, forms.v);
   layer.kv = forms;
   if (forms.k != KvForm::kAbsorbed) return;
   layer.absorbed_key =

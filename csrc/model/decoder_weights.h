@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "base/check.h"
 #include "comm/communicator.h"
 #include "model/loader.h"
 #include "model/model_config.h"
@@ -45,6 +46,17 @@ struct DecoderWeights {
 
 /// Whether q and k are rotated where they are computed: nothing comes between product and rotation.
 bool rotates_tiles(const ModelConfig& config);
+
+/// Throws kInternal where a rank keeps latents of a linear of which it has none, or not all.
+template <typename Linear>
+void check_has_latents(const Linear& linear, KvForm form) {
+  if (form == KvForm::kDense) return;
+  bool whole = linear.is_low_rank();
+  for (const LinearExchanges& exchanges : linear.exchanges) {
+    whole &= exchanges.after_u == Exchange::kNone;
+  }
+  if (!whole) fail(ErrorCode::kInternal, linear.name, " has no latents to be cached");
+}
 
 /// The norm called `prefix` + `name` of n numbers; none where `name` is empty.
 Norm load_norm(const ModelConfig& config, const std::string& prefix, const std::string& name, int n,

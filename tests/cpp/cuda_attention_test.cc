@@ -35,8 +35,7 @@ class CudaAttention : public test::CudaTest {
     limits.max_model_len = 2048;
     limits.block_size = kBlockSize;
     limits.heads = work.heads;
-    limits.kv_heads = work.kv_heads;
-    limits.windows = {work.window};
+    limits.attention = {{work.window, work.kv_heads}};
     limits.partial_rows = 256;
     limits.parallel_warps = warps;
     CudaStep step(limits);

@@ -188,6 +188,76 @@ TEST_F(CudaLinear, GatesOneProductByAnother) {
   }
 }
 
+/// Every head has its own columns of x, heads of a group have the same W; results with the padding
+/// of heads' rows, and without it.
+TEST_F(CudaLinear, HeadsHaveTheirOwnProducts) {
+  const int heads = 6, group = 3, head_rows = 20, k = 40, head_tiles = 4, chunks = 2;
+  const int padded = head_tiles * 16;
+  for (int m : {3, 70}) {
+    Case w(m, heads / group * padded, k), all(m, padded, heads * chunks * kTileCols);
+    for (int row = 0; row < w.n; ++row) {  // padding
+      if (row % padded < head_rows) continue;
+      w.bias[static_cast<std::size_t>(row)] = 0.0f;
+      std::fill_n(w.w.begin() + row * k, k, bf16{});
+    }
+    LinearLaunch launch;
+    launch.m = m;
+    launch.num_segments = 1;
+    launch.kv.head_dim = head_rows;
+    cuda::LinearSegment& segment = launch.segments[0];
+    segment.first = factor(w);
+    segment.first.x = keep(activations(all.x, m, all.k, heads * chunks));
+    segment.first.x_chunks = heads * chunks;
+    segment.head_tiles = head_tiles;
+    segment.group = group;
+    segment.tiles = heads * head_tiles;
+    segment.n = heads * padded;
+    segment.ld = segment.n;
+    auto exact = [&](int token, int head, int row) {
+      const int from = head / group * padded + row;
+      double sum = w.bias[static_cast<std::size_t>(from)];
+      for (int j = 0; j < k; ++j) {
+        sum += test::wide(w.w[static_cast<std::size_t>(from * k + j)]) *
+               test::wide(
+                   all.x[static_cast<std::size_t>(token * all.k + head * chunks * kTileCols + j)]);
+      }
+      return sum;
+    };
+    auto expect = [&](bf16 got, double expected) {
+      EXPECT_NEAR(test::wide(got), expected, 4e-3 * std::abs(expected) + 1e-4);
+    };
+    segment.epilogue = LinearEpilogue::kHeads;
+    segment.out_chunks = tiles_of(heads * head_rows, kTileCols);
+    DeviceBuffer y = on_device(
+        std::vector<bf16>(static_cast<std::size_t>(128 * segment.out_chunks * kTileCols), bf16{}));
+    segment.out = y.as<void>();
+    cuda::check_launch(cuda::launch_linear(launch, stream_->get()), "linear");
+    const std::vector<bf16> tiled = on_host<bf16>(y);
+    segment.epilogue = LinearEpilogue::kActivation;
+    segment.out_chunks = 0;
+    segment.first.bias = nullptr;
+    DeviceBuffer rows =
+        on_device(std::vector<bf16>(static_cast<std::size_t>(m * segment.n), to_bf16(kNan)));
+    segment.out = rows.as<void>();
+    cuda::check_launch(cuda::launch_linear(launch, stream_->get()), "linear");
+    const std::vector<bf16> plain = on_host<bf16>(rows);
+    for (int i = 0; i < m; ++i) {
+      for (int head = 0; head < heads; ++head) {
+        for (int row = 0; row < padded; ++row) {
+          const double expected = exact(i, head, row);
+          const double bias = w.bias[static_cast<std::size_t>(head / group * padded + row)];
+          expect(plain[static_cast<std::size_t>(i * segment.n + head * padded + row)],
+                 expected - bias);
+          if (row >= head_rows) continue;
+          expect(tiled[static_cast<std::size_t>(cuda::activation_offset(
+                     i, head * head_rows + row, tiles_of(heads * head_rows, kTileCols)))],
+                 expected);
+        }
+      }
+    }
+  }
+}
+
 /// q, k and v of several heads: rotated or not.
 class CudaQkv : public CudaLinear, public testing::WithParamInterface<int> {};
 

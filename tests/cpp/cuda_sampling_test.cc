@@ -73,7 +73,7 @@ class CudaSamplingTest : public test::CudaTest {
     limits.max_tokens = 64;
     limits.max_sequences = 1;
     limits.max_model_len = 16;
-    limits.heads = limits.kv_heads = 1;
+    limits.heads = 1;
     limits.vocabulary = vocab;
     limits.history_tokens = 1 << 16;
     const CudaStep step(limits);

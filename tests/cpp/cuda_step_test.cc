@@ -17,8 +17,7 @@ CudaStepLimits limits() {
   limits.max_model_len = 1000;
   limits.block_size = 16;
   limits.heads = 8;
-  limits.kv_heads = 2;
-  limits.windows = {0, 64};
+  limits.attention = {{0, 2}, {64, 2}};
   limits.partial_rows = 1000;
   limits.parallel_warps = 1000;
   limits.vocabulary = 100;

@@ -57,7 +57,8 @@ struct DEINFER_API EngineConfig {
                                     // "token_sharded": every rank keeps those of its share of the
                                     // tokens, so that the capacity grows with the ranks, and has q,
                                     // k and v of all heads; block_size is then rounded up to a
-                                    // multiple of 16 x ranks; "auto": what promises more throughput
+                                    // multiple of 16 x ranks; "auto": what promises more
+                                    // throughput; CUDA devices have replicated ones only
   std::string scheduling_policy = "fcfs";  // "fcfs", "hrrn", "length_bucket", "longest_tail",
                                            // "sjf", "static", "static_bucket"
   std::string admission = "peak";  // what a waiting sequence must find room for: "peak" of the

@@ -45,6 +45,7 @@ enum class LinearEpilogue {
   kKey,          // K of the tokens' slots
   kRotaryKey,    // likewise, rotated
   kValue,        // V of the tokens' slots
+  kHeads,        // out = y of heads, without the padding of their rows, as kActivation does
 };
 
 /// A product x[m, k] W[n, k]^T.
@@ -69,6 +70,10 @@ struct LinearSegment {
   int out_rows = 1 << 30;
   std::int64_t ld = 0;
   float soft_cap = 0.0f;
+  // Where not 0: rows are of heads of so many tiles (an even number); each head has its own
+  // `chunks` tiles of columns of x, and the heads of a group have the same W.
+  int head_tiles = 0;
+  int group = 1;
 };
 
 /// Linears of the same m tokens that run side by side.
@@ -182,6 +187,10 @@ struct QkNormLaunch {
   void* out = nullptr;  // [m, heads, head_width]
   KvPool kv;
   const int* slots = nullptr;  // [m]
+  // Where keys are latents, k is null; or, where all_heads, k[m, key_cols] of which 1 / rms is
+  // wanted for the tokens' slots.
+  float* key_scales = nullptr;
+  int key_cols = 0;
 };
 int launch_qk_norm(const QkNormLaunch& args, Stream stream);
 
@@ -382,6 +391,7 @@ int launch_sample(const SampleLaunch& args, Stream stream);
 // where a kernel of another stream waits for that very launch. These load a file's kernels now.
 int load_attention_kernels();
 int load_exchange_kernels();
+int load_latent_kernels();
 int load_linear_kernels();
 int load_row_kernels();
 int load_sampling_kernels();

@@ -71,6 +71,13 @@ __device__ __forceinline__ void store_activation(const LinearSegment& segment, i
              value);
 }
 
+/// The tile of W that makes a tile of rows.
+__device__ __forceinline__ int weight_tile(const LinearSegment& segment, int tile) {
+  if (segment.head_tiles == 0) return tile;
+  const int head = tile / segment.head_tiles;
+  return head / segment.group * segment.head_tiles + tile % segment.head_tiles;
+}
+
 /// Rows 16 tile + pair and 8 rows further of y, for one token.
 __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSegment& segment,
                                        int tile, int pair, int token, Pair y) {
@@ -87,6 +94,15 @@ __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSeg
       store_activation(segment, token, row, y.low);
       store_activation(segment, token, row + 8, y.high);
       break;
+    case LinearEpilogue::kHeads: {
+      y = with_bias(segment.first, weight_tile(segment, tile) * kTileRows + pair, y);
+      const int head_dim = args.kv.head_dim;
+      const int col = tile / segment.head_tiles * head_dim;
+      const int d = tile % segment.head_tiles * kTileRows + pair;
+      if (d < head_dim) store_activation(segment, token, col + d, y.low);
+      if (d + 8 < head_dim) store_activation(segment, token, col + d + 8, y.high);
+      break;
+    }
     case LinearEpilogue::kAdd:
     case LinearEpilogue::kFloat: {
       y = with_bias(segment.first, row, y);
@@ -173,15 +189,19 @@ __device__ __forceinline__ void multiply(const LinearFactor& factor, const uint4
   for (; chunk < end; ++chunk) multiply_tiles<1>(w, x, x_stride, chunk, acc);
 }
 
-__device__ __forceinline__ const uint4* lane_weights(const LinearFactor& factor, int tile) {
-  return static_cast<const uint4*>(factor.w) + std::int64_t{tile} * factor.chunks * (2 * kWarp) +
-         lane_id();
+__device__ __forceinline__ const uint4* lane_weights(const LinearSegment& segment,
+                                                     const LinearFactor& factor, int tile) {
+  return static_cast<const uint4*>(factor.w) +
+         std::int64_t{weight_tile(segment, tile)} * factor.chunks * (2 * kWarp) + lane_id();
 }
 
-__device__ __forceinline__ const uint4* lane_activations(const LinearFactor& factor,
+/// What the rows of `tile` read of a tile of tokens.
+__device__ __forceinline__ const uint4* lane_activations(const LinearSegment& segment,
+                                                         const LinearFactor& factor, int tile,
                                                          int token_tile) {
-  return static_cast<const uint4*>(factor.x) + std::int64_t{token_tile} * factor.x_chunks * kWarp +
-         lane_id();
+  const int head = segment.head_tiles == 0 ? 0 : tile / segment.head_tiles;
+  return static_cast<const uint4*>(factor.x) +
+         (std::int64_t{token_tile} * factor.x_chunks + head * factor.chunks) * kWarp + lane_id();
 }
 
 __device__ __forceinline__ bool is_gated(const LinearSegment& segment) {
@@ -208,8 +228,9 @@ __global__ void __launch_bounds__(kThreads) linear_few_kernel(const LinearLaunch
     const int length = tiles_of(factor.chunks, kSlices);
     const int begin = slice * length;
     const int end = begin + length < factor.chunks ? begin + length : factor.chunks;
-    const uint4* const w[1] = {lane_weights(factor, tile)};
-    multiply<kTokens <= 4 ? 4 : 2>(factor, w, lane_activations(factor, 0), begin, end, acc);
+    const uint4* const w[1] = {lane_weights(segment, factor, tile)};
+    const uint4* x = lane_activations(segment, factor, tile, 0);
+    multiply<kTokens <= 4 ? 4 : 2>(factor, w, x, begin, end, acc);
     __syncthreads();  // the sums before have been read
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
@@ -278,9 +299,9 @@ __global__ void __launch_bounds__(kThreads) linear_many_kernel(const LinearLaunc
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int last = segment.tiles - 1;
-      w[i] = lane_weights(factor, tile + i < last ? tile + i : last);
+      w[i] = lane_weights(segment, factor, tile + i < last ? tile + i : last);
     }
-    const uint4* x = lane_activations(factor, token_tile);
+    const uint4* x = lane_activations(segment, factor, tile, token_tile);
     const int length = tiles_of(factor.chunks, kSlices);
     for (int begin = 0; begin < factor.chunks; begin += length) {
       Sums acc = {};

@@ -81,8 +81,11 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
   const int half = args.rotation.half;
   for (int side = 0; side < 2; ++side) {
     const bool keys = side == 1;
+    if (keys && args.k == nullptr) break;
+    const bool only_scale = keys && args.key_scales != nullptr;
     const int heads = keys ? kv.kv_heads : args.heads;
-    const float* x = (keys ? args.k : args.q) + std::int64_t{token} * heads * kv.head_dim;
+    const int n = only_scale ? args.key_cols : heads * kv.head_dim;
+    const float* x = (keys ? args.k : args.q) + std::int64_t{token} * n;
     const float* gain = keys ? args.key_gain : args.query_gain;
     const float eps = keys ? args.key_eps : args.query_eps;
     float scale = 1.0f;
@@ -91,12 +94,16 @@ __global__ void __launch_bounds__(kThreads) qk_norm_kernel(const QkNormLaunch ar
       const float sum = args.squares[2 * token + side];
       scale = 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
     } else if (args.all_heads) {
-      const int n = heads * kv.head_dim;
       float sum = 0.0f;
       for (int j = static_cast<int>(threadIdx.x); j < n; j += kThreads) sum += x[j] * x[j];
-      scale = 1.0f / sqrtf(block_sum<kThreads>(sum) / static_cast<float>(n) + eps);
+      const auto width = static_cast<float>(heads * kv.head_dim);  // n may have padding
+      scale = 1.0f / sqrtf(block_sum<kThreads>(sum) / width + eps);
     }
     const int slot = args.slots[token];
+    if (only_scale) {
+      if (threadIdx.x == 0 && slot >= 0) args.key_scales[slot] = scale;
+      break;
+    }
     for (int head = warp_id(); head < heads; head += kThreads / kWarp) {
       const float* row = x + head * kv.head_dim;
       const float* weights = args.all_heads ? gain + head * kv.head_dim : gain;

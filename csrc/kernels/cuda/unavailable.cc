@@ -3,6 +3,7 @@
 #include "base/check.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/exchange.h"
+#include "kernels/cuda/latents.h"
 #include "kernels/cuda/runtime.h"
 
 namespace deinfer::cuda {
@@ -50,12 +51,15 @@ int launch_kv_write(const KvWriteLaunch&, Stream) { unavailable(); }
 int launch_pad_heads(const PadHeadsLaunch&, Stream) { unavailable(); }
 int launch_attention_plan(const AttentionPlanLaunch&, Stream) { unavailable(); }
 int launch_attention(const AttentionLaunch&, Stream) { unavailable(); }
+int launch_latent_attention(const LatentAttentionLaunch&, Stream) { unavailable(); }
+int launch_latent_write(const LatentWriteLaunch&, Stream) { unavailable(); }
 int launch_sample(const SampleLaunch&, Stream) { unavailable(); }
 int launch_activate(const ActivateLaunch&, Stream) { unavailable(); }
 int launch_argmax(const ArgmaxLaunch&, Stream) { unavailable(); }
 
 int load_attention_kernels() { unavailable(); }
 int load_exchange_kernels() { unavailable(); }
+int load_latent_kernels() { unavailable(); }
 int load_linear_kernels() { unavailable(); }
 int load_row_kernels() { unavailable(); }
 int load_sampling_kernels() { unavailable(); }

@@ -1,0 +1,264 @@
+// CUDA engines that cache latents, against CPU engines that do and CUDA engines with a dense cache.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda_engine_fixture.h"
+#include "cuda_fixture.h"
+#include "expect_error.h"
+#include "tiny_kinds.h"
+
+namespace deinfer {
+namespace {
+
+using test::Answer;
+using test::generate;
+using test::greedy;
+using test::Kind;
+using test::Request;
+using test::root_mean_square;
+
+class CudaLatentKv : public test::CudaDeviceTest {};
+
+EngineConfig config_for(const test::TinyModel& model, const std::string& device,
+                        const std::string& kv_cache = "latent") {
+  EngineConfig config = test::config_for(model, device);
+  config.kv_cache = kv_cache;
+  config.hidden_state_layers.clear();
+  return config;
+}
+
+test::TinyConfig base_config() {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  config.all_low_rank = true;
+  return config;
+}
+
+/// Every way in which K and V come from latents.
+std::vector<Kind> kinds() {
+  std::vector<Kind> all;
+  auto add = [&](const std::string& name, auto change) {
+    test::TinyConfig config = base_config();
+    change(config);
+    all.push_back({name, config});
+  };
+  add("llama_gqa", [](auto& c) { c.biases = true; });
+  add("llama_mha", [](auto& c) { c.kv_heads = 6, c.k_rank = 33, c.v_rank = 17; });
+  add("rank_1", [](auto& c) { c.k_rank = c.v_rank = 1; });
+  add("full_rank", [](auto& c) { c.kv_heads = 6, c.k_rank = c.v_rank = 48; });
+  add("odd_heads", [](auto& c) { c.heads = 4, c.head_dim = 12; });
+  add("mixed_layers", [](auto& c) { c.dense_key_layer = 0, c.dense_value_layer = 1; });
+  add("values_rebuilt", [](auto& c) { c.heads = 16, c.head_dim = 4, c.kv_heads = 1; });
+  add("mistral", [](auto& c) { c.family = "mistral", c.window = 11; });
+  add("qwen3", [](auto& c) { c.family = "qwen3"; });
+  add("olmo2", [](auto& c) { c.family = "olmo2"; });
+  add("gemma2", [](auto& c) { c.family = "gemma2", c.window = 9; });
+  add("gemma3", [](auto& c) { c.family = "gemma3_text", c.window = 30, c.k_rank = 6; });
+  add("opt", [](auto& c) { c.family = "opt"; });
+  add("opt_mixed", [](auto& c) {
+    c.family = "opt", c.layers = 3, c.dense_key_layer = 1, c.dense_value_layer = 2, c.k_rank = 48;
+  });
+  return all;
+}
+
+bool is_one_of(const Kind& kind, std::initializer_list<const char*> names) {
+  return std::find(names.begin(), names.end(), kind.name) != names.end();
+}
+
+/// A prompt whose logits are wanted, and greedy ones.
+std::vector<Request> requests_of(int length) {
+  std::vector<Request> requests = {greedy(length, 1, 1), greedy(5, 2, 3), greedy(12, 3, 3)};
+  requests[0].params.prompt_logits = true;
+  return requests;
+}
+
+/// Logits and decoded tokens of fp32 on the CPU, with K and V, and how far bf16 with latents is.
+class Comparison {
+ public:
+  Comparison(const test::TinyModel& model, int length) : requests_(requests_of(length)) {
+    EngineConfig config = config_for(model, "cpu");
+    Engine rounded(config);
+    rounded_ = generate(rounded, {requests_[0]})[0].prompt_logits;
+    config.kv_cache = "dense";
+    config.dtype = "float32";
+    exact_.emplace(config);
+    logits_ = generate(*exact_, {requests_[0]})[0].prompt_logits;
+  }
+
+  /// Prefill: not much farther from fp32 than the CPU's bf16. Decode: tokens that are the most
+  /// likely ones, or nearly.
+  void check(Engine& engine, double factor) {
+    const std::vector<Answer> got = generate(engine, requests_);
+    ASSERT_EQ(got[0].prompt_logits.size(), logits_.size());
+    const double cpu = root_mean_square(rounded_, logits_);
+    EXPECT_LE(root_mean_square(got[0].prompt_logits, logits_), factor * cpu + 1e-3)
+        << "farther from fp32 than the CPU's bf16";
+    for (std::size_t i = 1; i < requests_.size(); ++i) {
+      Request all = requests_[i];
+      all.prompt.insert(all.prompt.end(), got[i].tokens.begin(), got[i].tokens.end());
+      all.params.max_tokens = 1;
+      all.params.prompt_logits = true;
+      const std::vector<float> logits = generate(*exact_, {all})[0].prompt_logits;
+      for (std::size_t t = 0; t < got[i].tokens.size(); ++t) {
+        const float* row = logits.data() + (requests_[i].prompt.size() - 1 + t) * 97;
+        EXPECT_GE(row[got[i].tokens[t]], *std::max_element(row, row + 97) - 6 * cpu - 0.02)
+            << "token " << t;
+      }
+    }
+  }
+
+ private:
+  std::vector<Request> requests_;
+  std::optional<Engine> exact_;
+  std::vector<float> logits_, rounded_;
+};
+
+TEST_F(CudaLatentKv, ComputesTheLogitsOfTheCpuEngine) {
+  for (const Kind& kind : kinds()) {
+    SCOPED_TRACE(kind.name);
+    test::TinyModel model(kind.config);
+    // Beyond one split where there is one kind of attention.
+    Comparison comparison(model, is_one_of(kind, {"llama_gqa", "opt"}) ? 150 : 40);
+    Engine engine(config_for(model, "cuda"));
+    comparison.check(engine, 1.5);
+  }
+}
+
+TEST_F(CudaLatentKv, RebuiltSidesHaveTheBitsOfADenseCache) {
+  for (const Kind& kind : kinds()) {
+    if (!is_one_of(kind, {"values_rebuilt"})) continue;
+    test::TinyModel model(kind.config);
+    std::vector<Request> requests = requests_of(40);
+    for (Request& request : requests) request.params.logprobs = 1;
+    Engine latent(config_for(model, "cuda")), dense(config_for(model, "cuda", "dense"));
+    for (const KvLayerInfo& layer : latent.model_info().kv_layers) {
+      EXPECT_EQ(layer.k + " " + layer.v, "rebuilt rebuilt");
+    }
+    EXPECT_EQ(generate(latent, requests), generate(dense, requests));
+  }
+}
+
+TEST_F(CudaLatentKv, ATokenHasTheSameBitsInAnyBatch) {
+  for (const Kind& kind : kinds()) {
+    if (!is_one_of(kind, {"llama_mha", "olmo2", "opt", "mistral"})) continue;
+    SCOPED_TRACE(kind.name);
+    test::TinyModel model(kind.config);
+    std::vector<Request> requests;
+    for (int i = 0; i < 5; ++i) {
+      Request request = greedy(i == 4 ? 140 : 2 + 11 * i % 40, i, 4 + i % 3);
+      request.params.logprobs = 1;
+      requests.push_back(request);
+    }
+    EngineConfig config = config_for(model, "cuda");
+    Engine together(config), alone(config);
+    const std::vector<Answer> all = generate(together, requests, true);
+    EXPECT_EQ(generate(alone, requests, false), all);
+    EXPECT_EQ(generate(alone, requests, false), all) << "prefixes that are cached, graphs";
+    config.enable_prefix_caching = false;
+    config.max_num_batched_tokens = 32;
+    config.num_kv_blocks = 11;
+    config.admission = "prompt";
+    config.max_pause = 0;
+    config.kv_watermark = 0.0;
+    Engine crowded(config);
+    EXPECT_EQ(generate(crowded, requests, true), all) << "other chunks, preemptions";
+    EXPECT_GT(crowded.stats().num_preemptions, 0);
+  }
+}
+
+TEST_F(CudaLatentKv, SeveralRanksComputeWhatOneDoes) {
+  const char* const plans[] = {"hidden_sharded", "rank_gather", "two_collective", "token_sharded"};
+  int turn = 0;
+  for (const Kind& kind : kinds()) {
+    if (!is_one_of(kind, {"llama_gqa", "llama_mha", "mixed_layers", "olmo2", "opt", "gemma3"})) {
+      continue;
+    }
+    test::TinyModel model(kind.config);
+    Comparison comparison(model, 21);
+    for (const int ranks : {2, 3}) {
+      EngineConfig config = config_for(model, "cuda");
+      config.tensor_parallel_size = ranks;
+      config.tensor_parallel_plan = plans[turn++ % 4];
+      SCOPED_TRACE(kind.name + ", " + config.tensor_parallel_plan);
+      Engine engine(config);
+      comparison.check(engine, 2.0);
+    }
+  }
+}
+
+TEST_F(CudaLatentKv, RanksHaveTheSameBitsInEveryWay) {
+  test::TinyConfig tiny = base_config();
+  tiny.family = "olmo2";
+  test::TinyModel model(tiny);
+  std::vector<Request> requests;
+  for (int i = 0; i < 3; ++i) {
+    requests.push_back(greedy(3 + 13 * i % 31, i, 3 + i % 2));
+    requests.back().params.logprobs = 1;
+  }
+  EngineConfig config = config_for(model, "cuda");
+  config.tensor_parallel_size = 3;
+  Engine together(config);
+  const std::vector<Answer> all = generate(together, requests);
+  config.enable_prefix_caching = false;
+  config.max_num_batched_tokens = 24;
+  config.num_kv_blocks = 6;
+  Engine crowded(config);
+  EXPECT_EQ(generate(crowded, requests, false), all);
+}
+
+TEST_F(CudaLatentKv, SaysWhatItKeeps) {
+  test::TinyConfig tiny = base_config();
+  tiny.dense_value_layer = 1;
+  test::TinyModel model(tiny);
+  Engine latent(config_for(model, "cuda")), dense(config_for(model, "cuda", "dense"));
+  const ModelInfo& info = latent.model_info();
+  // Heads of 8 elements take 64, ranks multiples of 8.
+  const std::uint64_t side = 2 * 64 * 2;
+  ASSERT_EQ(info.kv_layers.size(), 2u);
+  EXPECT_EQ(info.kv_layers[0].k + " " + info.kv_layers[0].v, "rebuilt absorbed");
+  EXPECT_EQ(info.kv_layers[0].k_bytes, 8u * 2);
+  EXPECT_EQ(info.kv_layers[0].v_bytes, 24u * 2);
+  EXPECT_EQ(info.kv_layers[1].k + " " + info.kv_layers[1].v, "rebuilt dense");
+  EXPECT_EQ(info.kv_layers[1].v_bytes, side);
+  EXPECT_EQ(info.kv_bytes_per_token, 2 * 16 + 48 + side);
+  EXPECT_EQ(info.dense_kv_bytes_per_token, 4 * side);
+  EXPECT_EQ(dense.model_info().kv_bytes_per_token, 4 * side);
+  EXPECT_EQ(info.kv_cache_bytes, info.kv_bytes_per_token * 64 * 16);
+}
+
+TEST_F(CudaLatentKv, AutoChoosesWhatPays) {
+  test::TinyConfig tiny = base_config();
+  tiny.family = "opt";
+  tiny.k_rank = tiny.v_rank = 4;
+  test::TinyModel model(tiny);
+  for (const int ranks : {1, 2}) {
+    EngineConfig config = config_for(model, "cuda", "auto");
+    config.tensor_parallel_size = ranks;
+    config.num_kv_blocks = 0;
+    config.kv_cache_bytes = std::size_t{256} << 10;
+    config.max_num_seqs = 64;
+    Engine engine(config);
+    const ModelInfo& info = engine.model_info();
+    EXPECT_LT(info.kv_bytes_per_token, info.dense_kv_bytes_per_token) << info.kv_reason;
+    for (const KvLayerInfo& layer : info.kv_layers) EXPECT_EQ(layer.ranks, 1);
+    EXPECT_EQ(generate(engine, {greedy(9, 1, 3)})[0].tokens.size(), 3u);
+  }
+}
+
+TEST_F(CudaLatentKv, RefusesWhatItCannotDo) {
+  test::TinyModel model(base_config());
+  EngineConfig config = config_for(model, "cuda");
+  config.tensor_parallel_size = 2;
+  config.kv_latents = "token_sharded";
+  test::expect_error(ErrorCode::kUnsupported, "kv_latents=\"token_sharded\": on CUDA devices",
+                     [&] { Engine engine(config); });
+  config.kv_latents = "auto";
+  config.tensor_parallel_plan = "naive";
+  test::expect_error(ErrorCode::kInvalidArgument, "under the plan naive",
+                     [&] { Engine engine(config); });
+}
+
+}  // namespace
+}  // namespace deinfer
