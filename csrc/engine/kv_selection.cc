@@ -8,7 +8,6 @@
 #include "engine/cuda_worker.h"
 #include "engine/device.h"
 #include "kernels/cuda/runtime.h"
-#include "model/loader.h"
 #include "model/planned_model.h"
 
 namespace deinfer {
@@ -60,10 +59,7 @@ KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
     }
     latents = "replicated";
   }
-  const DType dtype = on_cuda
-                          ? DType::kBFloat16
-                          : resolve_dtype(config.dtype, open_weights(config.model, model), model);
-  const PlannedModel planned = planned_model(model, 0.0, dtype_name(dtype));
+  const PlannedModel planned = planned_model(model, 0.0, dtype_name(weight_type(config, model)));
   const TensorParallelPlan& plan = *plans[0];
   Machine machine;
   const bool compares = config.tensor_parallel_size > 1 && latents == "auto";

@@ -22,11 +22,6 @@ bool predicts_chunks(const EngineConfig& config) {
   return config.exchange_chunks == 0 && !config.emulated_link.empty();
 }
 
-DType weight_type(const EngineConfig& config, const ModelConfig& model) {
-  if (choose_device(config.device).is_cuda) return DType::kBFloat16;
-  return resolve_dtype(config.dtype, open_weights(config.model, model), model);
-}
-
 PlanReport predict(const EngineConfig& config, const ModelConfig& model, int threads) {
   const Machine machine = measure_machine(config, model, threads);
   PlannerOptions options;
@@ -54,6 +49,11 @@ ExchangeChunks predicted_chunks(const PlanReport& report, std::string_view plan,
 }
 
 }  // namespace
+
+DType weight_type(const EngineConfig& config, const ModelConfig& model) {
+  if (choose_device(config.device).is_cuda) return DType::kBFloat16;
+  return resolve_dtype(config.dtype, open_weights(config.model, model), model);
+}
 
 Machine measure_machine(const EngineConfig& config, const ModelConfig& model, int threads) {
   const int size = config.tensor_parallel_size;

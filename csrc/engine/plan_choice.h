@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "deinfer/engine.h"
+#include "deinfer/tensor.h"
 #include "model/model_config.h"
 #include "plan/cost_model.h"
 #include "plan/rank_share.h"
@@ -21,6 +22,9 @@ struct Machine {
   Hardware hardware;
   LinkModel link;  // between ranks
 };
+
+/// The type of the weights, which a device may decide. Throws as resolve_dtype().
+DType weight_type(const EngineConfig& config, const ModelConfig& model);
 
 /// This machine, measured in some tenths of a second, and the link that is emulated, or also
 /// measured. `threads` per rank.

@@ -14,6 +14,7 @@ using cuda::tiles_of;
 constexpr std::size_t kPartialBytes = std::size_t{32} << 20;  // for states of splits
 constexpr int kWarpsPerMultiprocessor = 8;  // that attention wants to have work for
 constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kLatentBlocksPerMultiprocessor = 2;
 
 /// Where nothing of a layer's sides differs between heads, all heads share the loads of a latent.
 CudaAttentionKind attention_kind(const ModelConfig& config, const RankShare& share,
@@ -81,6 +82,7 @@ CudaDecoder::CudaDecoder(const ModelConfig& config, const RankShare& share, Cuda
       limits_(limits),
       block_size_(block_size),
       attention_blocks_(multiprocessors * kBlocksPerMultiprocessor),
+      latent_blocks_(multiprocessors * kLatentBlocksPerMultiprocessor),
       communicator_(communicator),
       stream_(stream),
       heads_(share.heads.heads.size()),

@@ -193,7 +193,7 @@ class CudaDecoder {
   CudaWeights weights_;
   BatchLimits limits_;
   int block_size_;
-  int attention_blocks_;
+  int attention_blocks_, latent_blocks_;
   P2pCommunicator* communicator_;
   cuda::DeviceStream& stream_;
   int heads_, kv_heads_;  // of this rank
@@ -220,7 +220,7 @@ class CudaDecoder {
   // Of latents: queries by heads and U^T of them, [max_tokens, heads, r]; sums of p z by heads; the
   // angles of all positions, of ropes_, where keys are rebuilt.
   Activations head_queries_;
-  cuda::DeviceBuffer absorbed_query_;
+  cuda::DeviceBuffer absorbed_query_, latent_totals_;
   Activations latent_outputs_;
   std::vector<Angles> all_angles_;
   cuda::DeviceBuffer partial_sums_, partial_stats_;

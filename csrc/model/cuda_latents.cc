@@ -31,6 +31,7 @@ LinearLaunch head_products(int m, int heads, int kv_heads, const CudaMatrix& mat
   LinearSegment& segment = launch.segments[0];
   segment.first = {matrix.data.as<void>(), x, matrix.chunks(), heads * matrix.chunks(),
                    matrix.bias.as<float>()};
+  segment.epilogue = cuda::LinearEpilogue::kHeads;
   segment.head_tiles = matrix.tiles / kv_heads;
   segment.group = heads / kv_heads;
   segment.tiles = heads * segment.head_tiles;
@@ -109,6 +110,8 @@ void CudaDecoder::attend_to_latents(int m, int layer) {
   launch.common = attention_launch(layer);
   launch.query_width = launch.head_width = cuda::head_width(config_.head_dim);
   launch.head_dim = config_.head_dim;
+  launch.totals = latent_totals_.as<float>();
+  launch.common.blocks = latent_blocks_;
   launch.keys = key_pool(layer);
   launch.values = value_pool(layer);
   if (weights.kv.k == KvForm::kAbsorbed) {
@@ -147,7 +150,6 @@ void CudaDecoder::attend_to_latents(int m, int layer) {
   LinearLaunch expand =
       head_products(m, heads_, kv_heads_, weights.value.u, latent_outputs_.data.as<void>());
   expand.kv.head_dim = config_.head_dim;
-  expand.segments[0].epilogue = cuda::LinearEpilogue::kHeads;
   expand.segments[0].out = attended_.data.as<void>();
   expand.segments[0].out_chunks = attended_.chunks;
   run_linear(expand);
@@ -155,12 +157,12 @@ void CudaDecoder::attend_to_latents(int m, int layer) {
 
 void CudaDecoder::allocate_for_latents() {
   int query_columns = 0, value_columns = 0;
-  bool absorbs = false;
+  bool any = false;
   all_angles_.resize(ropes_.size());
   for (int i = 0; i < config_.num_layers; ++i) {
     const CudaLayer& layer = weights_.layers[static_cast<std::size_t>(i)];
+    any |= layer.kv.any_latent();
     if (layer.kv.k == KvForm::kAbsorbed) {
-      absorbs = true;
       query_columns = std::max(query_columns, cuda::head_columns(layer.key.rank));
     }
     if (layer.kv.v == KvForm::kAbsorbed) {
@@ -171,7 +173,8 @@ void CudaDecoder::allocate_for_latents() {
     }
   }
   const auto rows = static_cast<std::size_t>(padded_tokens(limits_.max_tokens) * heads_);
-  if (absorbs) {
+  if (any) latent_totals_ = zeroed(cuda::latent_totals_bytes(latent_blocks_));
+  if (query_columns > 0) {
     head_queries_ = activations(heads_ * cuda::head_columns(config_.head_dim));
     absorbed_query_ = zeroed(rows * static_cast<std::size_t>(query_columns) * sizeof(bf16));
   }

@@ -233,7 +233,6 @@ TEST_F(CudaLinear, HeadsHaveTheirOwnProducts) {
     segment.out = y.as<void>();
     cuda::check_launch(cuda::launch_linear(launch, stream_->get()), "linear");
     const std::vector<bf16> tiled = on_host<bf16>(y);
-    segment.epilogue = LinearEpilogue::kActivation;
     segment.out_chunks = 0;
     segment.first.bias = nullptr;
     DeviceBuffer rows =

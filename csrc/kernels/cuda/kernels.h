@@ -45,7 +45,8 @@ enum class LinearEpilogue {
   kKey,          // K of the tokens' slots
   kRotaryKey,    // likewise, rotated
   kValue,        // V of the tokens' slots
-  kHeads,        // out = y of heads, without the padding of their rows, as kActivation does
+  kHeads,        // as kActivation, of heads that each have a part of x (LinearSegment::head_tiles);
+                 // activations without the padding of heads' rows
 };
 
 /// A product x[m, k] W[n, k]^T.
@@ -70,8 +71,8 @@ struct LinearSegment {
   int out_rows = 1 << 30;
   std::int64_t ld = 0;
   float soft_cap = 0.0f;
-  // Where not 0: rows are of heads of so many tiles (an even number); each head has its own
-  // `chunks` tiles of columns of x, and the heads of a group have the same W.
+  // Of kHeads: tiles of rows of a head (an even number); each head has its own `chunks` tiles of
+  // columns of x, and the heads of a group have the same W.
   int head_tiles = 0;
   int group = 1;
 };

@@ -9,6 +9,7 @@ constexpr int kWarps = kRebuildWarps;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kPartTiles = 16;  // tiles of columns of the output that a warp has
 constexpr int kPartCols = kPartTiles * 8;
+static_assert(latent_totals_bytes(1) == sizeof(float) * kWarps * kQueryRows * kPartCols);
 
 /// Work for one block: tasks [first, first + count) of one kv head and some columns.
 struct Bundle {
@@ -133,9 +134,11 @@ __device__ __forceinline__ void run_bundle(const LatentAttentionLaunch& args, co
   }
 
   RowStats total_stats;
-  float4 total[kPartTiles];
-#pragma unroll
-  for (int d = 0; d < kPartTiles; ++d) total[d] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  // Each lane has its own.
+  float4* const total =
+      reinterpret_cast<float4*>(args.totals) +
+      (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp_id()) * (kPartTiles * kWarp) +
+      lane_id();
 #pragma unroll 1
   for (int split = from_split; split < to_split; ++split) {
     const bool sees = attends && first_split <= split && split < end_split;
@@ -178,12 +181,18 @@ __device__ __forceinline__ void run_bundle(const LatentAttentionLaunch& args, co
     Weights weights[2];
     merge_stats(total_stats, stats, weights);
 #pragma unroll
-    for (int d = 0; d < kPartTiles; ++d) total[d] = merged(total[d], acc[d], weights);
+    for (int d = 0; d < kPartTiles; ++d) {
+      if (d >= part.tiles) break;
+      float4 before = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (split > first_split) before = total[d * kWarp];
+      total[d * kWarp] = merged(before, acc[d], weights);
+    }
   }
   if (!attends || part.task.partial >= 0) return;
-#pragma unroll
-  for (int d = 0; d < kPartTiles; ++d) {
-    store_output(common, part.tile.own, part.first_col + d * 8, total[d], total_stats);
+  for (int d = 0; d < kPartTiles; ++d) {  // columns beyond those of V are the output's padding
+    const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    store_output(common, part.tile.own, part.first_col + d * 8,
+                 d < part.tiles ? total[d * kWarp] : zero, total_stats);
   }
 }
 

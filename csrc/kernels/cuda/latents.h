@@ -5,6 +5,8 @@
 // to a multiple of kLatentPadding.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels/cuda/kernels.h"
 
 namespace deinfer::cuda {
@@ -37,6 +39,11 @@ struct HeadFactor {
   int chunks = 0;               // tiles of columns
 };
 
+/// Of sums over splits, for which warps of so many blocks have no registers.
+constexpr std::size_t latent_totals_bytes(int blocks) {
+  return static_cast<std::size_t>(blocks) * 8 * 16 * 128 * sizeof(float);
+}
+
 /// Attention of which a side, or both, comes from latents. A block makes K or V of some positions
 /// of a kv head in shared memory, where they serve all of its warps; a warp has 16 query rows and
 /// up to 128 columns of the output. Splits and chunks are those of launch_attention(), so that what
@@ -56,6 +63,7 @@ struct LatentAttentionLaunch {
   const float* key_gain = nullptr;    // of a norm of rebuilt keys: [head_dim], or, where there are
   const float* key_scales = nullptr;  // scales, [kv_heads, head_dim]; and 1 / rms of every slot
   float key_eps = 0.0f;
+  float* totals = nullptr;  // latent_totals_bytes(), scratch
 };
 int launch_latent_attention(const LatentAttentionLaunch& args, Stream stream);
 

@@ -71,16 +71,34 @@ __device__ __forceinline__ void store_activation(const LinearSegment& segment, i
              value);
 }
 
-/// The tile of W that makes a tile of rows.
+/// Where rows are of heads, the tile of W that makes a tile of them.
+template <bool kHeads>
 __device__ __forceinline__ int weight_tile(const LinearSegment& segment, int tile) {
-  if (segment.head_tiles == 0) return tile;
+  if (!kHeads) return tile;
   const int head = tile / segment.head_tiles;
   return head / segment.group * segment.head_tiles + tile % segment.head_tiles;
 }
 
+/// As finish(), of heads.
+__device__ __forceinline__ void finish_head(const LinearLaunch& args, const LinearSegment& segment,
+                                            int tile, int pair, int token, Pair y) {
+  y = with_bias(segment.first, weight_tile<true>(segment, tile) * kTileRows + pair, y);
+  const int d = tile % segment.head_tiles * kTileRows + pair;
+  int col = tile * kTileRows + pair;  // with the padding
+  int rows = segment.head_tiles * kTileRows;
+  if (segment.out_chunks > 0) {
+    rows = args.kv.head_dim;
+    col = tile / segment.head_tiles * rows + d;
+  }
+  if (d < rows) store_activation(segment, token, col, y.low);
+  if (d + 8 < rows) store_activation(segment, token, col + 8, y.high);
+}
+
 /// Rows 16 tile + pair and 8 rows further of y, for one token.
+template <bool kHeads>
 __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSegment& segment,
                                        int tile, int pair, int token, Pair y) {
+  if (kHeads) return finish_head(args, segment, tile, pair, token, y);
   if (token < args.first_token) return;
   const int row = tile * kTileRows + pair;
   switch (segment.epilogue) {
@@ -94,15 +112,7 @@ __device__ __forceinline__ void finish(const LinearLaunch& args, const LinearSeg
       store_activation(segment, token, row, y.low);
       store_activation(segment, token, row + 8, y.high);
       break;
-    case LinearEpilogue::kHeads: {
-      y = with_bias(segment.first, weight_tile(segment, tile) * kTileRows + pair, y);
-      const int head_dim = args.kv.head_dim;
-      const int col = tile / segment.head_tiles * head_dim;
-      const int d = tile % segment.head_tiles * kTileRows + pair;
-      if (d < head_dim) store_activation(segment, token, col + d, y.low);
-      if (d + 8 < head_dim) store_activation(segment, token, col + d + 8, y.high);
-      break;
-    }
+    case LinearEpilogue::kHeads: break;  // finish_head()
     case LinearEpilogue::kAdd:
     case LinearEpilogue::kFloat: {
       y = with_bias(segment.first, row, y);
@@ -189,19 +199,19 @@ __device__ __forceinline__ void multiply(const LinearFactor& factor, const uint4
   for (; chunk < end; ++chunk) multiply_tiles<1>(w, x, x_stride, chunk, acc);
 }
 
-__device__ __forceinline__ const uint4* lane_weights(const LinearSegment& segment,
-                                                     const LinearFactor& factor, int tile) {
-  return static_cast<const uint4*>(factor.w) +
-         std::int64_t{weight_tile(segment, tile)} * factor.chunks * (2 * kWarp) + lane_id();
+__device__ __forceinline__ const uint4* lane_weights(const LinearFactor& factor, int tile) {
+  return static_cast<const uint4*>(factor.w) + std::int64_t{tile} * factor.chunks * (2 * kWarp) +
+         lane_id();
 }
 
 /// What the rows of `tile` read of a tile of tokens.
+template <bool kHeads>
 __device__ __forceinline__ const uint4* lane_activations(const LinearSegment& segment,
                                                          const LinearFactor& factor, int tile,
                                                          int token_tile) {
-  const int head = segment.head_tiles == 0 ? 0 : tile / segment.head_tiles;
-  return static_cast<const uint4*>(factor.x) +
-         (std::int64_t{token_tile} * factor.x_chunks + head * factor.chunks) * kWarp + lane_id();
+  std::int64_t chunk = std::int64_t{token_tile} * factor.x_chunks;
+  if (kHeads) chunk += tile / segment.head_tiles * factor.chunks;
+  return static_cast<const uint4*>(factor.x) + chunk * kWarp + lane_id();
 }
 
 __device__ __forceinline__ bool is_gated(const LinearSegment& segment) {
@@ -210,7 +220,7 @@ __device__ __forceinline__ bool is_gated(const LinearSegment& segment) {
 }
 
 /// One tile of rows for all tokens: each warp has a slice of k.
-template <int kTokens>
+template <int kTokens, bool kHeads>
 __global__ void __launch_bounds__(kThreads) linear_few_kernel(const LinearLaunch args) {
   constexpr int kCols = kTokens * kTileTokens;
   constexpr int kUnits = (8 * kCols + kThreads - 1) / kThreads;  // pairs of rows per thread
@@ -228,8 +238,8 @@ __global__ void __launch_bounds__(kThreads) linear_few_kernel(const LinearLaunch
     const int length = tiles_of(factor.chunks, kSlices);
     const int begin = slice * length;
     const int end = begin + length < factor.chunks ? begin + length : factor.chunks;
-    const uint4* const w[1] = {lane_weights(segment, factor, tile)};
-    const uint4* x = lane_activations(segment, factor, tile, 0);
+    const uint4* const w[1] = {lane_weights(factor, weight_tile<kHeads>(segment, tile))};
+    const uint4* x = lane_activations<kHeads>(segment, factor, tile, 0);
     multiply<kTokens <= 4 ? 4 : 2>(factor, w, x, begin, end, acc);
     __syncthreads();  // the sums before have been read
 #pragma unroll
@@ -253,9 +263,9 @@ __global__ void __launch_bounds__(kThreads) linear_few_kernel(const LinearLaunch
     }
   };
 
-  Pair y[kUnits];
+  Pair y[kUnits] = {};
   product(segment.first, y);
-  if (is_gated(segment)) {
+  if (!kHeads && is_gated(segment)) {
     Pair up[kUnits];
     product(segment.second, up);
 #pragma unroll
@@ -269,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) linear_few_kernel(const LinearLaunch
   for (int i = 0; i < kUnits; ++i) {
     const int unit = static_cast<int>(threadIdx.x) + i * kThreads;
     if (unit >= 8 * kCols) break;
-    if (unit / 8 < args.m) finish(args, segment, tile, unit % 8, unit / 8, y[i]);
+    if (unit / 8 < args.m) finish<kHeads>(args, segment, tile, unit % 8, unit / 8, y[i]);
   }
 }
 
@@ -279,7 +289,7 @@ constexpr int kTokenWarps = kWarps / kRowWarps;
 static_assert(kTokenWarps * kManyTokenTiles * kTileTokens == kTokenPadding, "what x has room for");
 
 /// kRows tiles of rows for 64 tokens per warp: each warp has all of k, slice after slice.
-template <int kRows, bool kGated>
+template <int kRows, bool kGated, bool kHeads>
 __global__ void __launch_bounds__(kThreads) linear_many_kernel(const LinearLaunch args) {
   int tile = static_cast<int>(blockIdx.x) * kRowWarps * kRows + warp_id() % kRowWarps * kRows;
   int which = 0;
@@ -299,9 +309,9 @@ __global__ void __launch_bounds__(kThreads) linear_many_kernel(const LinearLaunc
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int last = segment.tiles - 1;
-      w[i] = lane_weights(segment, factor, tile + i < last ? tile + i : last);
+      w[i] = lane_weights(factor, weight_tile<kHeads>(segment, tile + i < last ? tile + i : last));
     }
-    const uint4* x = lane_activations(segment, factor, tile, token_tile);
+    const uint4* x = lane_activations<kHeads>(segment, factor, tile, token_tile);
     const int length = tiles_of(factor.chunks, kSlices);
     for (int begin = 0; begin < factor.chunks; begin += length) {
       Sums acc = {};
@@ -336,42 +346,54 @@ __global__ void __launch_bounds__(kThreads) linear_many_kernel(const LinearLaunc
           value =
               gated(segment, (tile + i) * kTileRows + pair, value, {up[i][j][e], up[i][j][e + 2]});
         }
-        if (token < args.m) finish(args, segment, tile + i, pair, token, value);
+        if (token < args.m) finish<kHeads>(args, segment, tile + i, pair, token, value);
       }
     }
   }
 }
 
-template <int kRows, bool kGated>
+template <int kRows, bool kGated, bool kHeads>
 int launch_many(const LinearLaunch& args, Stream stream) {
   int groups = 0;
   for (int i = 0; i < args.num_segments; ++i) groups += tiles_of(args.segments[i].tiles, kRows);
   const dim3 grid = grid_of(tiles_of(groups, kRowWarps), tiles_of(args.m, kTokenPadding));
-  return launch(stream, grid, kThreads, linear_many_kernel<kRows, kGated>, args);
+  return launch(stream, grid, kThreads, linear_many_kernel<kRows, kGated, kHeads>, args);
+}
+
+template <bool kHeads>
+int launch_few(const LinearLaunch& args, Stream stream) {
+  int tiles = 0;
+  for (int i = 0; i < args.num_segments; ++i) tiles += args.segments[i].tiles;
+  const dim3 grid = grid_of(tiles);
+  if (args.m <= 8) return launch(stream, grid, kThreads, linear_few_kernel<1, kHeads>, args);
+  if (args.m <= 16) return launch(stream, grid, kThreads, linear_few_kernel<2, kHeads>, args);
+  if (args.m <= 32) return launch(stream, grid, kThreads, linear_few_kernel<4, kHeads>, args);
+  return launch(stream, grid, kThreads, linear_few_kernel<8, kHeads>, args);
 }
 
 }  // namespace
 
 int load_linear_kernels() {
-  return first_failure({load(linear_few_kernel<1>), load(linear_few_kernel<2>),
-                        load(linear_few_kernel<4>), load(linear_few_kernel<8>),
-                        load(linear_many_kernel<1, true>), load(linear_many_kernel<2, false>)});
+  return first_failure({load(linear_few_kernel<1, false>), load(linear_few_kernel<2, false>),
+                        load(linear_few_kernel<4, false>), load(linear_few_kernel<8, false>),
+                        load(linear_few_kernel<1, true>), load(linear_few_kernel<2, true>),
+                        load(linear_few_kernel<4, true>), load(linear_few_kernel<8, true>),
+                        load(linear_many_kernel<1, true, false>),
+                        load(linear_many_kernel<2, false, false>),
+                        load(linear_many_kernel<2, false, true>)});
 }
 
 int launch_linear(const LinearLaunch& args, Stream stream) {
-  if (args.m > kFewTokens) {
-    const LinearEpilogue epilogue = args.segments[0].epilogue;
-    const bool has_gate =
-        epilogue == LinearEpilogue::kGatedSilu || epilogue == LinearEpilogue::kGatedGelu;
-    return has_gate ? launch_many<1, true>(args, stream) : launch_many<2, false>(args, stream);
+  const LinearEpilogue epilogue = args.segments[0].epilogue;
+  const bool few = args.m <= kFewTokens;
+  if (epilogue == LinearEpilogue::kHeads) {
+    return few ? launch_few<true>(args, stream) : launch_many<2, false, true>(args, stream);
   }
-  int tiles = 0;
-  for (int i = 0; i < args.num_segments; ++i) tiles += args.segments[i].tiles;
-  const dim3 grid = grid_of(tiles);
-  if (args.m <= 8) return launch(stream, grid, kThreads, linear_few_kernel<1>, args);
-  if (args.m <= 16) return launch(stream, grid, kThreads, linear_few_kernel<2>, args);
-  if (args.m <= 32) return launch(stream, grid, kThreads, linear_few_kernel<4>, args);
-  return launch(stream, grid, kThreads, linear_few_kernel<8>, args);
+  if (few) return launch_few<false>(args, stream);
+  if (epilogue == LinearEpilogue::kGatedSilu || epilogue == LinearEpilogue::kGatedGelu) {
+    return launch_many<1, true, false>(args, stream);
+  }
+  return launch_many<2, false, false>(args, stream);
 }
 
 }  // namespace deinfer::cuda
