@@ -8,10 +8,10 @@
 namespace deinfer {
 
 /// The forms that config.kv_cache and config.kv_latents ask for, or for "auto" those of the best
-/// predicted throughput on this machine: a CPU is measured in some tenths of a second, a CUDA device
-/// taken for what plans take it for. (Plans that take turns have the same weights, and either both
-/// or none have latents.) Throws as choose_kv_forms(), and kUnsupported for token-sharded latents on
-/// CUDA devices, which "auto" there does not choose.
+/// predicted throughput on this machine: a CPU is measured in some tenths of a second, a CUDA
+/// device taken for what plans take it for. (Plans that take turns have the same weights, and
+/// either both or none have latents.) Throws as choose_kv_forms(), and kUnsupported for
+/// token-sharded latents on CUDA devices, which "auto" there does not choose.
 KvChoice select_kv_forms(const EngineConfig& config, const ModelConfig& model,
                          const StepPlans& plans, int threads, int max_model_len);
 
