@@ -39,6 +39,8 @@ from traces import (
 
 Rows = dict[str, dict[str, Any]]
 PREDICTORS = ("none", "history", "noisy", "oracle")
+# Of the refined predictor: what better perception would be worth.
+SMALLER_ERRORS = {f"refined, errors x {scale}": scale for scale in (0.75, 0.5, 0.25, 0.0)}
 # Admits whatever prompt fits and lets evicted sequences back at once, as vLLM does.
 ADMIT_PROMPT = {
     "admission": "prompt",
@@ -68,6 +70,8 @@ class Draw:
             return noisy(self.past, self.now, 100 + self.seed)
         if predictor == "refined":
             return refining(self.past, self.now, 100 + self.seed)
+        if predictor in SMALLER_ERRORS:
+            return refining(self.past, self.now, 100 + self.seed, SMALLER_ERRORS[predictor])
         if predictor == "noisy, longest known":
             told = noisy_buckets(self.now.longest, 101 + self.seed)[:, None]
             return longest_of_bucket(told, self.now.served)
@@ -223,8 +227,8 @@ def drain(load: Load) -> Rows:
         if predictor != "history":
             name = f"longest_tail, {predictor}, order only"
             rows[name] = row("longest_tail", predictor, take_turns=False)
-    # Bounds of what can be had from these predictors.
-    for predictor in ("noisy, longest known", "refined, longest known"):
+    # Bounds of what can be had from these predictors, and from better ones.
+    for predictor in ("noisy, longest known", "refined, longest known", *SMALLER_ERRORS):
         rows[f"longest_tail, {predictor}"] = row("longest_tail", predictor)
     rows["sjf, noisy"] = row("sjf", "noisy")
     return rows
