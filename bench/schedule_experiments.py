@@ -39,6 +39,10 @@ from traces import (
 
 Rows = dict[str, dict[str, Any]]
 PREDICTORS = ("none", "history", "noisy", "oracle")
+# Of the refined predictor, by name: what worse or better perception would be worth. The first ranks
+# remaining lengths no better than the hidden_state head, either: by tau, which is lower for the
+# same errors where many answers end at their limit.
+OTHER_ERRORS = {f"refined, errors x {scale}": scale for scale in (1.5, 0.75, 0.5, 0.0)}
 # Admits whatever prompt fits and lets evicted sequences back at once, as vLLM does.
 ADMIT_PROMPT = {
     "admission": "prompt",
@@ -68,6 +72,8 @@ class Draw:
             return noisy(self.past, self.now, 100 + self.seed)
         if predictor == "refined":
             return refining(self.past, self.now, 100 + self.seed)
+        if predictor in OTHER_ERRORS:
+            return refining(self.past, self.now, 100 + self.seed, OTHER_ERRORS[predictor])
         if predictor == "noisy, longest known":
             told = noisy_buckets(self.now.longest, 101 + self.seed)[:, None]
             return longest_of_bucket(told, self.now.served)
@@ -109,11 +115,11 @@ class Load:
     def predictor_accuracy(self) -> dict[str, Any]:
         """Of the noisy predictor against what is served; refined, of the remaining length."""
         belief = noisy(self.past, self.now, seed=100)
-        refined = refining(self.past, self.now, seed=100)
-        return {
-            **accuracy(belief.mean, self.now.served),
-            "refined": refined_accuracy(refined, self.past, self.now),
+        refined = {
+            name: refined_accuracy(refining(self.past, self.now, 100, scale), self.past, self.now)
+            for name, scale in {"refined": 1.0, **OTHER_ERRORS}.items()
         }
+        return {**accuracy(belief.mean, self.now.served), **refined}
 
 
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -223,8 +229,8 @@ def drain(load: Load) -> Rows:
         if predictor != "history":
             name = f"longest_tail, {predictor}, order only"
             rows[name] = row("longest_tail", predictor, take_turns=False)
-    # Bounds of what can be had from these predictors.
-    for predictor in ("noisy, longest known", "refined, longest known"):
+    # Bounds of what can be had from these predictors, and what others would bring.
+    for predictor in ("noisy, longest known", "refined, longest known", *OTHER_ERRORS):
         rows[f"longest_tail, {predictor}"] = row("longest_tail", predictor)
     rows["sjf, noisy"] = row("sjf", "noisy")
     return rows

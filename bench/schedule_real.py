@@ -32,7 +32,7 @@ from step_cost import calibrate
 from traces import accuracy, certain
 
 TEMPERATURE = 0.7
-MAX_TOKENS = 192
+MAX_TOKENS = 384
 MAX_PROMPT = 96  # tokens, template included
 BLOCK = 16
 SHARE = 0.7  # of the predicted gain that must be measured
@@ -59,7 +59,7 @@ SETTINGS = {
     # KV binds: for about 13 average sequences.
     "kv": Setting(
         32,
-        2048,
+        2560,
         ("fcfs eager", "fcfs", "fcfs resample", "fcfs oracle", "fcfs max_tokens"),
     ),
 }

@@ -91,7 +91,12 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16, help="--trace, --calibrate: seats")
     parser.add_argument("--kv-tokens", type=int, default=20_000, help="--trace: KV tokens")
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--soak", type=int, default=0, metavar="N", help="requests of a soak")
+    parser.add_argument(
+        "--soak",
+        type=int,
+        metavar="N",
+        help="only a soak of N requests: planning times and memory, into scheduler_soak.json",
+    )
     parser.add_argument("--quick", action="store_true", help="small loads: a smoke test")
     parser.add_argument("--check", action="store_true", help="fail when a target is missed")
     parser.add_argument("--out", type=Path, help="default: bench/results/scheduler.json")
@@ -119,9 +124,16 @@ def main() -> None:
         print_rows(f"{options.trace}: {len(trace)} requests", rows)
         return
 
+    results: dict[str, Any]
+    if options.soak:
+        results = {"name": "scheduler_soak", **environment(), "requests": options.soak}
+        found = soak_checks(options.soak, results)
+        finish("scheduler_soak", results, found, options.out, options.check)
+        return
+
     lengths = read_lengths(options.lengths) if options.lengths else synthetic_lengths(8000)
     load = experiments.Load(lengths, cost, seeds=options.seeds, quick=options.quick)
-    results: dict[str, Any] = {
+    results = {
         "name": "scheduler",
         **environment(),
         "lengths": options.lengths.name if options.lengths else "synthetic",
@@ -142,8 +154,6 @@ def main() -> None:
         results["experiments"][name] = rows
         print_rows(f"{name}: {experiment.__doc__}", rows)
     checks += experiments.target_checks(results["experiments"])
-    if options.soak:
-        checks += soak_checks(options.soak, results)
     file = options.out or ROOT / "bench" / "results" / "scheduler.json"
     plot_all(results["experiments"], file.parent)
     finish("scheduler", results, checks, options.out, options.check)

@@ -158,27 +158,31 @@ REFINED_NOISE = ((0, 0.45), (32, 0.33), (64, 0.27), (128, 0.235), (256, 0.15), (
 REFINED_CORRELATION = 0.9
 
 
-def refined_buckets(longest: Ints, seed: int) -> Ints:
-    """What the predictor answers at first and after every REFINE_EVERY tokens, [n, 1 + stages]."""
+def refined_buckets(longest: Ints, seed: int, scale: float = 1.0) -> Ints:
+    """What the predictor answers at first and after every REFINE_EVERY tokens, [n, 1 + stages].
+
+    `scale` of the errors, but for the first.
+    """
     numbers = np.random.default_rng(seed)
     generated = np.arange(0, MAX_TOKENS, REFINE_EVERY)
     tokens, deviations = np.array(REFINED_NOISE).T
     error = numbers.normal(size=len(longest))
     told = []
-    for deviation in np.interp(generated, tokens, deviations):
-        told.append(told_buckets(longest, deviation * error))
+    for at, deviation in zip(generated, np.interp(generated, tokens, deviations), strict=True):
+        told.append(told_buckets(longest, deviation * (scale if at else 1.0) * error))
         fresh = numbers.normal(size=len(longest))
         error = REFINED_CORRELATION * error + (1 - REFINED_CORRELATION**2) ** 0.5 * fresh
     return np.stack(told, axis=1)
 
 
-def refining(past: Lengths, now: Lengths, seed: int) -> Belief:
+def refining(past: Lengths, now: Lengths, seed: int, scale: float = 1.0) -> Belief:
     """The noisy predictor, which looks again every REFINE_EVERY tokens.
 
     Its buckets are mapped to what past queries in them were served that were not over by then.
+    `scale` of its errors once it has seen a part of the answer.
     """
-    told = refined_buckets(past.longest, seed)
-    asked = refined_buckets(now.longest, seed + 1)
+    told = refined_buckets(past.longest, seed, scale)
+    asked = refined_buckets(now.longest, seed + 1, scale)
     lengths = np.empty((*asked.shape, MAX_BINS), np.float32)
     for stage in range(asked.shape[1]):
         alive = past.served > stage * REFINE_EVERY
