@@ -98,8 +98,8 @@ def add_parser(commands: Commands) -> None:
         type=float,
         default=0.0,
         metavar="MINUTES",
-        help="then train the factors on the dense model's outputs for so long; holds the "
-        "decomposed model in memory, in float32, with gradients (default: 0)",
+        help="then train all weights of the blocks, factors and what stayed dense, on the dense "
+        "model's outputs for so long; holds 20 bytes of memory for each of them (default: 0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
     parser.add_argument(

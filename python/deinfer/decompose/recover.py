@@ -1,11 +1,11 @@
-"""Train the factors on the dense model's outputs, to win back what truncation lost.
+"""Train on the dense model's outputs, to win back what truncation lost.
 
 Each step takes a few sequences and follows the gradient of KL(dense || decomposed) at every
-position (distillation, arXiv 1503.02531). Factors and norms move; what stayed dense is left as it
-is. The weights that move are float32; products are bf16 where the CPU has them. The dense model
-runs once over the text, before: what it says at a position is made again from its last residual
-stream, and its head and the other's run over few positions at a time, with the gradient, so that
-their wide rows stay in cache.
+position (distillation, arXiv 1503.02531). All weights of the blocks move: factors, norms, and the
+matrices that stayed dense, which make good what the others lost; embedding, head and biases stay.
+The dense model runs once over the text, before: what it says at a position is made again from its
+last residual stream, and its head and the other's run over few positions at a time, with the
+gradient.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deinfer.decompose.checkpoint import Factors
+from deinfer.decompose.master_weights import MasterWeights, bf16_is_native
 from deinfer.decompose.reference import LowRankLinear
 from deinfer.progress import progress_bar
 
-STEP_TOKENS = 512
+STEP_TOKENS = 1088
 """Tokens of an optimizer step, about."""
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 1.4e-4
 _WARMUP_STEPS = 4
 _HEAD_ROWS = 128  # positions whose logits are in memory
-_SORTED = 32  # sequences that are sorted by length together, so that steps have little padding
+_LENGTH_MULTIPLE = 32  # of padded sequences: few sizes, for which torch prepares products once
+_SORTED = 64  # sequences that are sorted by length together, so that steps have little padding
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Recovered:
 
     Attributes:
         factors: By module name, float32.
-        norms: Weights and biases of norms by parameter name, float32.
+        weights: Of norms and matrices that stayed dense, by parameter name, float32.
         steps: Optimizer steps.
         tokens: Tokens that the steps have seen, all in all.
         first_loss: KL in nats per token, mean over the first tenth of the steps.
@@ -47,7 +49,7 @@ class Recovered:
     """
 
     factors: dict[str, Factors]
-    norms: dict[str, Tensor]
+    weights: dict[str, Tensor]
     steps: int
     tokens: int
     first_loss: float
@@ -69,11 +71,12 @@ def recover(
     """Distil a dense model into its decomposed copy.
 
     Args:
-        decomposed: Model of transformers with `LowRankLinear` layers in float32; changed in place.
+        decomposed: Model of transformers with `LowRankLinear` layers in float32; changed in place,
+            and where the CPU multiplies bf16, to that.
         teacher: Makes the dense model's logits [rows, vocabulary] of rows of `streams`.
         sequences: Token ids to train on, at most 512 each, used over and over.
         streams: The dense model's residual stream after the last block [tokens, hidden] for each.
-        steps: Optimizer steps of about 512 tokens each; or
+        steps: Optimizer steps of about 1,100 tokens each; or
         seconds: Time to train for, whose end the learning rate reaches at zero.
         seed: Order of the sequences.
         progress: Show a progress bar with the loss in nats per token.
@@ -90,13 +93,11 @@ def recover(
         raise ValueError(f"recovery needs steps ({steps}) or seconds ({seconds}), and not both")
     layers = {n: m for n, m in decomposed.named_modules() if isinstance(m, LowRankLinear)}
     decomposed.requires_grad_(False)
-    norms = {n: p.requires_grad_() for n, p in decomposed.named_parameters() if _of_norm(n)}
-    trained = [layer.get_parameter(name) for layer in layers.values() for name in _FACTORS]
-    for parameter in trained:
-        parameter.requires_grad_()
-    trained += norms.values()
+    moving = {n: p.requires_grad_() for n, p in decomposed.named_parameters() if _moves(n)}
     # Factors are balanced to a common scale, so that one learning rate fits all of them.
-    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    master = MasterWeights(
+        decomposed, moving, torch.bfloat16 if bf16_is_native() else torch.float32
+    )
     start = clock()
     losses: list[float] = []
     tokens = 0
@@ -108,24 +109,25 @@ def recover(
         if done >= 1 or (seconds and step and elapsed + 0.5 * elapsed / step > seconds):
             break
         rate = min((step + 1) / _WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * done)))
-        for group in optimizer.param_groups:
-            group["lr"] = _LEARNING_RATE * rate
         ids, valid = _padded([sequences[i] for i in members])
         target = torch.cat([streams[i] for i in members])
         losses.append(_follow(decomposed, teacher, ids, valid, target))
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"recovery diverged in step {step}: loss {losses[-1]}")
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        master.step(_LEARNING_RATE * rate)
         tokens += int(valid.sum())
         bar.set_postfix_str(f"KL {losses[-1]:.3f}", refresh=False)
         bar.update(1)
     bar.close()
     tenth = max(1, len(losses) // 10)
+    weights = dict(master.values)
+    factors = {
+        name: Factors(*(weights.pop(f"{name}.{factor}.weight") for factor in "uv"))
+        for name in layers
+    }
     return Recovered(
-        factors={n: Factors(m.u.weight.detach(), m.v.weight.detach()) for n, m in layers.items()},
-        norms={name: p.detach() for name, p in norms.items()},
+        factors=factors,
+        weights=weights,
         steps=len(losses),
         tokens=tokens,
         first_loss=sum(losses[:tenth]) / tenth,
@@ -133,12 +135,9 @@ def recover(
     )
 
 
-_FACTORS = ("u.weight", "v.weight")
-
-
-def _of_norm(name: str) -> bool:
-    """Whether a parameter belongs to a norm, as all families name them."""
-    return "norm" in name.rsplit(".", 2)[-2]
+def _moves(name: str) -> bool:
+    """Whether a parameter, as all families name them, is a block's matrix or belongs to a norm."""
+    return "norm" in name.rsplit(".", 2)[-2] or (".layers." in name and name.endswith(".weight"))
 
 
 def _follow(
@@ -153,26 +152,29 @@ def _follow(
     ids and valid are [batch, longest], target [valid tokens, hidden].
     """
     head, cap = decomposed.get_output_embeddings(), _soft_cap(decomposed)
-    native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    total = 0.0
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(native())):
-        hidden = decomposed.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[valid]
-        gradients = []
-        for first in range(0, len(target), _HEAD_ROWS):
-            rows = hidden[first : first + _HEAD_ROWS].detach().requires_grad_()
-            wanted = target[first : first + _HEAD_ROWS]
-            with torch.no_grad():
-                log_p = teacher(wanted).float().log_softmax(-1)
-                p = log_p.exp()
-                total += float((p * log_p).sum())
-            logits = head(rows).float()
-            if cap is not None:
-                logits = cap * torch.tanh(logits / cap)
-            loss = F.cross_entropy(logits, p, reduction="sum")
-            gradients.append(torch.autograd.grad(loss, rows)[0])
-            total += loss.item()
+    hidden = decomposed.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[valid]
+    total, gradients = 0.0, []
+    for first in range(0, len(target), _HEAD_ROWS):
+        rows = hidden[first : first + _HEAD_ROWS].detach().requires_grad_()
+        count = len(rows)
+        logits = head(_whole(rows, _HEAD_ROWS))[:count].float()
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        with torch.no_grad():
+            wanted = _whole(target[first : first + _HEAD_ROWS], _HEAD_ROWS)
+            log_p = teacher(wanted)[:count].float().log_softmax(-1)
+            log_q = logits.log_softmax(-1)
+            p = log_p.exp()
+            total += float(torch.dot(p.flatten(), log_p.sub_(log_q).flatten()))
+            gradient = log_q.exp_().sub_(p)  # of KL by the logits
+        gradients.append(torch.autograd.grad(logits, rows, gradient)[0])
     hidden.backward(torch.cat(gradients) / len(target))
     return total / len(target)
+
+
+def _whole(rows: Tensor, count: int) -> Tensor:
+    """Rows filled up with zeros to `count`: torch prepares products anew for every size."""
+    return F.pad(rows, (0, 0, 0, count - len(rows)))
 
 
 def _soft_cap(model: Any) -> float | None:
@@ -182,7 +184,7 @@ def _soft_cap(model: Any) -> float | None:
 
 
 def batches(lengths: Sequence[int], seed: int) -> Iterator[list[int]]:
-    """Group sequences of like length into steps of about 512 tokens, over and over.
+    """Group sequences of like length into steps of about 1,100 tokens, over and over.
 
     Args:
         lengths: Tokens of the sequences.
@@ -209,11 +211,11 @@ def batches(lengths: Sequence[int], seed: int) -> Iterator[list[int]]:
 
 
 def _padded(group: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and which of them count [batch, longest].
+    """Token ids and which of them count [batch, longest, rounded up].
 
     Right of a sequence stands padding, which causal attention keeps out of what comes before.
     """
-    longest = max(map(len, group))
+    longest = -(-max(map(len, group)) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     ids = torch.zeros(len(group), longest, dtype=torch.int64)
     valid = torch.zeros(len(group), longest, dtype=torch.bool)
     for i, sequence in enumerate(group):

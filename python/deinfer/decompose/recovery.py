@@ -66,7 +66,8 @@ class Recovery:
             calibration: What the factors were fitted to.
 
         Returns:
-            Steps, tokens and losses for the report; new values of norms by parameter name.
+            Steps, tokens and losses for the report; new values of what is not factored by
+            parameter name.
 
         Raises:
             RuntimeError: The training diverges.
@@ -75,7 +76,7 @@ class Recovery:
         if found is None:
             found = self._train(calibration)
             self._work.write_json("recovery", found)
-        return found, self._work.read_tensors("norms", 0)
+        return found, self._work.read_tensors("weights", 0)
 
     def _train(self, calibration: Calibration) -> dict[str, float]:
         seconds = 60 * self._options.recover_minutes
@@ -104,7 +105,7 @@ class Recovery:
                 if name.startswith(prefix)
             }
             write_factors(self._work, "recovered", index, block)
-        self._work.write_tensors("norms", 0, made.norms)
+        self._work.write_tensors("weights", 0, made.weights)
         return {
             "steps": made.steps,
             "tokens": made.tokens,

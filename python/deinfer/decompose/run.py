@@ -93,11 +93,11 @@ class Run:
         prefixes = model.prefixes
         stage = "factors"
         recovery: dict[str, float] = {}
-        norms: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         if options.recovers:
             stage = "recovered"
             with self._timed("recovery"):
-                recovery, norms = Recovery(
+                recovery, weights = Recovery(
                     self._source, work, model, names, options, self._sampler, self._progress
                 ).run(calibration)
         matrices = {
@@ -125,7 +125,7 @@ class Run:
                 {name: rank for name, rank in ranks.items() if rank is not None},
                 SpooledFactors(work, stage, prefixes, names),
                 self._low_rank(report, base_model),
-                norms,
+                weights,
             )
         report.seconds.update(work.read_json("seconds"))
         report = dataclasses.replace(report, peak_memory_bytes=peak_memory())

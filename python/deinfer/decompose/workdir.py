@@ -9,7 +9,7 @@ A run that writes `DESTINATION` keeps in `DESTINATION.partial`:
     spectra/NNN       factors of block NNN for all ranks, safetensors
     low/NNN           as inputs/NNN, of the decomposed model
     factors/NNN       the factors of block NNN at the ranks chosen, safetensors
-    recovered/NNN     the same after training; norms/000: the norms after training
+    recovered/NNN     the same after training; weights/000: other weights after it
     checkpoint/       shards of the result
 
 A file appears under its name by a rename once it is complete, so its existence says that the work
