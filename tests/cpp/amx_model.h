@@ -44,6 +44,9 @@ class TileModel {
     tiles_ = {};
     configured_ = false;
   }
+  static void copy_padded(const bf16* from, int count, bf16* to, int capacity) {
+    for (int i = 0; i < capacity; ++i) to[i] = i < count ? from[i] : bf16{};
+  }
   void prefetch(const void* p) { prefetched_.push_back(static_cast<const char*>(p)); }
 
   void zero(int t) {

@@ -148,12 +148,11 @@ struct AmxTail {
   alignas(64) bf16 w[kTileK * kRows];
 };
 
-/// Copies what a tile of `tokens` rows reads of x into `rows`.
-inline void load_tail_tokens(const bf16* x, std::ptrdiff_t ldx, int tokens, int count,
-                             bf16 (*rows)[kTileK]) {
-  for (int i = 0; i < tokens; ++i) {
-    for (int j = 0; j < count; j += 2) __builtin_memcpy(&rows[i][j], x + i * ldx + j, 4);
-  }
+/// Copies what a tile of `tokens` rows reads of x into `rows`, zeros behind it.
+template <typename Tiles>
+void load_tail_tokens(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int tokens, int count,
+                      bf16 (*rows)[kTileK]) {
+  for (int i = 0; i < tokens; ++i) tiles.copy_padded(x + i * ldx, count, rows[i], kTileK);
 }
 
 /// The sums of a tile of tokens, from zero or with kAdd from c.
@@ -198,9 +197,9 @@ void multiply_block(Tiles& tiles, const AmxBlock& block, int tokens, AmxTail<kRo
   }
   if (kTail && tail.k > 0) {
     prefetch_step(tiles, block, block.steps);
-    load_tail_tokens(x0, block.ldx, tokens, tail.k, tail.x);
+    load_tail_tokens(tiles, x0, block.ldx, tokens, tail.k, tail.x);
     if constexpr (kTokenTiles == 2) {
-      load_tail_tokens(x1, block.ldx, tokens, tail.k, tail.x + kTileRows);
+      load_tail_tokens(tiles, x1, block.ldx, tokens, tail.k, tail.x + kTileRows);
     }
     multiply_step<kVecs, kTokenTiles>(tiles, tail.x[0], tail.x[kTileRows], kTileBytes, tail.w,
                                       kPairBytes);
@@ -227,10 +226,8 @@ class AmxPanel {
         blocks_((m + kBlockTokens - 1) / kBlockTokens) {
     tail_.k = k_pad % kTileK;
     if (tail_.k > 0) {
-      __builtin_memset(tail_.x, 0, sizeof tail_.x);
-      __builtin_memset(tail_.w, 0, sizeof tail_.w);
-      __builtin_memcpy(tail_.w, panel + std::ptrdiff_t{k_pad - tail_.k} * kRows,
-                       static_cast<std::size_t>(tail_.k) * kRows * sizeof(bf16));
+      tiles.copy_padded(panel + std::ptrdiff_t{k_pad - tail_.k} * kRows, tail_.k * kRows, tail_.w,
+                        kTileK * kRows);
     }
   }
 
@@ -338,8 +335,9 @@ class AmxPanel {
 
 /// panel_gemm_bf16 on `tiles`, which has
 ///   configure(const TileConfig&), release(), prefetch(const void*) to L2,
-///   zero<tile>(), load<tile>(memory, row stride in bytes), store<tile>(memory, row stride),
-///   multiply<c, a, b>(): TDPBF16PS.
+///   copy_padded(from, count, to, capacity): bf16 elements, zeros from count to capacity, a
+///   multiple of 32, zero<tile>(), load<tile>(memory, row stride in bytes), store<tile>(memory, row
+///   stride), multiply<c, a, b>(): TDPBF16PS.
 template <bool kAdd = false, typename Tiles>
 void amx_panel_gemm(Tiles& tiles, const bf16* x, std::ptrdiff_t ldx, int m, const bf16* panel,
                     int rows, int k_pad, const void* next, float* c) {

@@ -47,9 +47,7 @@ class AmxInt8Panel {
         m_(m),
         tokens_(m < kTileRows ? m : kTileRows),
         k_pad_(k_pad),
-        steps_((k_pad + kTileK - 1) / kTileK) {
-    if (k_pad % kTileK > 0) __builtin_memset(tail_x_, 0, sizeof tail_x_);
-  }
+        steps_((k_pad + kTileK - 1) / kTileK) {}
 
   /// m is up to kBlockTokens, or a multiple of it.
   void multiply() {
@@ -110,9 +108,9 @@ class AmxInt8Panel {
     std::ptrdiff_t row_bytes = ldx_ * static_cast<std::ptrdiff_t>(sizeof(bf16));
     const int left = k_pad_ - step * kTileK;
     if (left < kTileK) {
-      load_tail_tokens(x0, ldx_, tokens_, left, tail_x_);
+      load_tail_tokens(tiles_, x0, ldx_, tokens_, left, tail_x_);
       if constexpr (kTokenTiles == 2) {
-        load_tail_tokens(x1, ldx_, tokens_, left, tail_x_ + kTileRows);
+        load_tail_tokens(tiles_, x1, ldx_, tokens_, left, tail_x_ + kTileRows);
       }
       x0 = tail_x_[0];
       x1 = tail_x_[kTileRows];

@@ -21,6 +21,14 @@ struct AmxTiles {
   }
   static void release() { _tile_release(); }
   static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+  static void copy_padded(const bf16* from, int count, bf16* to, int capacity) {
+    constexpr int kVector = 32;
+    for (int i = 0; i < capacity; i += kVector) {
+      const int left = count - i < 0 ? 0 : count - i;
+      const __mmask32 mask = left < kVector ? (__mmask32{1} << left) - 1 : ~__mmask32{0};
+      _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(mask, from + i));
+    }
+  }
   static void expand(const std::int8_t* from, bf16* to) { expand_int8(from, to); }
 
   template <int kTile>
