@@ -23,6 +23,8 @@ constexpr int kKvBlock = 16;          // tokens
 constexpr int kHeadGroup = 4;         // heads that share K and V
 constexpr int kQueries = 16;          // tokens of a prompt that attend together
 constexpr int kAttentionSplits = 32;  // computed by each thread over the same K and V
+constexpr int kRebuiltRank = 512;     // of latents
+constexpr int kRebuilds = 512;         // of a block, per thread
 constexpr int kBarriers = 200;
 constexpr int kExchanges = 50;
 constexpr std::size_t kLargeExchange = std::size_t{1} << 20;
@@ -122,21 +124,21 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int rank
     tiles.emplace_back(std::size_t{kTokens} * cpu::kPanelRows * sizeof(float));
   }
   const std::vector<float> scales(cpu::kPanelRows, 1.0f);
-  auto multiply = [&](const TeamMember& member, int index, int tokens) {
+  auto multiply = [&](const TeamMember& member, int index, int tokens, int columns = kColumns) {
     auto id = static_cast<std::size_t>(member.id());
     const std::byte* at = weights.as<std::byte>() + static_cast<std::size_t>(index) * panel;
     auto* tile = tiles[id].as<float>();
     if (dtype == DType::kFloat32) {
       kernels.panel_gemm_f32(inputs[id].as<float>(), kColumns, tokens,
-                             reinterpret_cast<const float*>(at), cpu::kPanelRows, kColumns, nullptr,
+                             reinterpret_cast<const float*>(at), cpu::kPanelRows, columns, nullptr,
                              tile);
     } else if (dtype == DType::kInt8) {
       kernels.panel_gemm_int8(inputs[id].as<bf16>(), kColumns, tokens,
-                              reinterpret_cast<const std::int8_t*>(at), scales.data(), kColumns,
+                              reinterpret_cast<const std::int8_t*>(at), scales.data(), columns,
                               nullptr, tile);
     } else {
       kernels.panel_gemm_bf16(inputs[id].as<bf16>(), kColumns, tokens,
-                              reinterpret_cast<const bf16*>(at), cpu::kPanelRows, kColumns, nullptr,
+                              reinterpret_cast<const bf16*>(at), cpu::kPanelRows, columns, nullptr,
                               tile);
     }
   };
@@ -155,6 +157,19 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int rank
     for (int i = 0; i < kProducts; ++i) multiply(member, first, kTokens);
   };
   double compute_seconds = std::min(timed(team, compute), timed(team, compute));
+  auto rebuild = [&](TeamMember& member) {
+    auto write = dtype == DType::kFloat32 ? kernels.write_k_f32 : kernels.write_k_bf16;
+    auto* tile = tiles[static_cast<std::size_t>(member.id())].as<float>();
+    float* keys = tile + kKvBlock * cpu::kPanelRows;
+    const int first = member.share(panels).first;
+    for (int i = 0; i < kRebuilds; ++i) {
+      multiply(member, first, kKvBlock, kRebuiltRank);
+      for (int row = 0; row < kKvBlock; ++row) {
+        write(tile + row * cpu::kPanelRows, cpu::kPanelRows, 0, cpu::kPanelRows, row, keys);
+      }
+    }
+  };
+  const double rebuild_seconds = std::min(timed(team, rebuild), timed(team, rebuild));
   ThreadTeam rank(threads);
   double barrier_seconds = timed(rank, [](TeamMember& member) {
     for (int i = 0; i < kBarriers; ++i) member.barrier();
@@ -165,6 +180,8 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int rank
   hardware.memory_bytes_per_s = static_cast<double>(kStreamBytes) / stream_seconds / ranks;
   hardware.flops_per_s = 2.0 * kTokens * cpu::kPanelRows * kColumns * kProducts *
                          static_cast<double>(threads) / compute_seconds;
+  hardware.rebuild_flops_per_s = 2.0 * kKvBlock * cpu::kPanelRows * kRebuiltRank * kRebuilds *
+                                 static_cast<double>(threads) / rebuild_seconds;
   AttentionProbe probe(kernels, dtype, weights, kStreamBytes, team.size());
   auto decode = [&](TeamMember& member) {
     auto [begin, end] = member.share(probe.splits());

@@ -24,6 +24,8 @@ KvLayerShape rank_kv_shape(const PlannedModel& model, const TensorParallelPlan& 
 double attention_seconds(const PlannedModel& model, const TensorParallelPlan& plan,
                          const Hardware& hardware, const Phase& phase, const LayerShape& layer) {
   const KvTraits traits = model.kv_traits();
+  const double rebuild_flops_per_s =
+      hardware.rebuild_flops_per_s > 0 ? hardware.rebuild_flops_per_s : hardware.flops_per_s;
   double slowest = 0;
   for (int rank = 0; rank < plan.size(); ++rank) {
     const KvLayerShape shape = rank_kv_shape(model, plan, layer, rank);
@@ -45,7 +47,7 @@ double attention_seconds(const PlannedModel& model, const TensorParallelPlan& pl
                            (kv_rebuild_flops(traits, layer.kv.k, layer.key.rank, kv_heads) +
                             kv_rebuild_flops(traits, layer.kv.v, layer.value.rank, kv_heads));
     slowest = std::max({slowest, bytes / hardware.attention_bytes_per_s,
-                        flops / hardware.attention_flops_per_s + rebuild / hardware.flops_per_s});
+                        flops / hardware.attention_flops_per_s + rebuild / rebuild_flops_per_s});
   }
   return slowest;
 }

@@ -31,6 +31,9 @@ struct Hardware {
   double received_bytes_per_s = 0;
   std::uint64_t memory_bytes = 0;  // 0: not known
   int tile_tokens = 0;             // that a product takes at once; 0: any
+  // Of products that make K or V of the latents of a block, written as attention reads them; 0: as
+  // products of many tokens.
+  double rebuild_flops_per_s = 0;
 };
 
 /// "h100" (SXM, operations as kernels of their own in a CUDA graph) or "cpu:GB_per_s:GFLOP_per_s"

@@ -78,6 +78,20 @@ TEST(KvChoice, AutoShrinksValuesBeforeRotatedKeysWhereMemoryLimits) {
   EXPECT_NE(choice.reason.find("K dense; V absorbed"), std::string::npos) << choice.reason;
 }
 
+TEST(KvChoice, AutoRebuildsKeysOnlyWhereThatIsFast) {
+  // Tiles of a CPU multiply many tokens far faster than they make K of a block.
+  const PlannedModel model = model_of(32, 409, true);
+  Hardware tiles = parse_hardware("cpu:20:3000");
+  tiles.attention_flops_per_s = 200e9;
+  const KvDemand demand = demand_of(200'000'000);
+  const KvChoice fast = choose("auto", model, "hidden_sharded", 1, demand, tiles);
+  EXPECT_EQ(fast.forms[0].k, KvForm::kRebuilt);
+  tiles.rebuild_flops_per_s = 100e9;
+  const KvChoice slow = choose("auto", model, "hidden_sharded", 1, demand, tiles);
+  EXPECT_EQ(slow.forms[0].k, KvForm::kDense);
+  EXPECT_EQ(slow.forms[0].v, KvForm::kAbsorbed);
+}
+
 TEST(KvChoice, AutoAbsorbsBothWhereNothingIsRotated) {
   const PlannedModel model = model_of(32, 409, false);
   const KvChoice choice = choose("auto", model, "hidden_sharded", 1, demand_of(200'000'000));

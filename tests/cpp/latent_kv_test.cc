@@ -201,9 +201,11 @@ TEST_P(LatentKv, BitsOfDividedTokensDoNotDependOnBatchesAndPreemption) {
 }
 
 TEST_P(LatentKv, IsAsExactInBfloat16AsADenseCache) {
+  // Norms of all that blocks add magnify roundings in some models tenfold, with either cache.
+  const std::uint32_t seeds = GetParam().config.family == "olmo2" ? 16 : 4;
   for (const char* dtype : {"bfloat16", "int8"}) {
     double dense = 0, latent = 0;
-    for (std::uint32_t seed = 1; seed <= 4; ++seed) {
+    for (std::uint32_t seed = 1; seed <= seeds; ++seed) {
       test::TinyConfig tiny = GetParam().config;
       tiny.bfloat16 = true;  // float32 runs have the same weights
       tiny.max_position = 384;
