@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import latent_kv as bench  # noqa: E402
 from deinfer import _C  # noqa: E402
+from latent_peer import TorchRebuild, checked_rebuild  # noqa: E402
 
 
 def test_the_formula_is_what_engines_report(tmp_path: Path) -> None:
@@ -36,13 +38,33 @@ def test_token_sharded_latents_keep_their_gain_on_any_ranks(tmp_path: Path) -> N
         assert row["tokens_with_token_sharded_latents"] == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_peer_attends_over_what_the_factors_make(rotary: bool) -> None:
+    sizes = {"heads": 3, "head_dim": 8, "rank": 5, "context": 37}
+    peer = TorchRebuild(rotary=rotary, dtype=torch.float64, **sizes)
+    z_k, z_v = (z[peer.table].flatten(0, 1)[:37] for z in peer.latents)
+    expected = []
+    for head in range(3):
+        rows = slice(8 * head, 8 * head + 8)
+        keys = z_k @ peer.factors[0][rows].T
+        pairs = torch.complex(keys[:, :4], keys[:, 4:])
+        if rotary:
+            rates = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+            turns = torch.outer(torch.arange(37, dtype=torch.float64), rates)
+            pairs = pairs * torch.polar(torch.ones_like(turns), turns)
+        scores = torch.cat((pairs.real, pairs.imag), dim=1) @ peer.query[0, head, 0] / 8**0.5
+        expected.append(scores.softmax(0) @ (z_v @ peer.factors[1][rows].T))
+    torch.testing.assert_close(peer.step(), torch.cat(expected))
+    assert checked_rebuild(rotary=rotary, **sizes).step().dtype == torch.bfloat16
+
+
 def test_checks_apply_where_they_belong() -> None:
     def row(context: int, ratio: float, shape: str = "plain") -> dict:
         return {
             "shape": shape,
             "context": context,
-            "rebuild_all_over_latent": {"median": ratio},
-            "rebuild_all_over_v_latent": {"median": 30.0},
+            "torch_over_latent": {"median": ratio},
+            "torch_over_v_latent": {"median": 30.0},
         }
 
     assert bench.attention_checks(row(512, 1.0)) == []
