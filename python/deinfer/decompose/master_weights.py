@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 _BETAS = (0.9, 0.98)
 _MAX_NORM = 1.0  # of the gradient of all weights together
-
-
-def bf16_is_native() -> bool:
-    """Whether the CPU multiplies bf16."""
-    native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(native())
 
 
 class MasterWeights:
@@ -48,23 +41,14 @@ class MasterWeights:
         Args:
             rate: Learning rate.
         """
-        gradients = [p.grad for p in self._moving.values() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         for name, parameter in self._moving.items():
-            value, gradient = self.values[name], parameter.grad
-            if gradient is None:
-                value.grad = None
-                continue
-            if value.grad is None:
-                value.grad = torch.empty_like(value)
-            value.grad.copy_(gradient)
-            if norm > _MAX_NORM:
-                value.grad *= _MAX_NORM / norm
-            parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None
+            self.values[name].grad = None if gradient is None else gradient.float()
+        torch.nn.utils.clip_grad_norm_(self.values.values(), _MAX_NORM)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+        self._optimizer.zero_grad()
         for name, parameter in self._moving.items():
             if parameter.dtype != torch.float32:  # else they share memory
                 parameter.data.copy_(self.values[name])

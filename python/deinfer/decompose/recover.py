@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deinfer.decompose.checkpoint import Factors
-from deinfer.decompose.master_weights import MasterWeights, bf16_is_native
+from deinfer.decompose.master_weights import MasterWeights
 from deinfer.decompose.reference import LowRankLinear
+from deinfer.decompose.streaming import bf16_is_native
 from deinfer.progress import progress_bar
 
 STEP_TOKENS = 1088

@@ -252,6 +252,12 @@ class StreamedModel:
         return made
 
 
+def bf16_is_native() -> bool:
+    """Whether the CPU multiplies bf16."""
+    native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(native())
+
+
 def compute_dtype(source: SourceCheckpoint, names: Sequence[str]) -> torch.dtype:
     """Choose the dtype to compute in.
 
@@ -265,6 +271,5 @@ def compute_dtype(source: SourceCheckpoint, names: Sequence[str]) -> torch.dtype
     Returns:
         bfloat16 or float32.
     """
-    native: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     stored = {source.entry(f"{name}.weight").dtype for name in names}
-    return torch.bfloat16 if native() and stored == {torch.bfloat16} else torch.float32
+    return torch.bfloat16 if bf16_is_native() and stored == {torch.bfloat16} else torch.float32
