@@ -37,32 +37,7 @@ test::TinyConfig base_config() {
   return config;
 }
 
-/// Every way in which K and V come from latents.
-std::vector<Kind> kinds() {
-  std::vector<Kind> all;
-  auto add = [&](const std::string& name, auto change) {
-    test::TinyConfig config = base_config();
-    change(config);
-    all.push_back({name, config});
-  };
-  add("llama_gqa", [](auto& c) { c.biases = true; });
-  add("llama_mha", [](auto& c) { c.kv_heads = 6, c.k_rank = 33, c.v_rank = 17; });
-  add("rank_1", [](auto& c) { c.k_rank = c.v_rank = 1; });
-  add("full_rank", [](auto& c) { c.kv_heads = 6, c.k_rank = c.v_rank = 48; });
-  add("odd_heads", [](auto& c) { c.heads = 4, c.head_dim = 12; });
-  add("mixed_layers", [](auto& c) { c.dense_key_layer = 0, c.dense_value_layer = 1; });
-  add("values_rebuilt", [](auto& c) { c.heads = 16, c.head_dim = 4, c.kv_heads = 1; });
-  add("mistral", [](auto& c) { c.family = "mistral", c.window = 11; });
-  add("qwen3", [](auto& c) { c.family = "qwen3"; });
-  add("olmo2", [](auto& c) { c.family = "olmo2"; });
-  add("gemma2", [](auto& c) { c.family = "gemma2", c.window = 9; });
-  add("gemma3", [](auto& c) { c.family = "gemma3_text", c.window = 30, c.k_rank = 6; });
-  add("opt", [](auto& c) { c.family = "opt"; });
-  add("opt_mixed", [](auto& c) {
-    c.family = "opt", c.layers = 3, c.dense_key_layer = 1, c.dense_value_layer = 2, c.k_rank = 48;
-  });
-  return all;
-}
+std::vector<Kind> kinds() { return test::latent_kinds(base_config()); }
 
 bool is_one_of(const Kind& kind, std::initializer_list<const char*> names) {
   return std::find(names.begin(), names.end(), kind.name) != names.end();
