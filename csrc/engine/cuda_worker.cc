@@ -91,11 +91,18 @@ WeightsInfo CudaWorker::weights_info() const {
   return info;
 }
 
-std::span<const TokenId> CudaWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
+void CudaWorker::start(const Batch& batch) {
   cuda::use_device(device_);
+  batch_ = &batch;
   if (peers_ != nullptr) peers_->begin_step();
   decoder_->forward(batch);
-  const int rows = static_cast<int>(batch.logit_rows.size());
+  if (peers_ != nullptr) peers_->end_step();
+}
+
+std::span<const TokenId> CudaWorker::finish(const LogitsConsumer& consume) {
+  cuda::use_device(device_);
+  if (peers_ != nullptr) peers_->begin_step();
+  const int rows = static_cast<int>(batch_->logit_rows.size());
   for (int first = 0; first < rows; first += CudaDecoder::kLogitRows) {
     const int count = std::min(CudaDecoder::kLogitRows, rows - first);
     float* logits = decoder_->logits(first, count);
@@ -103,7 +110,7 @@ std::span<const TokenId> CudaWorker::execute(const Batch& batch, const LogitsCon
     team_.run([&](TeamMember& member) { consume(member, first, count, logits); });
   }
   decoder_->finish();
-  take_sampled(batch);
+  take_sampled();
   if (peers_ != nullptr) peers_->end_step();
   return decoder_->most_likely();
 }
@@ -113,14 +120,14 @@ SamplingRoom CudaWorker::sampling_room() const {
   return {cuda::kMaxReported, CudaSampling::kHistoryTokens, CudaSampling::kReportedTokens};
 }
 
-void CudaWorker::take_sampled(const Batch& batch) {
-  sampled_.resize(decoder_->sampled().empty() ? 0 : batch.sampled.size());  // of rank 0 alone
+void CudaWorker::take_sampled() {
+  sampled_.resize(decoder_->sampled().empty() ? 0 : batch_->sampled.size());  // of rank 0 alone
   std::vector<Candidate> ranked;
   const cuda::ReportedToken* reported = decoder_->reported().data();
   for (std::size_t i = 0; i < sampled_.size(); ++i) {
     const cuda::SampledToken& token = decoder_->sampled()[i];
     sampled_[i] = {token.token, {}};
-    const int top = batch.sampled[i].top;
+    const int top = batch_->sampled[i].top;
     if (top < 0) continue;
     ranked.clear();
     for (int j = 0; j < token.top; ++j) ranked.push_back({reported[j].logit, reported[j].token});

@@ -32,7 +32,9 @@ class CudaWorker final : public Worker {
 
   void join() override;
   void allocate_kv_cache(std::int64_t num_blocks) override;
-  std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
+  bool is_asynchronous() const override { return true; }
+  void start(const Batch& batch) override;
+  std::span<const TokenId> finish(const LogitsConsumer& consume) override;
   SamplingRoom sampling_room() const override;
   std::span<SampleResult> sampled() override { return sampled_; }
   std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
@@ -48,7 +50,7 @@ class CudaWorker final : public Worker {
 
  private:
   /// What the device has sampled, as the host's sampler would say it.
-  void take_sampled(const Batch& batch);
+  void take_sampled();
 
   int device_;
   int block_size_;
@@ -60,6 +62,7 @@ class CudaWorker final : public Worker {
   std::uint64_t parameters_ = 0;
   std::unique_ptr<cuda::DeviceStream> stream_;
   std::unique_ptr<CudaDecoder> decoder_;
+  const Batch* batch_ = nullptr;
   std::vector<SampleResult> sampled_;
 };
 

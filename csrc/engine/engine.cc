@@ -16,6 +16,7 @@
 #include "engine/kv_selection.h"
 #include "engine/plan_choice.h"
 #include "engine/request.h"
+#include "engine/scheduler_setup.h"
 #include "engine/step_batch.h"
 #include "scheduler/event_log_file.h"
 #include "scheduler/scheduler.h"
@@ -40,7 +41,13 @@ struct Engine::Impl {
   std::vector<RequestOutput> step();
 
   void take_inbox();
-  void finish_step(const ScheduledBatch& scheduled);
+  /// Schedules a batch and starts it, if there is any work.
+  void begin_step();
+  /// Waits for the batch that was started and takes in what it brought.
+  void finish_step();
+  void mark_aborted();
+  void update_stats();
+  void fail(std::exception_ptr error);
   void end_sample(Request& request, int index, FinishReason reason, RequestOutput& output);
   RequestOutput& output_of(RequestId id);
 
@@ -69,6 +76,8 @@ struct Engine::Impl {
   std::unordered_map<RequestId, std::unique_ptr<Request>> requests;
   SequenceOwners owners;
   SequenceId next_sequence = 0;
+  const ScheduledBatch* started = nullptr;  // and not finished
+  std::int64_t start_us = 0;                // when
   std::int64_t execute_us = 0;
   std::optional<StepBatch> step_batch;
   std::vector<SampledToken> sampled;
@@ -101,33 +110,8 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   ranks = std::make_unique<RankGroup>(config, model, choice, threads, max_model_len, progress);
   std::int64_t blocks = choose_kv_blocks(config, *ranks, max_model_len);
   ranks->allocate_kv_cache(blocks);
-  counters.collectives = collective_stats(ranks->rank(0).communicator());  // of loading
 
-  SchedulerSetup setup;
-  SchedulerConfig& scheduler_config = setup.config;
-  scheduler_config.max_num_seqs = config.max_num_seqs;
-  scheduler_config.max_num_batched_tokens = config.max_num_batched_tokens;
-  scheduler_config.block_size = config.block_size;
-  scheduler_config.num_blocks = static_cast<int>(blocks);
-  scheduler_config.enable_prefix_caching = config.enable_prefix_caching;
-  scheduler_config.admission = parse_admission(config.admission);
-  scheduler_config.safety = config.safety;
-  scheduler_config.watermark = config.kv_watermark;
-  scheduler_config.max_pause = config.max_pause;
-  scheduler_config.preempt_limit = config.preempt_limit;
-  scheduler_config.promotion = default_promotion(config.scheduling_policy);
-  Promotion& promotion = scheduler_config.promotion;
-  promotion.after_s = config.promote_after.value_or(promotion.after_s);
-  promotion.per_token_s = config.promote_per_token.value_or(promotion.per_token_s);
-  setup.policy = config.scheduling_policy;
-  PolicyConfig& policy_config = setup.policy_config;
-  policy_config.bucket_width = config.bucket_width;
-  StaticBatchConfig& batches = policy_config.static_batches;
-  batches.group = config.static_group;
-  batches.batch_size = config.static_batch_size;
-  batches.bucket_tokens = config.bucket_width;
-  batches.bucket_batch_sizes = config.bucket_batch_sizes;
-  batches.restart_failures = config.recompute == "restart";
+  const SchedulerSetup setup = scheduler_setup(config, blocks);
   scheduler = setup.make();
   if (!config.event_log.empty()) {
     event_writer.emplace(config.event_log, setup);
@@ -142,6 +126,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
             hidden_states->num_reported()};
   info = describe_model(config, model, *ranks, max_model_len, blocks);
   info.kv_reason = kv_reason;
+  update_stats();
 }
 
 RequestId Engine::Impl::submit(std::span<const TokenId> prompt, const SamplingParams& params,
@@ -224,7 +209,35 @@ void Engine::Impl::take_inbox() {
   }
 }
 
-void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
+void Engine::Impl::mark_aborted() {
+  std::lock_guard lock(mutex);
+  for (auto [id, index] : aborts) {
+    auto found = requests.find(id);
+    if (found == requests.end()) continue;  // still in the inbox
+    found->second->samples[static_cast<std::size_t>(index)].aborted = true;
+  }
+}
+
+void Engine::Impl::begin_step() {
+  take_inbox();
+  const ScheduledBatch& scheduled = scheduler->schedule(now_us());
+  if (scheduled.items.empty()) return;
+  step_batch->build(scheduled, owners, *hidden_states, ranks->rank(0).sampling_room());
+  start_us = now_us();
+  ranks->start(step_batch->batch());
+  started = &scheduled;
+}
+
+void Engine::Impl::finish_step() {
+  const ScheduledBatch& scheduled = *std::exchange(started, nullptr);
+  std::span<const TokenId> most_likely =
+      ranks->finish([this](TeamMember& member, int first, int count, float* logits) {
+        step_batch->take_logits(member, first, count, logits);
+      });
+  execute_us += now_us() - start_us;
+  step_batch->take_sampled(ranks->rank(0).sampled());
+  step_batch->take_most_likely(most_likely);
+  mark_aborted();
   sampled.clear();
   std::vector<std::pair<RequestId, int>> ended;
   std::int64_t generated = 0;
@@ -239,10 +252,14 @@ void Engine::Impl::finish_step(const ScheduledBatch& scheduled) {
     int count = item.sequence->num_generated() + 1;
     Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
     // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
-    bool again = count <= progress.num_reported;
-    FinishReason reason = again ? FinishReason::kNone : request->finish_reason(result.token, count);
+    const bool unreported = count <= progress.num_reported || progress.aborted;
+    FinishReason reason =
+        unreported ? FinishReason::kNone : request->finish_reason(result.token, count);
     sampled.push_back({item.sequence->id, result.token, reason != FinishReason::kNone});
-    if (again) continue;
+    if (unreported) {
+      if (hidden_states->wants(*request)) hidden_states->skip();
+      continue;
+    }
     progress.num_reported = count;
     RequestOutput& output = output_of(request->id());
     if (request->wants_prompt_rows(index)) request->report_prompt(output);
@@ -281,28 +298,36 @@ std::vector<RequestOutput> Engine::Impl::step() {
   if (failure) std::rethrow_exception(failure);
   outputs.clear();
   try {
-    take_inbox();
-    const ScheduledBatch& scheduled = scheduler->schedule(now_us());
-    if (!scheduled.items.empty()) {
-      Worker& worker = ranks->rank(0);
-      step_batch->build(scheduled, owners, *hidden_states, worker.sampling_room());
-      std::int64_t start = now_us();
-      std::span<const TokenId> most_likely = ranks->execute(
-          step_batch->batch(), [this](TeamMember& member, int first, int count, float* logits) {
-            step_batch->take_logits(member, first, count, logits);
-          });
-      execute_us += now_us() - start;
-      step_batch->take_sampled(worker.sampled());
-      step_batch->take_most_likely(most_likely);
-      finish_step(scheduled);
-    }
+    if (started == nullptr) begin_step();
+    if (started != nullptr) finish_step();
   } catch (...) {
-    // Half a step has been done; nothing can be trusted to go on.
-    std::lock_guard lock(mutex);
-    failure = std::current_exception();
+    fail(std::current_exception());
     throw;
   }
+  // While the caller reads what this step brought, a device computes the next. What the caller
+  // then submits joins the one after it.
+  if (ranks->is_asynchronous()) try {
+      begin_step();
+    } catch (...) {
+      fail(std::current_exception());  // for the next call: this step has been done
+    }
+  update_stats();
   std::vector<RequestOutput> progressed;
+  std::lock_guard lock(mutex);
+  for (auto& [id, output] : outputs) {
+    if (output.finished) alive.erase(id);
+    progressed.push_back(std::move(output));
+  }
+  return progressed;
+}
+
+void Engine::Impl::fail(std::exception_ptr error) {
+  // Half a step has been done; nothing can be trusted to go on.
+  std::lock_guard lock(mutex);
+  failure = std::move(error);
+}
+
+void Engine::Impl::update_stats() {
   SchedulerStats stats = scheduler->stats();
   std::vector<CollectiveStats> collectives = collective_stats(ranks->rank(0).communicator());
   std::lock_guard lock(mutex);
@@ -324,11 +349,6 @@ std::vector<RequestOutput> Engine::Impl::step() {
   if (accuracy.total() != scheduler->accuracy().total()) accuracy = scheduler->accuracy();
   counters.recomputed_tokens = stats.recomputed_tokens;
   counters.prefix_hit_tokens = stats.prefix_hit_tokens;
-  for (auto& [id, output] : outputs) {
-    if (output.finished) alive.erase(id);
-    progressed.push_back(std::move(output));
-  }
-  return progressed;
 }
 
 Engine::Engine(EngineConfig config, const LoadProgress& progress)

@@ -15,8 +15,8 @@
 
 namespace deinfer {
 
-/// Of step() alone. Per batch: wants() and add_row() while it is built, then take() for the same
-/// rows in the same order, then tell() once the scheduler has been updated.
+/// Of step() alone. Per batch: wants() while it is built, then take() or skip() for the rows that
+/// were wanted, in the same order, then tell() once the scheduler has been updated.
 class HiddenStates {
  public:
   /// Checks `config`, loads the head that it names, and adds the head's layer to
@@ -36,6 +36,8 @@ class HiddenStates {
   /// `ended`: nothing more is expected of it.
   void take(const Request& request, Request::Sample& sample, int generated, bool ended,
             SequenceOutput& output);
+  /// The next row is of no use.
+  void skip() { ++row_; }
   /// Tells the scheduler what the head believes of the rows since begin().
   void tell(Scheduler& scheduler);
 

@@ -111,11 +111,16 @@ void RankGroup::allocate_kv_cache(std::int64_t num_blocks) {
   on_all([&](int index) { rank(index).allocate_kv_cache(num_blocks); });
 }
 
-std::span<const TokenId> RankGroup::execute(const Batch& batch,
-                                            const Worker::LogitsConsumer& consume) {
+void RankGroup::start(const Batch& batch) {
+  batch_ = &batch;
+  if (is_asynchronous()) on_all([&](int index) { rank(index).start(batch); });
+}
+
+std::span<const TokenId> RankGroup::finish(const Worker::LogitsConsumer& consume) {
   std::span<const TokenId> most_likely;
   on_all([&](int index) {
-    std::span<const TokenId> own = rank(index).execute(batch, consume);
+    if (!is_asynchronous()) rank(index).start(*batch_);
+    std::span<const TokenId> own = rank(index).finish(consume);
     if (index == 0) most_likely = own;
   });
   return most_likely;

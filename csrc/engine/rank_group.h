@@ -26,10 +26,11 @@ class RankGroup {
 
   void allocate_kv_cache(std::int64_t num_blocks);
 
-  /// Runs one batch on all ranks; `consume` is called on rank 0's team (see Worker::execute). When
-  /// a rank fails, the others are released and its exception is thrown, now and by every later
-  /// call.
-  std::span<const TokenId> execute(const Batch& batch, const Worker::LogitsConsumer& consume);
+  /// One batch on all ranks, as Worker says; `consume` is called on rank 0's team. When a rank
+  /// fails, the others are released and its exception is thrown, now and by every later call.
+  void start(const Batch& batch);
+  std::span<const TokenId> finish(const Worker::LogitsConsumer& consume);
+  bool is_asynchronous() const { return workers_[0]->is_asynchronous(); }
 
   int size() const { return static_cast<int>(workers_.size()); }
   const StepPlans& plans() const { return plans_; }
@@ -48,6 +49,7 @@ class RankGroup {
   std::vector<std::unique_ptr<Communicator>> communicators_;  // until the workers take them
   ThreadTeam ranks_;
   std::vector<std::unique_ptr<Worker>> workers_;
+  const Batch* batch_ = nullptr;
   std::exception_ptr failure_;  // the first
 };
 

@@ -76,6 +76,7 @@ class Request {
     SequenceId sequence = 0;
     int num_reported = 0;  // generated tokens; a policy may have a sample generate them again
     bool ended = false;
+    bool aborted = false;             // but not ended yet: nothing more is reported of it
     std::vector<float> state_sum;     // [layers, hidden] of the rows that sampled; see HiddenStates
     std::vector<float> length_prior;  // what the length head keeps between its stages
   };

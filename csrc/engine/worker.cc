@@ -93,7 +93,8 @@ void CpuWorker::allocate_kv_cache(std::int64_t num_blocks) {
   cache_ = std::make_unique<KvCache>(decoder_->kv_cache_config(num_blocks));
 }
 
-std::span<const TokenId> CpuWorker::execute(const Batch& batch, const LogitsConsumer& consume) {
+std::span<const TokenId> CpuWorker::finish(const LogitsConsumer& consume) {
+  const Batch& batch = *batch_;
   most_likely_.resize(batch.argmax_rows.size());
   auto* logits = logits_.as<float>();
   int rows = static_cast<int>(batch.logit_rows.size());

@@ -64,7 +64,7 @@ class Worker {
   /// failed to load.
   virtual void join() = 0;
 
-  /// Sizes the KV cache; call it once before execute().
+  /// Sizes the KV cache; call it once before start().
   virtual void allocate_kv_cache(std::int64_t num_blocks) = 0;
 
   /// Receives logits[count, vocab] of the batch's logit rows first .. first + count. Called on
@@ -72,10 +72,14 @@ class Worker {
   using LogitsConsumer =
       std::function<void(TeamMember& member, int first, int count, float* logits)>;
 
-  /// Runs one batch, which all ranks must do, and returns the most likely tokens of its argmax_rows
-  /// (on rank 0), valid until the next call. Errors of any thread surface here;
-  /// CommunicatorAborted when another rank has failed.
-  virtual std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) = 0;
+  /// Whether a device computes what start() begins, so that this host is free until finish().
+  virtual bool is_asynchronous() const { return false; }
+  /// Begins one batch, which all ranks must do, and which must stay as it is until finish().
+  virtual void start(const Batch& batch) = 0;
+  /// Completes it and returns the most likely tokens of its argmax_rows (on rank 0), valid until
+  /// the next start(). Errors of any thread surface in either; CommunicatorAborted when another
+  /// rank has failed.
+  virtual std::span<const TokenId> finish(const LogitsConsumer& consume) = 0;
 
   /// What it can sample by itself of a step. Other rows are logit_rows, for the consumer.
   virtual SamplingRoom sampling_room() const { return {}; }
@@ -110,7 +114,8 @@ class CpuWorker final : public Worker {
 
   void join() override;
   void allocate_kv_cache(std::int64_t num_blocks) override;
-  std::span<const TokenId> execute(const Batch& batch, const LogitsConsumer& consume) override;
+  void start(const Batch& batch) override { batch_ = &batch; }
+  std::span<const TokenId> finish(const LogitsConsumer& consume) override;
   std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
   std::uint64_t kv_block_bytes() const override;
   std::uint64_t kv_memory() const override;
@@ -133,6 +138,7 @@ class CpuWorker final : public Worker {
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<KvCache> cache_;
   std::vector<ThreadScratch> scratch_;
+  const Batch* batch_ = nullptr;
   std::vector<TokenId> most_likely_;
   Buffer partial_sums_;  // ExecutionContext::partial_sums
   Buffer logits_;        // [Decoder::kLogitRows, vocab] on rank 0

@@ -3,7 +3,9 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
+#include <map>
 
 #include "cuda_engine_fixture.h"
 #include "expect_error.h"
@@ -83,6 +85,98 @@ TEST(CudaEngineDevice, SampledStepsAreGraphsThatReadBackOnce) {
   EXPECT_EQ(device.graph_launches - launches, 11) << "all but the prompts";
   EXPECT_EQ(device.synchronizations - waits, 12) << "one read-back per step";
   EXPECT_EQ(device.used_bytes, used);
+}
+
+TEST(CudaEngineDevice, ComputesTheNextStepWhileTheCallerReads) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  for (int ranks : {1, 2}) {
+    EngineConfig engine_config = config_for(model, "cuda");
+    engine_config.hidden_state_layers.clear();
+    engine_config.tensor_parallel_size = ranks;
+    Engine engine(engine_config);
+    const Request request = greedy(4, 1, 6);
+    generate(engine, {request});  // captures the graph
+    const int launches = emulation::device_state().graph_launches;
+    engine.submit(request.prompt, request.params);
+    for (int step = 1; step <= 6; ++step) {
+      EXPECT_EQ(engine.step().at(0).outputs.at(0).new_token_ids.size(), 1u);
+      // The prompt has no graph, and after the last token there is nothing to compute.
+      EXPECT_EQ(emulation::device_state().graph_launches - launches, ranks * std::min(step, 5));
+    }
+    EXPECT_TRUE(engine.step().empty());
+    EXPECT_EQ(engine.stats().num_steps, 12);
+  }
+}
+
+/// Samples are aborted while the device computes their next tokens.
+TEST(CudaEngineDevice, NothingIsReportedOfWhatWasAborted) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  Engine engine(config_for(model, "cuda"));
+  const std::int64_t free_blocks = engine.stats().free_kv_blocks;
+  std::vector<Request> requests;
+  for (int i = 0; i < 5; ++i) {
+    requests.push_back(greedy(3 + 7 * i, i, 9));
+    requests.back().params.hidden_states = 1;
+  }
+  using States = std::vector<std::vector<float>>;  // of every token
+  const auto run = [&](const std::vector<int>& abort_after) {
+    std::vector<States> states(requests.size());
+    std::vector<bool> aborted(requests.size()), ended(requests.size());
+    std::map<RequestId, std::size_t> places;
+    for (const Request& request : requests) {
+      const std::size_t place = places.size();
+      places[engine.submit(request.prompt, request.params)] = place;
+    }
+    while (engine.has_unfinished_requests()) {
+      for (const RequestOutput& output : engine.step()) {
+        const std::size_t place = places.at(output.request_id);
+        for (const SequenceOutput& sample : output.outputs) {
+          EXPECT_FALSE(ended[place]) << "reported after its end";
+          ended[place] = sample.finish_reason != FinishReason::kNone;
+          EXPECT_EQ(sample.finish_reason == FinishReason::kAbort, aborted[place]);
+          EXPECT_EQ(sample.new_token_ids.empty(), aborted[place]);
+          if (!aborted[place]) states[place].push_back(sample.hidden_states);
+        }
+      }
+      for (const auto& [id, place] : places) {
+        if (static_cast<int>(states[place].size()) != abort_after[place]) continue;
+        aborted[place] = engine.abort(id) || aborted[place];
+      }
+    }
+    EXPECT_EQ(std::count(ended.begin(), ended.end(), true), 5);
+    EXPECT_TRUE(engine.step().empty());
+    EXPECT_EQ(engine.stats().free_kv_blocks, free_blocks);
+    return states;
+  };
+  const std::vector<States> whole = run({-1, -1, -1, -1, -1});
+  const std::vector<int> after = {2, -1, 5, 1, -1};
+  const std::vector<States> cut = run(after);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    States expected = whole[i];
+    EXPECT_EQ(expected.size(), 9u);
+    if (after[i] > 0) expected.resize(static_cast<std::size_t>(after[i]));
+    EXPECT_EQ(cut[i], expected) << i;
+  }
+}
+
+TEST(CudaEngineDevice, AFailureOfTheNextStepComesWithTheNextCall) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  Engine engine(config_for(model, "cuda"));
+  const Request request = greedy(4, 1, 4);
+  engine.submit(request.prompt, request.params);
+  emulation::device_state().refuses_graphs = true;
+  const std::vector<RequestOutput> outputs = engine.step();  // the next decodes
+  EXPECT_EQ(outputs.at(0).outputs.at(0).new_token_ids.size(), 1u);
+  emulation::device_state().refuses_graphs = false;
+  EXPECT_THROW(engine.step(), Error);
+  EXPECT_THROW(engine.step(), Error) << "for good";
+  EXPECT_THROW(engine.submit(request.prompt, request.params), Error);
 }
 
 TEST(CudaEngineDevice, RefusesWhatItCannotDo) {

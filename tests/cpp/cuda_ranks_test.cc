@@ -193,10 +193,11 @@ TEST_F(CudaRanks, ReplaysHaveTheSameBits) {
         auto ranks = test::make_ranks(config);
         for (int i = 0; i < count; ++i) {
           std::vector<float> got;
-          const auto tokens =
-              ranks->execute(work.batch, [&](TeamMember& member, int, int rows, float* logits) {
-                if (member.id() == 0) got.assign(logits, logits + rows * kVocabulary);
-              });
+          const auto tokens = test::execute(*ranks, work.batch,
+                                            [&](TeamMember& member, int, int rows, float* logits) {
+                                              if (member.id() == 0)
+                                                got.assign(logits, logits + rows * kVocabulary);
+                                            });
           got.insert(got.end(), tokens.begin(), tokens.end());
           if (first.empty()) first = got;
           ASSERT_EQ(got, first) << size << " ranks, step " << i;
@@ -249,7 +250,7 @@ TEST_F(CudaRanks, ExchangeWhatThePlanLists) {
       for (const std::vector<int>& lengths : {std::vector<int>{5, 8, 3}, {1}, {1}}) {
         // The first step of a size, one by its graph; both count.
         test::RankBatch work(lengths);
-        ranks->execute(work.batch, [](TeamMember&, int, int, float*) {});
+        test::execute(*ranks, work.batch);
         const StepRows rows{work.batch.num_tokens(), static_cast<int>(work.batch.logit_rows.size()),
                             static_cast<int>(work.batch.argmax_rows.size())};
         for (int rank = 0; rank < 3; ++rank) {

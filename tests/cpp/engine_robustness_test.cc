@@ -9,9 +9,9 @@
 
 #include "base/check.h"
 #include "deinfer/engine.h"
-#include "engine/worker.h"
 #include "expect_error.h"
 #include "model/planned_model.h"
+#include "rank_group_fixture.h"
 #include "tiny_model.h"
 
 namespace deinfer {
@@ -297,13 +297,13 @@ TEST(EngineRobustness, AFailingWorkerThreadReleasesTheOthers) {
   batch.logit_rows = {1};
   for (int failing : {0, 1, 2}) {
     expect_error(ErrorCode::kInternal, "thread " + std::to_string(failing), [&] {
-      worker.execute(batch, [&](TeamMember& member, int, int, float*) {
+      test::execute(worker, batch, [&](TeamMember& member, int, int, float*) {
         if (member.id() == failing) fail(ErrorCode::kInternal, "thread ", failing, " failed");
       });
     });
   }
   int rows = 0;
-  worker.execute(batch, [&](TeamMember& member, int, int count, float* logits) {
+  test::execute(worker, batch, [&](TeamMember& member, int, int count, float* logits) {
     if (member.id() == 0) rows = std::isfinite(logits[0]) ? count : -1;
   });
   EXPECT_EQ(rows, 1) << "the worker stays usable";

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <numeric>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,6 +40,15 @@ inline std::unique_ptr<RankGroup> make_ranks(const EngineConfig& config, int thr
       make_step_plans(config.tensor_parallel_plan, model_shape(read_model_config(config.model)),
                       config.tensor_parallel_size),
       threads, progress, wrap);
+}
+
+/// One batch on a RankGroup or a Worker.
+template <typename Ranks>
+std::span<const TokenId> execute(
+    Ranks& ranks, const Batch& batch,
+    const Worker::LogitsConsumer& consume = [](TeamMember&, int, int, float*) {}) {
+  ranks.start(batch);
+  return ranks.finish(consume);
 }
 
 /// The next tokens of sequences: `lengths[i]` of sequence i, after `computed[i]` others (none). Of

@@ -117,8 +117,8 @@ class TensorParallelAbort : public testing::Test {
 };
 
 std::vector<TokenId> step(RankGroup& ranks, const Batch& batch, Trap& trap) {
-  std::span<const TokenId> tokens =
-      ranks.execute(batch, [&](TeamMember&, int, int, float*) { trap.pass(0, Point::kConsumer); });
+  std::span<const TokenId> tokens = test::execute(
+      ranks, batch, [&](TeamMember&, int, int, float*) { trap.pass(0, Point::kConsumer); });
   return {tokens.begin(), tokens.end()};
 }
 

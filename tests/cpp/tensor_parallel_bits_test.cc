@@ -45,7 +45,7 @@ std::vector<float> all_logits(RankGroup& ranks, Batch batch) {
   batch.logit_rows.resize(batch.token_ids.size());
   std::iota(batch.logit_rows.begin(), batch.logit_rows.end(), 0);
   std::vector<float> all(batch.logit_rows.size() * vocab);
-  ranks.execute(batch, [&](TeamMember& member, int first, int count, float* logits) {
+  test::execute(ranks, batch, [&](TeamMember& member, int first, int count, float* logits) {
     auto [begin, end] = member.share(count);
     std::copy(
         logits + static_cast<std::size_t>(begin) * vocab,

@@ -119,7 +119,7 @@ TEST_P(TensorParallelTraffic, OfEveryRankIsWhatThePlanLists) {
     for (int size : {2, 3, 4, 8}) {
       for (const Work& work : all_works) {
         auto ranks = test::make_ranks(config_for(model, GetParam(), size, work.chunks, dtype));
-        ranks->execute(work.batch.batch, [](TeamMember&, int, int, float*) {});
+        test::execute(*ranks, work.batch.batch);
         for (int rank = 0; rank < size; ++rank) {
           auto& worker = static_cast<CpuWorker&>(ranks->rank(rank));
           Traffic expected =
@@ -164,7 +164,7 @@ TEST_P(TensorParallelTraffic, OfTokenShardedLatentsIsWhatThePlanLists) {
         for (int rank = 0; rank < size; ++rank) {
           loading.push_back(ranks->rank(rank).communicator().traffic());
         }
-        ranks->execute(work.batch.batch, [](TeamMember&, int, int, float*) {});
+        test::execute(*ranks, work.batch.batch);
         for (int rank = 0; rank < size; ++rank) {
           SCOPED_TRACE(std::string(family) + ", " + work.name + ", rank " + std::to_string(rank) +
                        " of " + std::to_string(size));
@@ -209,7 +209,7 @@ TEST_P(TensorParallelTraffic, PerLayerIsThatOfTheDesign) {
     test::RankBatch work(std::vector<int>(3, 1));
     work.batch.argmax_rows.clear();
     work.batch.logit_rows.clear();
-    ranks->execute(work.batch, [](TeamMember&, int, int, float*) {});
+    test::execute(*ranks, work.batch);
     LayerCalls calls = design(GetParam());
     bool whole = ranks->plans()[0]->residual() == ResidualLayout::kReplicated;
     for (int rank = 0; rank < size; ++rank) {

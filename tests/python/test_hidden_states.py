@@ -89,7 +89,14 @@ def test_states_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     shared = prompts(131, (40,))[0]
     given = [shared[: 20 + i] + [3 + i] for i in range(8)]
     params = [
-        SamplingParams(max_tokens=30, ignore_eos=True, hidden_states=7, seed=i, n=1 + i % 2)
+        SamplingParams(
+            max_tokens=30,
+            ignore_eos=True,
+            hidden_states=7,
+            seed=i,
+            n=1 + i % 2,
+            expected_tokens=25 - 10 * (i % 3),
+        )
         for i in range(len(given))
     ]
 
@@ -104,21 +111,31 @@ def test_states_do_not_depend_on_the_batch(tmp_path: Path) -> None:
             outputs = llm.generate(given, params, use_tqdm=False)
         preempted.append(llm.stats.num_preemptions)
         hits.append(llm.stats.prefix_hit_tokens)
+        recomputed.append(llm.stats.recomputed_tokens)
         states = [sample.hidden_states for output in outputs for sample in output.outputs]
         assert all(found is not None and found.positions[-1] == 28 for found in states)
         return [part for found in states if found for part in (found.states, found.means)]
 
     preempted: list[int] = []
     hits: list[int] = []
+    recomputed: list[int] = []
     alone = run(True, num_kv_blocks=64, enable_prefix_caching=False, num_threads=1)
+    restarts: dict[str, object] = {
+        "scheduling_policy": "static_bucket",
+        "recompute": "restart",
+        "bucket_width": 10,
+        "bucket_batch_sizes": [1],
+    }
     for arguments in (
         {"num_kv_blocks": 12},  # preempts
+        {"num_kv_blocks": 64, **restarts},  # many outlive their bucket
         {"num_kv_blocks": 64, "max_num_batched_tokens": 11, "num_threads": 3},  # chunks of prompts
         {"num_kv_blocks": 64, "max_num_seqs": 3},
     ):
         for got, expected in zip(run(False, **arguments), alone, strict=True):
             np.testing.assert_array_equal(got, expected)
     assert preempted[1] > 0
+    assert recomputed[2] > 0
     assert hits[-1] > 0
 
 

@@ -196,8 +196,8 @@ struct EngineStats {
   std::int64_t prefix_hit_tokens = 0;
   std::int64_t prompt_tokens = 0;  // computed
   std::int64_t generated_tokens = 0;
-  std::int64_t execute_us = 0;  // of step() within the workers: the model's forward passes, and
-                                // sampling; the rest is scheduling and bookkeeping
+  std::int64_t execute_us = 0;  // between the start and the end of batches: the model's forward
+                                // passes, and sampling; the rest is scheduling and bookkeeping
   std::int64_t length_predictions = 0;  // made by the head of EngineConfig::length_predictor
   std::int64_t length_predictor_us = 0;
   std::vector<CollectiveStats> collectives;  // of rank 0; kinds that were used
@@ -225,10 +225,12 @@ class DEINFER_API Engine {
                    const LengthBelief& belief = {});
 
   /// Ends one sample or (no index) all samples of a request; false if unknown or already ended.
-  /// Their last outputs (kAbort) come with the next step().
+  /// Nothing but kAbort is reported of them any more, with the next step().
   bool abort(RequestId id, std::optional<int> index = std::nullopt);
 
-  /// Runs one batch; returns the requests that progressed. Empty when nothing is unfinished.
+  /// Runs one batch; returns the requests that progressed. Empty when nothing is unfinished. On
+  /// CUDA devices the next batch has been started when it returns: the device computes it while the
+  /// caller reads, and what is submitted meanwhile joins the one after it.
   std::vector<RequestOutput> step();
   bool has_unfinished_requests() const;
 

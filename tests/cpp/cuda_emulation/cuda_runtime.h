@@ -195,6 +195,7 @@ struct DeviceState {
   std::atomic<int> graph_launches = 0;
   std::atomic<int> synchronizations = 0;
   std::atomic<bool> fails = false;  // every stream, from its next synchronization on
+  std::atomic<bool> refuses_graphs = false;
   std::atomic<bool> reads_peers = true;
 };
 DeviceState& device_state();

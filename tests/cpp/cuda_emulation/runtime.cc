@@ -212,6 +212,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  if (device_state().refuses_graphs) return cudaErrorMemoryAllocation;
   ++device_state().graphs;
   *exec = new CUgraphExec_st{graph->nodes};
   return cudaSuccess;

@@ -1,0 +1,15 @@
+// The scheduler that an engine's configuration asks for.
+#pragma once
+
+#include <cstdint>
+
+#include "deinfer/engine.h"
+#include "scheduler/event_log_file.h"
+
+namespace deinfer {
+
+/// `config` must be valid; num_blocks: of the KV pool. Throws Error(kInvalidArgument) naming an
+/// admission that is unknown.
+SchedulerSetup scheduler_setup(const EngineConfig& config, std::int64_t num_blocks);
+
+}  // namespace deinfer
