@@ -17,6 +17,7 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
                        int threads, int max_model_len, const LoadProgress& progress)
     : device_(device),
       block_size_(config.block_size),
+      max_sequences_(std::min(config.max_num_seqs, config.max_num_batched_tokens)),
       kernels_(cpu::kernels_for(select_isa())),
       communicator_(std::move(communicator)),
       peers_(peers),
@@ -38,11 +39,10 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
   WeightLoader loader(config.model, model, share, team_, progress);
   CudaWeights weights = load_cuda_weights(model, kv_forms, loader, team_, *stream_);
   parameters_ = loader.parameters();
-  const int max_sequences = std::min(config.max_num_seqs, config.max_num_batched_tokens);
   const BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
-                           max_sequences};
+                           max_sequences_};
   decoder_ = std::make_unique<CudaDecoder>(
-      model, share, std::move(weights), limits, max_sequences, config.block_size,
+      model, share, std::move(weights), limits, max_sequences_, config.block_size,
       cuda::devices()[static_cast<std::size_t>(device_)].multiprocessors, peers_, *stream_);
 }
 

@@ -35,6 +35,7 @@ class CudaWorker final : public Worker {
   bool is_asynchronous() const override { return true; }
   void start(const Batch& batch) override;
   std::span<const TokenId> finish(const LogitsConsumer& consume) override;
+  std::vector<int> step_sizes() const override { return graph_sizes(max_sequences_); }
   SamplingRoom sampling_room() const override;
   std::span<SampleResult> sampled() override { return sampled_; }
   std::span<const float> hidden_states() const override { return decoder_->hidden_states(); }
@@ -54,6 +55,7 @@ class CudaWorker final : public Worker {
 
   int device_;
   int block_size_;
+  int max_sequences_;
   std::int64_t num_kv_blocks_ = 0;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;

@@ -111,7 +111,7 @@ Engine::Impl::Impl(EngineConfig engine_config, const LoadProgress& progress)
   std::int64_t blocks = choose_kv_blocks(config, *ranks, max_model_len);
   ranks->allocate_kv_cache(blocks);
 
-  const SchedulerSetup setup = scheduler_setup(config, blocks);
+  const SchedulerSetup setup = scheduler_setup(config, blocks, ranks->rank(0).step_sizes());
   scheduler = setup.make();
   if (!config.event_log.empty()) {
     event_writer.emplace(config.event_log, setup);

@@ -1,8 +1,11 @@
 #include "engine/scheduler_setup.h"
 
+#include <utility>
+
 namespace deinfer {
 
-SchedulerSetup scheduler_setup(const EngineConfig& config, std::int64_t num_blocks) {
+SchedulerSetup scheduler_setup(const EngineConfig& config, std::int64_t num_blocks,
+                               std::vector<int> step_sizes) {
   SchedulerSetup setup;
   SchedulerConfig& scheduler = setup.config;
   scheduler.max_num_seqs = config.max_num_seqs;
@@ -15,6 +18,7 @@ SchedulerSetup scheduler_setup(const EngineConfig& config, std::int64_t num_bloc
   scheduler.watermark = config.kv_watermark;
   scheduler.max_pause = config.max_pause;
   scheduler.preempt_limit = config.preempt_limit;
+  scheduler.graph_sizes = std::move(step_sizes);
   scheduler.promotion = default_promotion(config.scheduling_policy);
   Promotion& promotion = scheduler.promotion;
   promotion.after_s = config.promote_after.value_or(promotion.after_s);

@@ -81,6 +81,9 @@ class Worker {
   /// rank has failed.
   virtual std::span<const TokenId> finish(const LogitsConsumer& consume) = 0;
 
+  /// Numbers of tokens to which it fills up decode steps, ascending; empty: it does not.
+  virtual std::vector<int> step_sizes() const { return {}; }
+
   /// What it can sample by itself of a step. Other rows are logit_rows, for the consumer.
   virtual SamplingRoom sampling_room() const { return {}; }
   /// Of the last batch's sampled rows, on rank 0; may be moved from.

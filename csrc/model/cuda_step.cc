@@ -54,6 +54,15 @@ int graph_bucket(int m) {
   return m > 2 ? 4 : m;
 }
 
+std::vector<int> graph_sizes(int most) {
+  std::vector<int> sizes;
+  for (int size = graph_bucket(1); size > 0; size = graph_bucket(size + 1)) {
+    sizes.push_back(size);
+    if (size >= most) break;
+  }
+  return sizes;
+}
+
 CudaStep::CudaStep(const CudaStepLimits& limits) : limits_(limits) {
   std::int64_t next = 0;
   auto take = [&](std::int64_t words) {

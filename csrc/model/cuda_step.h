@@ -19,6 +19,8 @@ constexpr int padded_tokens(int tokens) {
 /// The smallest of the sizes for which decode steps have graphs that holds m >= 1 tokens: 1, 2, 4,
 /// 8, then multiples of 8 up to 64 and of 32 up to 256; 0 beyond.
 int graph_bucket(int m);
+/// Those, ascending, up to the first that holds `most` >= 1 tokens, if any does.
+std::vector<int> graph_sizes(int most);
 
 /// Attention that layers have in common: its window (0: none), and the kv heads that tasks are for.
 struct CudaAttentionKind {

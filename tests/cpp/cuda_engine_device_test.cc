@@ -4,11 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <functional>
 #include <map>
 
 #include "cuda_engine_fixture.h"
 #include "expect_error.h"
+#include "scheduler/event_log_file.h"
 #include "thread_order.h"
 
 namespace deinfer {
@@ -108,6 +110,36 @@ TEST(CudaEngineDevice, ComputesTheNextStepWhileTheCallerReads) {
     EXPECT_TRUE(engine.step().empty());
     EXPECT_EQ(engine.stats().num_steps, 12);
   }
+}
+
+/// The scheduler knows what decode steps are filled up to, and its log replays what it did ahead.
+TEST(CudaEngineDevice, TheSchedulerKnowsTheSizesOfGraphs) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  const std::filesystem::path log_file = std::filesystem::path(model.path()) / "events.jsonl";
+  EngineConfig engine_config = config_for(model, "cuda");
+  engine_config.max_num_seqs = 5;
+  engine_config.event_log = log_file.string();
+  std::int64_t steps = 0;
+  {
+    Engine engine(engine_config);
+    for (int i = 0; i < 9; ++i) {
+      const Request request = greedy(3 + 5 * i, i, 4 + i);
+      const RequestId id = engine.submit(request.prompt, request.params);
+      engine.step();
+      if (i == 4) engine.abort(id);
+    }
+    while (engine.has_unfinished_requests()) engine.step();
+    steps = engine.stats().num_steps;
+  }
+  const auto [setup, log] = read_event_log(log_file);
+  EXPECT_EQ(setup.config.graph_sizes, (std::vector<int>{1, 2, 4, 8}));
+  const std::unique_ptr<Scheduler> scheduler = setup.make();
+  std::int64_t replayed = 0;
+  log.replay(*scheduler, [&](const ScheduledBatch& batch) { replayed += !batch.items.empty(); });
+  EXPECT_EQ(replayed, steps);
+  EXPECT_FALSE(scheduler->has_unfinished());
 }
 
 /// Samples are aborted while the device computes their next tokens.

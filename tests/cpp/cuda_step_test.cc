@@ -39,6 +39,9 @@ TEST(CudaStep, GraphsAreFewAndFit) {
   }
   EXPECT_EQ(sizes.size(), 17u);
   EXPECT_EQ(graph_bucket(257), 0);
+  EXPECT_EQ(graph_sizes(1), std::vector<int>{1});
+  EXPECT_EQ(graph_sizes(9), (std::vector<int>{1, 2, 4, 8, 16}));
+  EXPECT_EQ(graph_sizes(1000), std::vector<int>(sizes.begin(), sizes.end()));
 }
 
 TEST(CudaStep, LaysOutABatchAtFixedPlaces) {
