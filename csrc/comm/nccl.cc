@@ -121,10 +121,11 @@ class NcclCommunicator final : public DeviceCommunicator {
   }
 
   std::shared_ptr<State> state_;
-  cuda::DeviceBuffer contributions_, staging_, counters_;  // counters: epoch, arrived
-  cuda::PinnedBuffer
-      progress_;              // exchanges that the device has done: the host sees where it stands
-  cuda::PeerExchange peers_;  // but for `parts`
+  cuda::DeviceBuffer contributions_;  // two
+  cuda::DeviceBuffer staging_;        // one of each rank
+  cuda::DeviceBuffer counters_;       // epoch, arrived
+  cuda::PinnedBuffer progress_;       // exchanges that the device has done
+  cuda::PeerExchange peers_;          // but for `parts`
   nccl::Comm comm_ = nullptr;
   int ahead_ = 0;  // exchanges in the stream since the host waited
   std::future<void> stopping_;
@@ -251,20 +252,26 @@ void NcclCommunicator::move(Collective kind, const Extent& extent) {
   const nccl::Library& nccl = state_->nccl;
   void* queue = stream().get();
   check(nccl.group_start(), "ncclGroupStart");
-  for (int i = 1; i < size(); ++i) {
+  int result = nccl::kSuccess;
+  const char* call = "";
+  for (int i = 1; i < size() && result == nccl::kSuccess; ++i) {
     // Each with another one at a time.
     const int to = (rank() + i) % size();
     const int from = (rank() + size() - i) % size();
     const Message& leaves = sent[static_cast<std::size_t>(to)];
     const Message& comes = received[static_cast<std::size_t>(from)];
     if (leaves.bytes > 0) {
-      check(nccl.send(leaves.data, leaves.bytes, nccl::kInt8, to, comm_, queue), "ncclSend");
+      call = "ncclSend";
+      result = nccl.send(leaves.data, leaves.bytes, nccl::kInt8, to, comm_, queue);
     }
-    if (comes.bytes > 0) {
-      check(nccl.receive(comes.data, comes.bytes, nccl::kInt8, from, comm_, queue), "ncclRecv");
+    if (comes.bytes > 0 && result == nccl::kSuccess) {
+      call = "ncclRecv";
+      result = nccl.receive(comes.data, comes.bytes, nccl::kInt8, from, comm_, queue);
     }
   }
-  check(nccl.group_end(), "ncclGroupEnd");
+  const int ended = nccl.group_end();  // groups are the thread's, which may have another engine
+  check(result, call);
+  check(ended, "ncclGroupEnd");
   in.launch(stream().get());
 }
 
@@ -290,6 +297,7 @@ void NcclCommunicator::time_out(unsigned exchange) {
        " in its exchange ", exchange);
 }
 
+/// Polls, as a stream behind an exchange to which a rank does not come never ends.
 void NcclCommunicator::synchronize() {
   const auto most = std::chrono::duration<double>(options().timeout_s);
   unsigned done = exchanges_done();
@@ -320,8 +328,7 @@ class NcclGroup final : public DeviceGroup {
  public:
   NcclGroup(std::vector<int> devices, const ExchangeOptions& options) {
     check_argument(!options.lockstep,
-                   "DEINFER_CUDA_LOCKSTEP=1: ranks that exchange by NCCL run "
-                   "at the same time");
+                   "DEINFER_CUDA_LOCKSTEP=1: ranks that exchange by NCCL run at the same time");
     for (std::size_t i = 0; i < devices.size(); ++i) {
       for (std::size_t j = 0; j < i; ++j) {
         if (devices[i] != devices[j]) continue;
