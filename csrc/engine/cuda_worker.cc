@@ -13,7 +13,7 @@ static_assert(cuda::kSortedWindow == Candidates::kSortedWindow &&
 
 CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
                        const std::vector<KvForms>& kv_forms, int device,
-                       std::unique_ptr<Communicator> communicator, P2pCommunicator* peers,
+                       std::unique_ptr<Communicator> communicator, DeviceCommunicator* peers,
                        int threads, int max_model_len, const LoadProgress& progress)
     : device_(device),
       block_size_(config.block_size),
@@ -48,9 +48,11 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
 
 // Kernels that still run, after a failure, read the other ranks' memory.
 CudaWorker::~CudaWorker() {
+  if (stream_ == nullptr) return;
   try {
-    if (stream_ != nullptr) stream_->synchronize();
+    peers_ != nullptr && peers_->is_open() ? peers_->synchronize() : stream_->synchronize();
   } catch (const Error&) {  // which the failure was
+  } catch (const CommunicatorAborted&) {
   }
 }
 

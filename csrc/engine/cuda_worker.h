@@ -26,7 +26,7 @@ class CudaWorker final : public Worker {
   /// engine does not do: dtypes but bfloat16, emulated links, exchanges in chunks.
   CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
              const std::vector<KvForms>& kv_forms, int device,
-             std::unique_ptr<Communicator> communicator, P2pCommunicator* peers, int threads,
+             std::unique_ptr<Communicator> communicator, DeviceCommunicator* peers, int threads,
              int max_model_len, const LoadProgress& progress);
   ~CudaWorker() override;
 
@@ -59,7 +59,7 @@ class CudaWorker final : public Worker {
   std::int64_t num_kv_blocks_ = 0;
   const cpu::KernelTable& kernels_;
   std::unique_ptr<Communicator> communicator_;
-  P2pCommunicator* peers_;
+  DeviceCommunicator* peers_;
   ThreadTeam team_;
   std::uint64_t parameters_ = 0;
   std::unique_ptr<cuda::DeviceStream> stream_;

@@ -5,9 +5,9 @@
 #include <map>
 
 #include "base/core_binding.h"
+#include "comm/device_communicator.h"
 #include "comm/emulated_link.h"
 #include "comm/local.h"
-#include "comm/p2p.h"
 #include "engine/cuda_worker.h"
 #include "engine/device.h"
 
@@ -28,7 +28,7 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
   int size = ranks_.size();
   RankShare first(plans_, 0);
   const std::vector<int> devices = choose_devices(config.device, size);
-  std::vector<P2pCommunicator*> peers(static_cast<std::size_t>(size));
+  std::vector<DeviceCommunicator*> peers(static_cast<std::size_t>(size));
   if (devices.empty()) {
     make_communicators(
         config,
@@ -37,10 +37,10 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
   } else {
     make_communicators(config, kHostExchangeBytes, wrap);
     if (size > 1) {
-      P2pGroup group(devices, P2pOptions::from_environment());
+      const auto group = make_device_group(devices, ExchangeOptions::from_environment());
       for (std::size_t rank = 0; rank < peers.size(); ++rank) {
-        std::unique_ptr<P2pCommunicator> communicator =
-            group.communicator(std::move(communicators_[rank]));
+        std::unique_ptr<DeviceCommunicator> communicator =
+            group->communicator(std::move(communicators_[rank]));
         peers[rank] = communicator.get();
         communicators_[rank] = std::move(communicator);
       }

@@ -74,7 +74,7 @@ int max_z_chunks(const CudaWeights& weights) {
 
 CudaDecoder::CudaDecoder(const ModelConfig& config, const RankShare& share, CudaWeights weights,
                          const BatchLimits& limits, int max_sequences, int block_size,
-                         int multiprocessors, P2pCommunicator* communicator,
+                         int multiprocessors, DeviceCommunicator* communicator,
                          cuda::DeviceStream& stream)
     : config_(config),
       share_(share),
@@ -217,8 +217,7 @@ void CudaDecoder::join() {
 }
 
 void CudaDecoder::synchronize() {
-  stream_.synchronize();
-  if (has_ranks()) communicator_->check();
+  has_ranks() ? communicator_->synchronize() : stream_.synchronize();
 }
 
 void CudaDecoder::run_bucket(int bucket, Choice choice) {

@@ -1,5 +1,5 @@
 // One rank's part of a decoder on a CUDA device: the models of model/decoder.h, in bf16, divided as
-// its plans say; exchanges are launches like any other (comm/p2p.h).
+// its plans say; exchanges are launches like any other (comm/device_communicator.h).
 //
 // Decode steps are graphs, captured after the first step of their size: whatever changes from step
 // to step lies in device memory (cuda_step.h). A token's results have the same bits in any batch.
@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "comm/p2p.h"
+#include "comm/device_communicator.h"
 #include "kernels/cuda/latents.h"
 #include "model/cuda_sampling.h"
 #include "model/cuda_step.h"
@@ -37,7 +37,7 @@ class CudaDecoder {
   /// called on threads whose device is the stream's. `communicator`: null for one rank.
   CudaDecoder(const ModelConfig& config, const RankShare& share, CudaWeights weights,
               const BatchLimits& limits, int max_sequences, int block_size, int multiprocessors,
-              P2pCommunicator* communicator, cuda::DeviceStream& stream);
+              DeviceCommunicator* communicator, cuda::DeviceStream& stream);
 
   /// Completes what the other ranks have a part in; all ranks must call it before forward().
   void join();
@@ -58,7 +58,7 @@ class CudaDecoder {
   /// rank 0; null on the others.
   float* logits(int first, int count);
   /// Waits for all that forward() started. As forward() and logits() throws what
-  /// P2pCommunicator::check() does.
+  /// DeviceCommunicator::synchronize() does.
   void finish();
 
   /// After finish(), on rank 0.
@@ -156,9 +156,9 @@ class CudaDecoder {
   /// out (+)= the outputs of a linear that travel, of what this rank keeps of them.
   void exchange_output(int m, const CudaLinear& linear, const Input& input, int z_chunk,
                        cuda::ReduceSink sink, float* out, int ld);
-  /// A sum over ranks: `args`, but for the exchange, of all rows and columns where it is an
-  /// all-reduce.
-  void reduce(Collective kind, std::size_t bytes, const char* name, cuda::ReduceLaunch args);
+  /// A sum over ranks of m rows: `args`, but for the exchange, of all rows and columns where it is
+  /// an all-reduce.
+  void reduce(Collective kind, int m, std::size_t bytes, const char* name, cuda::ReduceLaunch args);
 
   // cuda_ends.cc
   void embed(int m);
@@ -194,7 +194,7 @@ class CudaDecoder {
   BatchLimits limits_;
   int block_size_;
   int attention_blocks_, latent_blocks_;
-  P2pCommunicator* communicator_;
+  DeviceCommunicator* communicator_;
   cuda::DeviceStream& stream_;
   int heads_, kv_heads_;  // of this rank
   CudaStep step_;

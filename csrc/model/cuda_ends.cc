@@ -48,7 +48,7 @@ void CudaDecoder::embed(int m) {
     sum.out = residual_.as<void>();
     sum.out_ld = columns.size();
     const bool whole = layout() == ResidualLayout::kReplicated;
-    reduce(whole ? Collective::kAllReduce : Collective::kReduceScatter, float_bytes(m, hidden),
+    reduce(whole ? Collective::kAllReduce : Collective::kReduceScatter, m, float_bytes(m, hidden),
            "embedding", sum);
   }
   if (config_.positions != PositionKind::kLearned || rows.size() == 0) return;
@@ -92,16 +92,18 @@ void CudaDecoder::gather_rows(const int* rows, int count, int m, bool everywhere
   gather.by_rows = layout() == ResidualLayout::kTokenShards;
   gather.out = out;
   gather.out_ld = hidden;
-  if (gather.by_rows) {
+  Extent extent = Extent::floats(count, gather.ld);
+  if (gather.by_rows) {  // the device alone knows whose rows they are
     gather.owners = row_owners(m);
     gather.row_of = rows;
   } else {
     gather.owners = cuda_borders(share_.hidden);
+    extent.divide_columns(gather.owners);
   }
   // Counted as plan/exchanges.h lists it: on the CPU it is a sum over zeros.
   const Collective to_all = gather.by_rows ? Collective::kAllReduce : Collective::kAllGather;
   communicator_->exchange(everywhere ? to_all : Collective::kGather,
-                          float_bytes(count, columns.size()), name,
+                          float_bytes(count, columns.size()), name, extent,
                           [&](const PeerExchange& exchange, cuda::Stream stream) {
                             gather.exchange = exchange;
                             return cuda::launch_gather_floats(gather, stream);
@@ -185,6 +187,7 @@ void CudaDecoder::argmax(int rows) {
       if (share_.vocabularies[r].size() > 0) best.ranks |= 1u << r;
     }
     communicator_->exchange(Collective::kGather, float_bytes(count, 2), "most likely tokens",
+                            Extent::floats(count, 2),
                             [&](const PeerExchange& exchange, cuda::Stream stream) {
                               best.exchange = exchange;
                               return cuda::launch_best_of_ranks(best, stream);
@@ -223,6 +226,7 @@ void CudaDecoder::whole_logits(const int* rows, int count) {
   gather.out = logits_.as<float>();
   gather.out_ld = vocabulary;
   communicator_->exchange(Collective::kGather, float_bytes(count, own.size()), "logits",
+                          Extent::floats(count, gather.ld).divide_columns(gather.owners),
                           [&](const PeerExchange& exchange, cuda::Stream stream) {
                             gather.exchange = exchange;
                             return cuda::launch_gather_floats(gather, stream);

@@ -84,7 +84,9 @@ CudaDecoder::Input CudaDecoder::normed(int m, const CudaNorm& norm, Linears grou
     gather.out_chunks = gathered_.chunks;
     communicator_->exchange(Collective::kAllGather,
                             product_bytes(own_rows(m).size(), config_.hidden_size, sizeof(bf16)),
-                            "rows of x", [&](const PeerExchange& exchange, cuda::Stream stream) {
+                            "rows of x",
+                            Extent::activations(m, normed_.chunks).divide_rows(gather.owners),
+                            [&](const PeerExchange& exchange, cuda::Stream stream) {
                               gather.exchange = exchange;
                               return cuda::launch_gather_activations(gather, stream);
                             });
@@ -125,7 +127,8 @@ void CudaDecoder::gather_columns(int m, const CudaNorm& norm) {
   gather.out = whole_.as<float>();
   gather.out_ld = hidden;
   communicator_->exchange(Collective::kAllGather, product_bytes(m, columns.size(), sizeof(float)),
-                          "columns of x", [&](const PeerExchange& exchange, cuda::Stream stream) {
+                          "columns of x", Extent::floats(m, ld).divide_columns(gather.owners),
+                          [&](const PeerExchange& exchange, cuda::Stream stream) {
                             gather.exchange = exchange;
                             return cuda::launch_gather_floats(gather, stream);
                           });
@@ -218,7 +221,7 @@ void CudaDecoder::receive_z(int m, const Input& input, Linears linears, Exchange
       args.norm.shares[r] = share_.hidden[r].size();
     }
   }
-  reduce(collective_of(exchange), product_bytes(m, travels, sizeof(float)), "z", args);
+  reduce(collective_of(exchange), m, product_bytes(m, travels, sizeof(float)), "z", args);
 }
 
 /// z_ from the columns, or under token shards the rows, of every rank.
@@ -238,8 +241,16 @@ void CudaDecoder::gather_z(int m, Linears linears) {
   args.out = z_.data.as<void>();
   args.out_chunks = z_.chunks;
   const int rows = args.by_rows ? own_rows(m).size() : m;
+  Extent extent = Extent::activations(m, args.chunks);
+  if (args.by_rows) {
+    extent.divide_rows(args.owners);
+  } else {
+    for (int i = 0; i < args.num_columns; ++i) {
+      extent.divide_columns(args.columns[i].owners, args.columns[i].first);
+    }
+  }
   communicator_->exchange(Collective::kAllGather, product_bytes(rows, travels, sizeof(bf16)), "z",
-                          [&](const PeerExchange& exchange, cuda::Stream stream) {
+                          extent, [&](const PeerExchange& exchange, cuda::Stream stream) {
                             args.exchange = exchange;
                             return cuda::launch_gather_activations(args, stream);
                           });
@@ -291,20 +302,27 @@ void CudaDecoder::exchange_output(int m, const CudaLinear& linear, const Input& 
   args.out = out;
   args.out_ld = ld;
   args.bias = linear.u.bias.as<float>();
-  reduce(collective_of(exchange), product_bytes(m, linear.u.n, sizeof(float)), "y", args);
+  reduce(collective_of(exchange), m, product_bytes(m, linear.u.n, sizeof(float)), "y", args);
 }
 
-void CudaDecoder::reduce(Collective kind, std::size_t bytes, const char* name,
+void CudaDecoder::reduce(Collective kind, int m, std::size_t bytes, const char* name,
                          cuda::ReduceLaunch args) {
+  Extent extent = Extent::floats(m, args.ld);
+  extent.of_reader = true;
+  if (kind == Collective::kReduceScatter) {  // as the residual stream is
+    if (layout() == ResidualLayout::kTokenShards) extent.divide_rows(row_owners(m));
+    if (layout() == ResidualLayout::kHiddenShards) {
+      extent.divide_columns(cuda_borders(share_.hidden));
+    }
+  }
   auto sum = [&](const cuda::ReduceLaunch& launch) {
-    communicator_->exchange(kind, bytes, name,
+    communicator_->exchange(kind, bytes, name, extent,
                             [&](const PeerExchange& exchange, cuda::Stream stream) {
                               cuda::ReduceLaunch own = launch;
                               own.exchange = exchange;
                               return cuda::launch_reduce(own, stream);
                             });
   };
-  const int m = args.rows;
   if (kind != Collective::kAllReduce || m < share_.size ||
       !communicator_->sums_in_two_shots(bytes)) {
     return sum(args);
@@ -316,6 +334,7 @@ void CudaDecoder::reduce(Collective kind, std::size_t bytes, const char* name,
   args.rows = rows.size();
   args.out = communicator_->send_after();
   const cuda::Borders owners = row_owners(m);
+  extent.divide_rows(owners);
   if (args.sink == ReduceSink::kActivation) {
     args.out_ld = args.cols / kTileCols;
     sum(args);
@@ -326,7 +345,8 @@ void CudaDecoder::reduce(Collective kind, std::size_t bytes, const char* name,
     gather.owners = owners;
     gather.out = whole.out;
     gather.out_chunks = whole.out_ld;
-    return communicator_->exchange(Collective::kBarrier, 0, name,
+    extent = Extent::activations(m, gather.chunks).divide_rows(owners);
+    return communicator_->exchange(Collective::kBarrier, 0, name, extent,
                                    [&](const PeerExchange& exchange, cuda::Stream stream) {
                                      gather.exchange = exchange;
                                      return cuda::launch_gather_activations(gather, stream);
@@ -346,7 +366,8 @@ void CudaDecoder::reduce(Collective kind, std::size_t bytes, const char* name,
   gather.out = static_cast<float*>(whole.out);
   gather.out_ld = whole.out_ld;
   gather.bias = whole.bias;
-  communicator_->exchange(Collective::kBarrier, 0, name,
+  extent = Extent::floats(m, gather.ld).divide_rows(owners);
+  communicator_->exchange(Collective::kBarrier, 0, name, extent,
                           [&](const PeerExchange& exchange, cuda::Stream stream) {
                             gather.exchange = exchange;
                             return cuda::launch_gather_floats(gather, stream);

@@ -91,7 +91,7 @@ void CudaDecoder::sum_squares(int m, int count, const char* name) {
   sum.ld = kStatisticsLd;
   sum.out = squares_.as<void>();
   sum.out_ld = count;
-  reduce(Collective::kAllReduce,
+  reduce(Collective::kAllReduce, m,
          static_cast<std::size_t>(m) * static_cast<std::size_t>(count) * sizeof(float), name, sum);
 }
 

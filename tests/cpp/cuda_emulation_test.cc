@@ -127,6 +127,24 @@ TEST_F(CudaEmulation, NothingRunsBeforeSomebodyWaits) {
   EXPECT_EQ(values.as<int>()[0], 1);
 }
 
+TEST_F(CudaEmulation, WorkThatIsNotDoneIsAskedAgain) {
+  cudaStream_t stream;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  int asked = 0;
+  bool later = false;
+  emulation::enqueue(stream, [&] { return ++asked % 3 == 0; });
+  emulation::enqueue(stream, [&] { return later = true; });
+  EXPECT_EQ(cudaStreamQuery(stream), cudaErrorNotReady);
+  EXPECT_EQ(cudaStreamQuery(stream), cudaErrorNotReady);
+  EXPECT_FALSE(later);
+  EXPECT_EQ(cudaStreamQuery(stream), cudaSuccess);
+  EXPECT_TRUE(later);
+  emulation::enqueue(stream, [&] { return ++asked % 3 == 0; });
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  EXPECT_EQ(asked, 6);
+  cudaStreamDestroy(stream);
+}
+
 TEST_F(CudaEmulation, GraphsAreReplayed) {
   DeviceStream stream;
   DeviceBuffer values(32 * 4);

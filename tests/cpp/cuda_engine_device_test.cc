@@ -290,7 +290,7 @@ TEST(CudaEngineDevice, RanksDecodeByGraphsOnOneDeviceOrSeveral) {
   }
   for (const Answer& answer : answers) EXPECT_EQ(answer, answers[0]);
   device.reads_peers = false;
-  expect_error(ErrorCode::kUnsupported, "cannot read the memory of device",
+  expect_error(ErrorCode::kUnsupported, "ranks 0 and 2 share CUDA device 0, and NCCL wants",
                [&] { Engine engine(engine_config); });
   engine_config.device = "cuda:1";  // all on one
   Engine engine(engine_config);

@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "base/check.h"
+#include "comm/device_communicator.h"
 #include "comm/local.h"
-#include "comm/p2p.h"
 #include "cuda_fixture.h"
+#include "nccl_devices.h"
 
 namespace deinfer::test {
 
@@ -20,15 +21,14 @@ namespace deinfer::test {
 struct Rank {
   int rank;
   int size;
-  P2pCommunicator& comm;
+  DeviceCommunicator& comm;
   cuda::DeviceStream& stream;
 
   template <typename T>
   std::vector<T> read(const void* data, std::size_t count) const {
     std::vector<T> values(count);
     stream.download(values.data(), data, count * sizeof(T));
-    stream.synchronize();
-    comm.check();
+    comm.synchronize();
     return values;
   }
   template <typename T>
@@ -43,14 +43,15 @@ class CudaExchangeTest : public CudaDeviceTest {
  protected:
   static constexpr std::size_t kBytes = 64 << 10;
 
-  /// f(rank) on a thread each; what one throws is thrown.
-  static void on_ranks(int size, const P2pOptions& options,
-                       const std::function<void(const Rank&)>& f) {
+  /// f(rank) on a thread each; what one throws is thrown. `devices`: of each, or all on the first.
+  static void on_ranks(int size, const ExchangeOptions& options,
+                       const std::function<void(const Rank&)>& f, std::vector<int> devices = {}) {
     LocalGroup local(size, 1024);
-    P2pGroup group(std::vector<int>(static_cast<std::size_t>(size), 0), options);
-    std::vector<std::unique_ptr<P2pCommunicator>> ends;
+    devices.resize(static_cast<std::size_t>(size));
+    const auto group = make_device_group(devices, options);
+    std::vector<std::unique_ptr<DeviceCommunicator>> ends;
     for (int rank = 0; rank < size; ++rank) {
-      ends.push_back(group.communicator(local.communicator(rank)));
+      ends.push_back(group->communicator(local.communicator(rank)));
     }
     std::vector<std::exception_ptr> errors(static_cast<std::size_t>(size));
     std::vector<std::thread> threads;
@@ -58,13 +59,13 @@ class CudaExchangeTest : public CudaDeviceTest {
       threads.emplace_back([&, rank] {
         const auto index = static_cast<std::size_t>(rank);
         try {
-          cuda::use_device(0);
+          cuda::use_device(devices[index]);
           cuda::DeviceStream stream;
           ends[index]->open(kBytes, stream);
           ends[index]->begin_step();
           f({rank, size, *ends[index], stream});
           ends[index]->end_step();
-          stream.synchronize();
+          ends[index]->synchronize();
         } catch (const CommunicatorAborted&) {
         } catch (...) {
           errors[index] = std::current_exception();
@@ -81,15 +82,22 @@ class CudaExchangeTest : public CudaDeviceTest {
   /// f under everything that must not change a result, for 1 to 8 ranks.
   static void in_every_way(const std::function<void(const Rank&)>& f) {
     for (int size : {1, 2, 3, 4, 8}) {
-      for (bool lockstep : {false, true}) {
-        for (int order = 0; order < std::min(kThreadOrders, 3); ++order) {
+      for (int order = 0; order < std::min(kThreadOrders, 3); ++order) {
+        set_thread_order(order);
+        ExchangeOptions options;
+        options.max_blocks = 1 + order;
+        options.transport = ExchangeTransport::kP2p;
+        for (bool lockstep : {false, true}) {
           SCOPED_TRACE(str_cat(size, " ranks, lockstep ", lockstep, ", order ", order));
-          set_thread_order(order);
-          P2pOptions options;
           options.lockstep = lockstep;
-          options.max_blocks = 1 + order;
           on_ranks(size, options, f);
         }
+        const std::vector<int> devices = nccl_devices(size);
+        if (devices.empty()) continue;
+        SCOPED_TRACE(str_cat(size, " ranks by NCCL, order ", order));
+        options.lockstep = false;
+        options.transport = ExchangeTransport::kNccl;
+        on_ranks(size, options, f, devices);
       }
     }
   }

@@ -27,6 +27,7 @@ void run_epochs(const Rank& rank, int count, const DeviceBuffer& x, int n) {
     copy.out_float = reinterpret_cast<float*>(rank.comm.send());
     cuda::check_launch(launch_norm(copy, rank.stream.get()), "copy");
     rank.comm.exchange(Collective::kAllReduce, static_cast<std::size_t>(n) * sizeof(float), "epoch",
+                       Extent::floats(1, n),
                        [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
                          cuda::ReduceLaunch args;
                          args.exchange = exchange;
@@ -40,7 +41,7 @@ void run_epochs(const Rank& rank, int count, const DeviceBuffer& x, int n) {
 
 TEST_F(CudaExchangeProtocol, KeepsManyEpochsApart) {
   for (int size : {2, 8}) {
-    P2pOptions options;
+    ExchangeOptions options;
     options.max_blocks = 2;
     on_ranks(size, options, [](const Rank& rank) {
       constexpr int n = 2052;
@@ -88,19 +89,17 @@ TEST_F(CudaExchangeProtocol, RunsInGraphs) {
 }
 
 TEST_F(CudaExchangeProtocol, ARankThatDoesNotComeIsAnErrorThatNamesIt) {
-  P2pOptions options;
+  ExchangeOptions options;
   options.timeout_s = 1.5;
   const auto start = std::chrono::steady_clock::now();
   try {
     on_ranks(3, options, [](const Rank& rank) {
       DeviceBuffer x(64 * sizeof(float));
       run_epochs(rank, 2, x, 64);
-      rank.stream.synchronize();
-      rank.comm.check();
+      rank.comm.synchronize();
       if (rank.rank == 1) return;
       run_epochs(rank, 50, x, 64);  // which all end at once after the first
-      rank.stream.synchronize();
-      rank.comm.check();
+      rank.comm.synchronize();
       ADD_FAILURE() << "no error";
     });
     ADD_FAILURE() << "no error";
@@ -115,15 +114,14 @@ TEST_F(CudaExchangeProtocol, ARankThatDoesNotComeIsAnErrorThatNamesIt) {
 
 TEST_F(CudaExchangeProtocol, AnAbortFreesThoseWhoWait) {
   for (bool lockstep : {false, true}) {
-    P2pOptions options;
+    ExchangeOptions options;
     options.lockstep = lockstep;
     try {
       on_ranks(3, options, [](const Rank& rank) {
         DeviceBuffer x(64 * sizeof(float));
         if (rank.rank == 2) fail(ErrorCode::kUnsupported, "rank 2 has enough");
         run_epochs(rank, 2, x, 64);
-        rank.stream.synchronize();
-        rank.comm.check();
+        rank.comm.synchronize();
         ADD_FAILURE() << "no error";
       });
       ADD_FAILURE() << "no error";
@@ -134,7 +132,7 @@ TEST_F(CudaExchangeProtocol, AnAbortFreesThoseWhoWait) {
 }
 
 TEST_F(CudaExchangeProtocol, RefusesTooManyRanks) {
-  EXPECT_THROW(P2pGroup(std::vector<int>(9, 0), {}), Error);
+  EXPECT_THROW(make_device_group(std::vector<int>(9, 0), {}), Error);
 }
 
 }  // namespace

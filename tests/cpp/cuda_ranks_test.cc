@@ -3,14 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <optional>
 
-#include "cuda_engine_fixture.h"
 #include "cuda_fixture.h"
+#include "cuda_ranks_fixture.h"
 #include "plan/exchanges.h"
 #include "rank_group_fixture.h"
-#include "tiny_kinds.h"
+#include "setting.h"
 
 namespace deinfer {
 namespace {
@@ -20,49 +19,14 @@ using test::config_for;
 using test::generate;
 using test::greedy;
 using test::Kind;
+using test::kinds;
+using test::kVocabulary;
+using test::ranks_for;
 using test::Request;
 using test::root_mean_square;
-
-constexpr int kVocabulary = 97;
+using test::Setting;
 
 class CudaRanks : public test::CudaDeviceTest {};
-
-/// What an environment variable says, for a while.
-class Setting {
- public:
-  Setting(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
-  ~Setting() { unsetenv(name_); }
-
- private:
-  const char* name_;
-};
-
-/// Every kind of norm, position, MLP and linear, in dimensions that no number of ranks divides.
-std::vector<Kind> kinds(int heads) {
-  std::vector<Kind> all;
-  for (std::string family : {"llama", "opt", "qwen3", "olmo2", "gemma2", "qwen2"}) {
-    test::TinyConfig config;
-    config.family = family;
-    config.window = 11;
-    config.bfloat16 = true;
-    config.tied = family == "opt" || family == "gemma2";
-    config.heads = heads;
-    config.head_dim = family == "opt" ? 48 / heads : 8;
-    config.low_rank = family != "qwen2";
-    config.all_low_rank = family == "opt" || family == "olmo2";
-    config.biases = family == "llama";
-    config.position_mean = 2.0f;
-    all.push_back({family, config});
-  }
-  return all;
-}
-
-EngineConfig ranks_for(const test::TinyModel& model, int size, std::string_view plan) {
-  EngineConfig config = config_for(model, "cuda");
-  config.tensor_parallel_size = size;
-  config.tensor_parallel_plan = plan;
-  return config;
-}
 
 /// Logits of a prompt and of generated tokens, by engines that are to be compared.
 class Comparison {

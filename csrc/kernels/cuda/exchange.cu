@@ -1,6 +1,8 @@
 // Kernels that wait for the other ranks' contributions and read them.
 #include "kernels/cuda/exchange.h"
 
+#include <algorithm>
+
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/system_scope.cuh"
 
@@ -11,6 +13,7 @@ constexpr int kThreads = 256;
 constexpr int kVector = 4;  // floats that a thread takes at once
 constexpr int kBlockCols = kThreads * kVector;
 constexpr unsigned kSpinsBetweenChecks = 64;  // of what is in the host's memory
+constexpr std::int64_t kMostCopyBlocks = 64;  // for one of the copies
 
 /// Returns when rank `rank` has told of `epoch`; or when that takes too long, which aborts all.
 __device__ __forceinline__ void wait_for(const PeerExchange& exchange, int rank, unsigned epoch) {
@@ -59,6 +62,19 @@ __device__ __forceinline__ void end_exchange(const PeerExchange& exchange, unsig
   if (atomicAdd(exchange.arrived, 1u) + 1 < gridDim.x) return;
   *exchange.arrived = 0;
   *exchange.epoch = epoch;
+  if (exchange.progress != nullptr) *exchange.progress = epoch;
+}
+
+__global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const CopyBlocksLaunch args) {
+  const CopyBlock& block = args.blocks[blockIdx.y];
+  const std::int64_t words = std::int64_t{block.rows} * block.row_words;
+  const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < words;
+       i += threads) {
+    const std::int64_t row = i / block.row_words;
+    const std::int64_t col = i % block.row_words;
+    block.to[row * block.to_pitch + col] = block.from[row * block.from_pitch + col];
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) tell_kernel(const PeerExchange exchange) {
@@ -302,8 +318,19 @@ std::int64_t blocks_for(std::int64_t units) { return (units + kThreads - 1) / kT
 }  // namespace
 
 int load_exchange_kernels() {
-  return first_failure({load(tell_kernel), load(reduce_kernel), load(gather_activations_kernel),
-                        load(gather_floats_kernel), load(best_of_ranks_kernel)});
+  return first_failure({load(copy_blocks_kernel), load(tell_kernel), load(reduce_kernel),
+                        load(gather_activations_kernel), load(gather_floats_kernel),
+                        load(best_of_ranks_kernel)});
+}
+
+int launch_copy_blocks(const CopyBlocksLaunch& args, Stream stream) {
+  std::int64_t blocks = 1;
+  for (int i = 0; i < args.count; ++i) {
+    const std::int64_t words = std::int64_t{args.blocks[i].rows} * args.blocks[i].row_words;
+    blocks = std::max(blocks, std::min(blocks_for(words), kMostCopyBlocks));
+  }
+  return launch(stream, grid_of(static_cast<int>(blocks), args.count), kThreads, copy_blocks_kernel,
+                args);
 }
 
 int launch_tell(const PeerExchange& exchange, Stream stream) {

@@ -1,10 +1,12 @@
-// Exchanges between tensor-parallel ranks whose memory their devices can read: arguments and
-// launches. comm/p2p.h makes a PeerExchange; what a rank contributes has been written to its memory
-// by kernels before, what it receives a kernel here reads from the memory of all.
+// Exchanges between tensor-parallel ranks on devices: arguments and launches. comm/p2p.h and
+// comm/nccl.h make a PeerExchange; what a rank contributes has been written to its memory by
+// kernels before, what it receives a kernel here reads from the memory of all, or from what has
+// come of it.
 //
 // Exchange e = 1, 2, ... uses contribution e % 2 of every rank: comm/epoch_protocol.h with a ring
 // of two and one exchange at a time, in which who has started e + 1 has read e, so that nobody need
-// say that he has finished. Sums are over ranks in ascending order: all ranks get the same bits.
+// say that he has finished (that is, where kernels wait for each other). Sums are over ranks in
+// ascending order: all ranks get the same bits.
 #pragma once
 
 #include <climits>
@@ -34,16 +36,37 @@ struct PeerExchange {
   const unsigned* heard = nullptr;         // [size] where this rank hears of the others
   unsigned* epoch = nullptr;               // exchanges that this rank has done
   unsigned* arrived = nullptr;             // blocks that have done this one
+  unsigned* progress = nullptr;            // as `epoch`, for the host, in pinned memory; or null
   unsigned* failed = nullptr;              // not 0: this rank waits no more
   unsigned* aborted = nullptr;             // of all ranks, in pinned memory
   ExchangeFault* fault = nullptr;          // of this rank, likewise
   unsigned long long timeout_ns = 0;       // of waiting for a rank; it ends in a fault and an abort
   const char* name = nullptr;              // for the host
   int max_blocks = 1;  // few, so that ranks that wait on one device leave room for the others
-  // Both, but in lockstep, where all ranks have told before any waits.
+  // Both, but in lockstep, where all ranks have told before any waits, and where the parts are
+  // there before the kernel begins: neither.
   bool tells = true;
   bool waits = true;
 };
+
+/// Rows of words from one place to another.
+struct CopyBlock {
+  const unsigned* from = nullptr;
+  unsigned* to = nullptr;
+  int rows = 0;
+  int row_words = 0;
+  // Words from one row to the next.
+  std::int64_t from_pitch = 0;
+  std::int64_t to_pitch = 0;
+};
+
+/// What is sent is packed, what has come unpacked: blocks that do not overlap.
+struct CopyBlocksLaunch {
+  static constexpr int kMaxBlocks = kMaxPeers * LinearLaunch::kMaxSegments;
+  CopyBlock blocks[kMaxBlocks];
+  int count = 0;
+};
+int launch_copy_blocks(const CopyBlocksLaunch& args, Stream stream);
 
 /// Tells the others that this rank has contributed, and nothing else.
 int launch_tell(const PeerExchange& exchange, Stream stream);

@@ -33,14 +33,19 @@ int multiprocessors(int device) {
   return count;
 }
 
+bool can_read_memory_of(int reader, int other) {
+  int can = 0;
+  check(cudaDeviceCanAccessPeer(&can, reader, other), "cudaDeviceCanAccessPeer");
+  return can != 0;
+}
+
 void read_memory_of(int device) {
   int own = 0;
-  int can = 0;
   check(cudaGetDevice(&own), "cudaGetDevice");
-  check(cudaDeviceCanAccessPeer(&can, own, device), "cudaDeviceCanAccessPeer");
-  if (can == 0) {
+  if (!can_read_memory_of(own, device)) {
     fail(ErrorCode::kUnsupported, "tensor parallelism: CUDA device ", own,
-         " cannot read the memory of device ", device, "; \"cuda:N\" puts all ranks on one device");
+         " cannot read the memory of device ", device,
+         "; DEINFER_CUDA_TRANSPORT=nccl does without, \"cuda:N\" puts all ranks on one device");
   }
   const cudaError_t status = cudaDeviceEnablePeerAccess(device, 0);
   if (status == cudaErrorPeerAccessAlreadyEnabled) {
@@ -132,6 +137,16 @@ void DeviceStream::launch(const Graph& graph) {
 
 void DeviceStream::synchronize() {
   check(cudaStreamSynchronize(native(stream_)), "cudaStreamSynchronize");
+}
+
+bool DeviceStream::is_done() {
+  const cudaError_t status = cudaStreamQuery(native(stream_));
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();  // it is none
+    return false;
+  }
+  check(status, "cudaStreamQuery");
+  return true;
 }
 
 }  // namespace deinfer::cuda

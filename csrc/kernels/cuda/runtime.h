@@ -15,6 +15,8 @@ void use_device(int device);
 
 int multiprocessors(int device);
 
+/// Whether device `reader` can read and write the memory of `other`, another one.
+bool can_read_memory_of(int reader, int other);
 /// Lets the thread's device read and write the memory of `device`, another one. Throws kUnsupported
 /// where it cannot.
 void read_memory_of(int device);
@@ -85,7 +87,8 @@ class Graph {
 };
 
 /// A queue of work of the device that was the thread's when it was made. All but synchronize()
-/// return before the work is done. Errors of the device surface in synchronize(), as kInternal.
+/// return before the work is done. Errors of the device surface in synchronize() and is_done(), as
+/// kInternal.
 class DeviceStream {
  public:
   DeviceStream();
@@ -104,6 +107,8 @@ class DeviceStream {
   void launch(const Graph& graph);
 
   void synchronize();
+  /// Whether all work is done; does not wait.
+  bool is_done();
   Stream get() const { return stream_; }
 
  private:

@@ -21,6 +21,7 @@ std::vector<DeviceInfo> devices() { return {}; }
 
 void use_device(int) { unavailable(); }
 int multiprocessors(int) { unavailable(); }
+bool can_read_memory_of(int, int) { unavailable(); }
 void read_memory_of(int) { unavailable(); }
 std::uint64_t free_memory() { unavailable(); }
 void check_launch(int, const char*) { unavailable(); }
@@ -38,6 +39,7 @@ void DeviceStream::begin_capture() { unavailable(); }
 Graph DeviceStream::end_capture() { unavailable(); }
 void DeviceStream::launch(const Graph&) { unavailable(); }
 void DeviceStream::synchronize() { unavailable(); }
+bool DeviceStream::is_done() { unavailable(); }
 
 int launch_tile_weights(const TileLaunch&, Stream) { unavailable(); }
 int launch_tile_activations(const TileLaunch&, Stream) { unavailable(); }
@@ -64,6 +66,7 @@ int load_linear_kernels() { unavailable(); }
 int load_row_kernels() { unavailable(); }
 int load_sampling_kernels() { unavailable(); }
 
+int launch_copy_blocks(const CopyBlocksLaunch&, Stream) { unavailable(); }
 int launch_tell(const PeerExchange&, Stream) { unavailable(); }
 int launch_reduce(const ReduceLaunch&, Stream) { unavailable(); }
 int launch_gather_activations(const GatherActivationsLaunch&, Stream) { unavailable(); }

@@ -121,6 +121,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNotReady = 600,
   cudaErrorPeerAccessAlreadyEnabled = 704,
   cudaErrorLaunchFailure = 719,
 };
@@ -169,6 +170,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
@@ -181,6 +183,15 @@ const char* cudaGetErrorString(cudaError_t error);
 }
 
 namespace emulation {
+
+/// What a stream does when somebody waits for it: called until it says that it is done.
+using Work = std::function<bool()>;
+
+// For libraries that are loaded at run time (fake_nccl.cc).
+#define EMULATION_EXPORT __attribute__((visibility("default")))
+/// Puts work into a stream, or into the graph that it captures; each launch of that has a copy.
+EMULATION_EXPORT cudaError_t enqueue(cudaStream_t stream, Work work);
+EMULATION_EXPORT bool is_capturing(cudaStream_t stream);
 
 /// Puts a grid into a stream, or into the graph that it captures.
 cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> body);

@@ -7,9 +7,10 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
-using Work = std::function<void()>;
+using emulation::Work;
 
 struct CUstream_st {
   std::deque<Work> queue;
@@ -38,6 +39,8 @@ void* allocate(std::size_t bytes) {
   return memory;
 }
 
+}  // namespace
+
 cudaError_t enqueue(cudaStream_t stream, Work work) {
   if (stream == nullptr) return cudaErrorInvalidValue;
   if (stream->capture != nullptr) {
@@ -48,7 +51,7 @@ cudaError_t enqueue(cudaStream_t stream, Work work) {
   return cudaSuccess;
 }
 
-}  // namespace
+bool is_capturing(cudaStream_t stream) { return stream->capture != nullptr; }
 
 DeviceState& device_state() {
   static DeviceState state;
@@ -72,6 +75,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> body)
   return enqueue(config.stream, [config, body = std::move(body)] {
     ++device_state().launches;
     run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, body);
+    return true;
   });
 }
 
@@ -165,11 +169,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
                             cudaStream_t stream) {
   return emulation::enqueue(stream, [=] {
     if (bytes > 0) std::memcpy(to, from, bytes);
+    return true;
   });
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
-  return emulation::enqueue(stream, [=] { std::memset(memory, value, bytes); });
+  return emulation::enqueue(stream, [=] {
+    std::memset(memory, value, bytes);
+    return true;
+  });
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
@@ -182,13 +190,14 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (stream->capture != nullptr) return cudaErrorInvalidValue;
-  ++device_state().synchronizations;
   if (device_state().fails) stream->failed = true;
   if (stream->failed) return cudaErrorLaunchFailure;
   try {
-    for (; !stream->queue.empty(); stream->queue.pop_front()) stream->queue.front()();
+    for (; !stream->queue.empty(); stream->queue.pop_front()) {
+      if (!stream->queue.front()()) return cudaErrorNotReady;
+    }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     stream->failed = true;  // for good, as on a device
@@ -196,6 +205,15 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  ++device_state().synchronizations;
+  for (;;) {
+    const cudaError_t status = cudaStreamQuery(stream);
+    if (status != cudaErrorNotReady) return status;
+    std::this_thread::yield();
+  }
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
@@ -242,6 +260,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorNotReady: return "device not ready";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorPeerAccessAlreadyEnabled: return "peer access is already enabled";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
