@@ -73,9 +73,9 @@ class DeviceCommunicator : public Communicator {
 
   bool is_open() const { return stream_ != nullptr; }
 
-  /// In lockstep waits for this rank's turn, and hands it on.
-  virtual void begin_step() {}
-  virtual void end_step() {}
+  /// Around what a rank launches or waits for: in lockstep they wait for its turn, and hand it on.
+  virtual void begin_turn() {}
+  virtual void end_turn() {}
   virtual bool lockstep() const { return false; }
 
   /// Device memory for what this rank contributes to its next exchange, 256-byte aligned, and to

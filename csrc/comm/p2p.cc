@@ -49,8 +49,8 @@ class P2pCommunicator final : public DeviceCommunicator {
 
   void abort() override;
   void open(std::size_t bytes, cuda::DeviceStream& stream) override;
-  void begin_step() override;
-  void end_step() override;
+  void begin_turn() override;
+  void end_turn() override;
   bool lockstep() const override { return options().lockstep; }
   void make_even() override;
   void synchronize() override;
@@ -139,11 +139,11 @@ void P2pCommunicator::pass_turn() {
   state_->changed.notify_all();
 }
 
-void P2pCommunicator::begin_step() {
+void P2pCommunicator::begin_turn() {
   if (lockstep()) wait_turn();
 }
 
-void P2pCommunicator::end_step() {
+void P2pCommunicator::end_turn() {
   if (!lockstep()) return;
   stream().synchronize();
   pass_turn();

@@ -96,14 +96,14 @@ WeightsInfo CudaWorker::weights_info() const {
 void CudaWorker::start(const Batch& batch) {
   cuda::use_device(device_);
   batch_ = &batch;
-  if (peers_ != nullptr) peers_->begin_step();
+  if (peers_ != nullptr) peers_->begin_turn();
   decoder_->forward(batch);
-  if (peers_ != nullptr) peers_->end_step();
+  if (peers_ != nullptr) peers_->end_turn();
 }
 
 std::span<const TokenId> CudaWorker::finish(const LogitsConsumer& consume) {
   cuda::use_device(device_);
-  if (peers_ != nullptr) peers_->begin_step();
+  if (peers_ != nullptr) peers_->begin_turn();
   const int rows = static_cast<int>(batch_->logit_rows.size());
   for (int first = 0; first < rows; first += CudaDecoder::kLogitRows) {
     const int count = std::min(CudaDecoder::kLogitRows, rows - first);
@@ -113,7 +113,7 @@ std::span<const TokenId> CudaWorker::finish(const LogitsConsumer& consume) {
   }
   decoder_->finish();
   take_sampled();
-  if (peers_ != nullptr) peers_->end_step();
+  if (peers_ != nullptr) peers_->end_turn();
   return decoder_->most_likely();
 }
 

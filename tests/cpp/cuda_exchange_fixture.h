@@ -62,9 +62,9 @@ class CudaExchangeTest : public CudaDeviceTest {
           cuda::use_device(devices[index]);
           cuda::DeviceStream stream;
           ends[index]->open(kBytes, stream);
-          ends[index]->begin_step();
+          ends[index]->begin_turn();
           f({rank, size, *ends[index], stream});
-          ends[index]->end_step();
+          ends[index]->end_turn();
           ends[index]->synchronize();
         } catch (const CommunicatorAborted&) {
         } catch (...) {
