@@ -6,7 +6,7 @@
 #include "base/check.h"
 #include "cuda_engine_fixture.h"
 #include "cuda_fixture.h"
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/sampling.h"
 #include "tiny_kinds.h"
 
 namespace deinfer {
