@@ -6,11 +6,11 @@
 Builds the preset `gpu`, runs the tests that are labelled cuda on the device (1,000 replays of a
 step, and 100,000 exchanges among 8 ranks, are some) and those of torch's ops, compares greedy
 tokens with the CPU engine's (of --smollm2, where there is such a folder), and measures the engine
-with random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer layers, beside what
-the device itself can do: its read bandwidth and its rate of bf16 products, and the same products by
-torch (cuBLAS) in a CUDA graph. Then it checks every tensor-parallel plan with up to 8 ranks on the
-device (gpu_ranks.py). Writes bench/results/gpu-DEVICE-DATE.json. It has never run: there was no
-GPU.
+with random weights in the shape of LLaMA-7B at keep 0.5, and dense with fewer layers, in bf16 and
+(decode of 1) in int8, beside what the device itself can do: its read bandwidth and its rate of bf16
+products, and the same products by torch (cuBLAS) in a CUDA graph. Then it checks every
+tensor-parallel plan with up to 8 ranks on the device (gpu_ranks.py). Writes
+bench/results/gpu-DEVICE-DATE.json. It has never run: there was no GPU.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def products(config: dict[str, int], keep: float) -> Shapes:
 class Stepper:
     """An engine whose steps are timed one by one."""
 
-    def __init__(self, model: Path, device: str, max_batch: int, context: int) -> None:
+    def __init__(
+        self, model: Path, device: str, max_batch: int, context: int, dtype: str = "bfloat16"
+    ) -> None:
         from deinfer import _C
 
         self.prompt = context
@@ -106,7 +108,7 @@ class Stepper:
         config = _C.EngineConfig(
             model=str(model),
             device=device,
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=tokens,
             max_num_seqs=max_batch,
             max_num_batched_tokens=max(context, 256),
@@ -243,6 +245,8 @@ def judge(measured: dict[str, Any]) -> list[Check]:
     ]
     dense = 1e3 * measured["dense_bytes"] / (measured["ceilings"]["read_gb_per_s"] * 1e9)
     checks.append(Check("bandwidth bound / dense decode of 1", dense / engine["dense 1"], 0.7))
+    for shape, int8 in (("decode 1", "int8 1"), ("dense 1", "dense int8 1")):
+        checks.append(Check(f"{shape}: bf16 / int8", engine[shape] / engine[int8], 1.4))
     for name in ("decode 16", "decode 128", "prefill"):
         checks.append(Check(f"torch's products / {name}", torch_ms[name] / engine[name], 0.95))
     overhead = measured["outside_model"]["decode 64"]
@@ -288,6 +292,10 @@ def measure(folder: Path, smollm2: Path) -> dict[str, Any]:
     dense = write_random_llama(folder / "llama-7b-dense", **few)
     results["dense_bytes"] = 2 * sum(n * k for n, k in products(few, 0))
     results["engine_ms"]["dense 1"] = Stepper(dense, "cuda", 1, CONTEXT).decode(1)[0]
+    for name, path in (("int8 1", model), ("dense int8 1", dense)):
+        stepper = Stepper(path, "cuda", 1, CONTEXT, "int8")
+        results["engine_ms"][name] = stepper.decode(1)[0]
+        del stepper
     results["engine_ms"]["prefill"] = Stepper(model, "cuda", 1, PREFILL).prefill()
     return results
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "engine/plan_choice.h"
 #include "kernels/cuda/devices.h"
 
 namespace deinfer {
@@ -22,9 +23,9 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
       communicator_(std::move(communicator)),
       peers_(peers),
       team_(threads) {
-  if (config.dtype != "auto" && config.dtype != "bfloat16") {
+  if (config.dtype == "float32") {
     fail(ErrorCode::kUnsupported, "dtype=\"", config.dtype,
-         "\": CUDA devices compute in bfloat16 only");
+         "\": on CUDA devices weights are bfloat16 or int8");
   }
   if (!config.emulated_link.empty()) {
     fail(ErrorCode::kUnsupported, "emulated_link=\"", config.emulated_link,
@@ -37,7 +38,8 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
   cuda::use_device(device_);
   stream_ = std::make_unique<cuda::DeviceStream>();
   WeightLoader loader(config.model, model, share, team_, progress);
-  CudaWeights weights = load_cuda_weights(model, kv_forms, loader, team_, *stream_);
+  CudaWeights weights =
+      load_cuda_weights(model, weight_type(config, model), kv_forms, loader, team_, *stream_);
   parameters_ = loader.parameters();
   const BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
                            max_sequences_};
@@ -88,7 +90,7 @@ KvInfo CudaWorker::kv_info() const {
 
 WeightsInfo CudaWorker::weights_info() const {
   const CudaWeights& weights = decoder_->weights();
-  WeightsInfo info{DType::kBFloat16, parameters_, weights.bytes()};
+  WeightsInfo info{weights.dtype, parameters_, weights.bytes()};
   count_matrices(weights.layers, info);
   return info;
 }

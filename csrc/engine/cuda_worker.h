@@ -23,7 +23,7 @@ class CudaWorker final : public Worker {
  public:
   /// Loads this rank's weights onto device `device`. `peers`: what `communicator` is, of several
   /// ranks; else null. kv_forms as load_cuda_weights(). Throws kUnsupported for what the CUDA
-  /// engine does not do: dtypes but bfloat16, emulated links, exchanges in chunks.
+  /// engine does not do: float32, emulated links, exchanges in chunks.
   CudaWorker(const EngineConfig& config, const ModelConfig& model, const RankShare& share,
              const std::vector<KvForms>& kv_forms, int device,
              std::unique_ptr<Communicator> communicator, DeviceCommunicator* peers, int threads,

@@ -51,7 +51,9 @@ ExchangeChunks predicted_chunks(const PlanReport& report, std::string_view plan,
 }  // namespace
 
 DType weight_type(const EngineConfig& config, const ModelConfig& model) {
-  if (choose_device(config.device).is_cuda) return DType::kBFloat16;
+  if (choose_device(config.device).is_cuda) {  // whatever the checkpoint has
+    return config.dtype == "int8" ? DType::kInt8 : DType::kBFloat16;
+  }
   return resolve_dtype(config.dtype, open_weights(config.model, model), model);
 }
 

@@ -31,6 +31,7 @@ void CudaDecoder::embed(int m) {
   embed.m = m;
   embed.cols = hidden;
   embed.table = table.data.as<void>();
+  embed.scales = table.scales.as<float>();
   embed.table_rows = table.n;
   embed.chunks = table.chunks();
   embed.scale = to_float(to_bf16(config_.embedding_scale));

@@ -160,9 +160,8 @@ void CudaDecoder::inner(int m, const Input& input, Linears linears) {
   for (const CudaLinear* linear : linears) {
     if (!linear->is_low_rank()) continue;
     LinearSegment& segment = launch.segments[launch.num_segments++];
-    segment.first = {linear->v.data.as<void>(),
-                     input.x->data.as<bf16>() + elements_before(token_tile * input.x->chunks),
-                     linear->v.chunks(), input.x->chunks, nullptr};
+    segment.first = linear->v.factor(
+        input.x->data.as<bf16>() + elements_before(token_tile * input.x->chunks), input.x->chunks);
     segment.tiles = linear->v.tiles;
     segment.n = linear->v.tiles * kTileRows;  // padding is zero
     if (exchange == Exchange::kNone || gathers) {
@@ -261,10 +260,10 @@ cuda::LinearFactor CudaDecoder::outer(const CudaLinear& linear, const Input& inp
   const bool gathered = linear.exchange(kind_).before != Exchange::kNone;
   const Activations& from = linear.is_low_rank() ? z_ : gathered ? *input.gathered : *input.x;
   const int chunk = linear.is_low_rank() ? z_chunk : linear.x_chunk;
-  const bool travels = linear.exchange(kind_).after_u != Exchange::kNone;
-  return {linear.u.data.as<void>(),
-          from.data.as<bf16>() + elements_before(token_tile * from.chunks + chunk),
-          linear.u.chunks(), from.chunks, travels ? nullptr : linear.u.bias.as<float>()};
+  cuda::LinearFactor factor = linear.u.factor(
+      from.data.as<bf16>() + elements_before(token_tile * from.chunks + chunk), from.chunks);
+  if (linear.exchange(kind_).after_u != Exchange::kNone) factor.bias = nullptr;  // once, after it
+  return factor;
 }
 
 LinearLaunch CudaDecoder::outer_launch(Range tokens, const CudaLinear& linear, const Input& input,

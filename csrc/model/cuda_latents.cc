@@ -19,7 +19,7 @@ namespace {
 
 cuda::HeadFactor head_factor(const CudaLinear& linear, int kv_heads) {
   return {linear.u.data.as<void>(), linear.u.bias.as<float>(), linear.u.tiles / kv_heads,
-          linear.u.chunks()};
+          linear.u.chunks(), linear.u.scales.as<float>()};
 }
 
 /// A product of every head with its own part of x, `chunks` tiles of columns each.
@@ -29,8 +29,7 @@ LinearLaunch head_products(int m, int heads, int kv_heads, const CudaMatrix& mat
   launch.m = m;
   launch.num_segments = 1;
   LinearSegment& segment = launch.segments[0];
-  segment.first = {matrix.data.as<void>(), x, matrix.chunks(), heads * matrix.chunks(),
-                   matrix.bias.as<float>()};
+  segment.first = matrix.factor(x, heads * matrix.chunks());
   segment.epilogue = cuda::LinearEpilogue::kHeads;
   segment.head_tiles = matrix.tiles / kv_heads;
   segment.group = heads / kv_heads;

@@ -3,8 +3,8 @@
 
 #include <span>
 
-#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/runtime.h"
+#include "kernels/cuda/sampling.h"
 
 namespace deinfer {
 

@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/sampling.h"
 #include "ops/batch.h"
 
 namespace deinfer {

@@ -16,65 +16,87 @@ using cuda::kTileCols;
 using cuda::kTileRows;
 using cuda::tiles_of;
 
+/// out[w.cols] = row `row` of w as a matrix of type `dtype` has it.
+void read_rounded_row(DType dtype, const TensorView& w, std::int64_t row, float* out) {
+  cpu::read_row(w, row, out);
+  const float scale = dtype == DType::kInt8 ? cpu::int8_scale(w, row) : 0.0f;
+  for (std::int64_t i = 0; i < w.cols; ++i) {
+    out[i] = dtype == DType::kInt8 ? cpu::from_int8(cpu::to_int8(out[i], scale)) * scale
+                                   : to_float(to_bf16(out[i]));
+  }
+}
+
 /// Packs matrices on the host and uploads them, part by part.
 class Uploader {
  public:
-  Uploader(WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream)
-      : loader_(loader), team_(team), stream_(stream), staging_(kStagingBytes) {}
+  /// `dtype`: of linears.
+  Uploader(DType dtype, WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream)
+      : dtype_(dtype), loader_(loader), team_(team), stream_(stream), staging_(kStagingBytes) {}
 
   /// A part of a tensor [n, k]. `row_multiple`: tiles are added (zero) until their rows are a
-  /// multiple of it. The columns begin at `first_col` of the result.
-  CudaMatrix matrix(const std::string& tensor, int n, int k, Range rows, Range cols,
+  /// multiple of it. The columns begin at `first_col` of the result. int8: a row's scale is that of
+  /// the part's columns, as on the CPU.
+  CudaMatrix matrix(DType dtype, const std::string& tensor, int n, int k, Range rows, Range cols,
                     const std::vector<std::int32_t>& row_map = {}, int row_multiple = kTileRows,
                     int first_col = 0) {
-    CudaMatrix out = matrix(part_of(loader_.source().matrix(tensor, n, k), rows, cols), row_map,
-                            row_multiple, first_col);
+    CudaMatrix out = matrix(dtype, part_of(loader_.source().matrix(tensor, n, k), rows, cols),
+                            row_map, row_multiple, first_col);
     loader_.used(tensor, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(k));
     return out;
   }
 
-  CudaMatrix matrix(const TensorView& source, const std::vector<std::int32_t>& row_map,
+  CudaMatrix matrix(DType dtype, const TensorView& source, const std::vector<std::int32_t>& row_map,
                     int row_multiple, int first_col = 0) {
+    const bool int8 = dtype == DType::kInt8;
     CudaMatrix out;
     out.n =
         static_cast<int>(row_map.empty() ? static_cast<std::size_t>(source.rows) : row_map.size());
     out.k = source.cols == 0 ? 0 : first_col + static_cast<int>(source.cols);
     out.tiles = tiles_of(out.n, row_multiple) * row_multiple / kTileRows;
-    const std::size_t tile_bytes =
-        static_cast<std::size_t>(out.chunks()) * kTileRows * kTileCols * sizeof(bf16);
-    if (tile_bytes == 0) return out;
-    out.data = cuda::DeviceBuffer(static_cast<std::size_t>(out.tiles) * tile_bytes);
-    const int most = std::max(1, static_cast<int>(kStagingBytes / tile_bytes));
-    if (tile_bytes > staging_.size()) staging_ = cuda::PinnedBuffer(tile_bytes);
-    for (int first = 0; first < out.tiles; first += most) {
-      const int count = std::min(most, out.tiles - first);
-      team_.run([&](TeamMember& member) {
-        auto [begin, end] = member.share(count);
-        cuda::pack_weights(source, row_map, first + begin, first + end,
-                           reinterpret_cast<bf16*>(staging_.as<std::byte>() +
-                                                   static_cast<std::size_t>(begin) * tile_bytes),
-                           first_col);
-      });
-      copy(out.data.as<std::byte>() + static_cast<std::size_t>(first) * tile_bytes,
-           static_cast<std::size_t>(count) * tile_bytes);
+    const std::size_t tile_bytes = static_cast<std::size_t>(out.chunks()) * kTileRows * kTileCols *
+                                   dtype_size(int8 ? DType::kInt8 : DType::kBFloat16);
+    std::vector<float> scales(int8 ? static_cast<std::size_t>(out.tiles * kTileRows) : 0);
+    if (tile_bytes > 0) {
+      out.data = cuda::DeviceBuffer(static_cast<std::size_t>(out.tiles) * tile_bytes);
+      const int most = std::max(1, static_cast<int>(kStagingBytes / tile_bytes));
+      if (tile_bytes > staging_.size()) staging_ = cuda::PinnedBuffer(tile_bytes);
+      for (int first = 0; first < out.tiles; first += most) {
+        const int count = std::min(most, out.tiles - first);
+        team_.run([&](TeamMember& member) {
+          auto [begin, end] = member.share(count);
+          std::byte* to = staging_.as<std::byte>() + static_cast<std::size_t>(begin) * tile_bytes;
+          if (int8) {
+            cuda::pack_int8_weights(source, row_map, first + begin, first + end,
+                                    reinterpret_cast<std::uint16_t*>(to),
+                                    scales.data() + (first + begin) * kTileRows, first_col);
+          } else {
+            cuda::pack_weights(source, row_map, first + begin, first + end,
+                               reinterpret_cast<bf16*>(to), first_col);
+          }
+        });
+        copy(out.data.as<std::byte>() + static_cast<std::size_t>(first) * tile_bytes,
+             static_cast<std::size_t>(count) * tile_bytes);
+      }
     }
+    out.scales = floats(scales);
     return out;
   }
 
-  /// W^T of every head, each padded to head_columns() rows.
+  /// W^T of every head in bf16, each padded to head_columns() rows.
   CudaMatrix transposed(const TensorView& w, int heads) {
     const int head_dim = static_cast<int>(w.rows) / heads;
     const auto rank = static_cast<std::size_t>(w.cols);
     std::vector<float> row(rank), values(static_cast<std::size_t>(w.rows) * rank);
     for (int i = 0; i < w.rows; ++i) {
-      cpu::read_row(w, i, row.data());
+      read_rounded_row(dtype_, w, i, row.data());
       float* head = values.data() + static_cast<std::size_t>(i / head_dim * head_dim) * rank;
       for (std::size_t j = 0; j < rank; ++j) {
         head[j * static_cast<std::size_t>(head_dim) + static_cast<std::size_t>(i % head_dim)] =
             row[j];
       }
     }
-    return matrix({values.data(), DType::kFloat32, heads * w.cols, head_dim, head_dim},
+    return matrix(DType::kBFloat16,
+                  {values.data(), DType::kFloat32, heads * w.cols, head_dim, head_dim},
                   cuda_head_row_map(heads, static_cast<int>(w.cols), kTileCols), kTileRows);
   }
 
@@ -108,7 +130,8 @@ class Uploader {
     const std::vector<std::int32_t>& map = part.exchanges_output() ? in_order : row_map;
     if (part.multiplied_out) {
       const std::vector<float> values = loader_.product(part, n, k);
-      out.u = matrix({values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
+      out.u = matrix(dtype_,
+                     {values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
                       place.u_cols.size()},
                      map, row_multiple);
     } else if (out.is_low_rank()) {
@@ -118,7 +141,7 @@ class Uploader {
             *norm, place.v_cols.begin);
       }
       // The padding of z is written too, as products read it.
-      out.v = matrix(tensors.v, out.rank, k, place.v_rows, place.v_cols, {}, kTileCols);
+      out.v = matrix(dtype_, tensors.v, out.rank, k, place.v_rows, place.v_cols, {}, kTileCols);
       if (absorbed_heads > 0) {
         out.u = transposed(
             part_of(loader_.source().matrix(tensors.u, n, out.rank), place.u_rows, place.u_cols),
@@ -126,10 +149,11 @@ class Uploader {
         loader_.used(tensors.u,
                      static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(out.rank));
       } else {
-        out.u = matrix(tensors.u, n, out.rank, place.u_rows, place.u_cols, map, row_multiple);
+        out.u =
+            matrix(dtype_, tensors.u, n, out.rank, place.u_rows, place.u_cols, map, row_multiple);
       }
     } else {
-      out.u = matrix(tensors.w, n, k, place.u_rows, place.u_cols, map, row_multiple,
+      out.u = matrix(dtype_, tensors.w, n, k, place.u_rows, place.u_cols, map, row_multiple,
                      part.x_col % kTileCols);
     }
     if (!tensors.bias.empty()) {
@@ -147,15 +171,15 @@ class Uploader {
 
  private:
   /// V g and V b of columns of V, as rounded.
-  static std::vector<float> own_terms(const TensorView& v, const Norm& norm, int first) {
+  std::vector<float> own_terms(const TensorView& v, const Norm& norm, int first) const {
     const auto rank = static_cast<std::size_t>(v.rows);
     std::vector<float> terms(2 * rank), row(static_cast<std::size_t>(v.cols));
     for (std::size_t j = 0; j < rank; ++j) {
-      cpu::read_row(v, static_cast<std::int64_t>(j), row.data());
+      read_rounded_row(dtype_, v, static_cast<std::int64_t>(j), row.data());
       double gain = 0, bias = 0;
       for (std::size_t k = 0; k < row.size(); ++k) {
         const auto column = static_cast<std::size_t>(first) + k;
-        const auto value = static_cast<double>(to_float(to_bf16(row[k])));
+        const auto value = static_cast<double>(row[k]);
         gain += value * norm.gain[column];
         bias += value * norm.bias[column];
       }
@@ -172,6 +196,7 @@ class Uploader {
     stream_.synchronize();  // the staging memory is used again
   }
 
+  DType dtype_;
   WeightLoader& loader_;
   ThreadTeam& team_;
   cuda::DeviceStream& stream_;
@@ -322,19 +347,22 @@ void join_norm_terms(CudaWeights& weights, Communicator& communicator, cuda::Dev
   }
 }
 
-CudaWeights load_cuda_weights(const ModelConfig& config, const std::vector<KvForms>& kv_forms,
-                              WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream) {
-  Uploader uploader(loader, team, stream);
+CudaWeights load_cuda_weights(const ModelConfig& config, DType dtype,
+                              const std::vector<KvForms>& kv_forms, WeightLoader& loader,
+                              ThreadTeam& team, cuda::DeviceStream& stream) {
+  Uploader uploader(dtype, loader, team, stream);
   const ModuleNames& names = config.names;
   const RankShare& share = loader.share();
   const Range columns{0, config.hidden_size};
   CudaWeights weights;
-  CudaMatrix embedding = uploader.matrix(names.embedding + ".weight", config.vocab_size,
+  weights.dtype = dtype;
+  CudaMatrix embedding = uploader.matrix(config.tie_word_embeddings ? dtype : DType::kBFloat16,
+                                         names.embedding + ".weight", config.vocab_size,
                                          config.hidden_size, share.vocabulary(), columns);
   if (config.positions == PositionKind::kLearned) {
     const int rows = config.position_offset + config.max_position_embeddings;
     weights.positions = uploader.matrix(
-        names.positions + ".weight", rows, config.hidden_size, {0, rows},
+        DType::kBFloat16, names.positions + ".weight", rows, config.hidden_size, {0, rows},
         share.hidden.empty() ? columns : share.hidden[static_cast<std::size_t>(share.rank)]);
   }
   for (int i = 0; i < config.num_layers; ++i) {

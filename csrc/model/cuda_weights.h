@@ -1,4 +1,4 @@
-// A decoder's weights on a CUDA device: bf16 in the order of kernels/cuda/layout.h.
+// A decoder's weights on a CUDA device: bf16 or int8, in the order of kernels/cuda/layout.h.
 #pragma once
 
 #include <array>
@@ -17,13 +17,18 @@ namespace deinfer {
 
 struct CudaMatrix {
   cuda::DeviceBuffer data;
-  cuda::DeviceBuffer bias;  // fp32, one per row of all tiles; or empty
-  int n = 0;                // rows in the packed order
+  cuda::DeviceBuffer scales;  // of int8, else empty: fp32, one per row of all tiles
+  cuda::DeviceBuffer bias;    // likewise; or empty
+  int n = 0;                  // rows in the packed order
   int k = 0;
   int tiles = 0;  // of rows
 
   int chunks() const { return cuda::tiles_of(k, cuda::kTileCols); }
-  std::size_t bytes() const { return data.size() + bias.size(); }
+  std::size_t bytes() const { return data.size() + scales.size() + bias.size(); }
+  /// Its product with x, which has `x_chunks` tiles of columns.
+  cuda::LinearFactor factor(const void* x, int x_chunks) const {
+    return {data.as<void>(), x, chunks(), x_chunks, bias.as<float>(), scales.as<float>()};
+  }
 };
 
 /// This rank's part of y = W x + b, or U (V x) + b. Where y travels, u has its rows in order, and
@@ -32,8 +37,9 @@ struct CudaLinear {
   std::string name;
   CudaMatrix v;  // [r, k]; empty when dense, or when this rank has no row of it
   // [n, r], or W[n, k]. Of latent values, and of latent keys, heads begin with a tile each; of
-  // absorbed keys it is U^T[r, head_dim] of every kv head, r padded to head_columns(), and there is
-  // no bias: it adds the same to all scores of a query.
+  // absorbed keys it is U^T[r, head_dim] of every kv head, r padded to head_columns(), in bf16, as
+  // scales of rows cannot become those of columns, and there is no bias: it adds the same to all
+  // scores of a query.
   CudaMatrix u;
   int rank = 0;  // of the whole linear; 0: dense
   std::array<LinearExchanges, kNumStepKinds> exchanges;
@@ -73,6 +79,7 @@ struct CudaLayer {
 };
 
 struct CudaWeights {
+  DType dtype = DType::kBFloat16;  // of the linears
   // [own vocabulary, hidden]; empty when tied: then the head serves for both
   CudaMatrix embedding;
   CudaMatrix positions;  // of learned ones; under hidden shards this rank's columns
@@ -84,10 +91,12 @@ struct CudaWeights {
   std::size_t bytes() const;
 };
 
-/// Loads the weights of `config` that are the loader's rank's; kv_forms as load_decoder(), none of
-/// them token-sharded. Throws as WeightLoader does, and kOutOfMemory.
-CudaWeights load_cuda_weights(const ModelConfig& config, const std::vector<KvForms>& kv_forms,
-                              WeightLoader& loader, ThreadTeam& team, cuda::DeviceStream& stream);
+/// Loads the weights of `config` that are the loader's rank's. Linears are bf16 or, as on the CPU,
+/// int8; tables that are only looked up are bf16. kv_forms as load_decoder(), none of them
+/// token-sharded. Throws as WeightLoader and cpu::int8_scale() do, and kOutOfMemory.
+CudaWeights load_cuda_weights(const ModelConfig& config, DType dtype,
+                              const std::vector<KvForms>& kv_forms, WeightLoader& loader,
+                              ThreadTeam& team, cuda::DeviceStream& stream);
 
 /// Computes CudaLinear::gain_terms where the plan divides what linears read by columns. All ranks
 /// must call it, once all have loaded their weights.

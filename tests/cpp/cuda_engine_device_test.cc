@@ -227,7 +227,8 @@ TEST(CudaEngineDevice, RefusesWhatItCannotDo) {
                make([](C& c) { c.device = "cuda:x"; }));
   expect_error(ErrorCode::kInvalidArgument, "device=\"gpu\" is unknown",
                make([](C& c) { c.device = "gpu"; }));
-  expect_error(ErrorCode::kUnsupported, "dtype=\"int8\"", make([](C& c) { c.dtype = "int8"; }));
+  expect_error(ErrorCode::kUnsupported, "dtype=\"float32\": on CUDA devices weights are",
+               make([](C& c) { c.dtype = "float32"; }));
   expect_error(ErrorCode::kUnsupported, "emulated_link=\"pcie\"", make([](C& c) {
                  c.tensor_parallel_size = 2;
                  c.tensor_parallel_plan = "dense";

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <span>
@@ -88,5 +89,66 @@ inline Request greedy(int length, int seed, int tokens) {
   request.params.ignore_eos = true;
   return request;
 }
+
+/// A prompt whose logits are wanted, and greedy ones.
+inline std::vector<Request> requests_of(int prompt_length) {
+  std::vector<Request> requests = {greedy(prompt_length, 1, 1), greedy(5, 2, 3), greedy(12, 3, 3)};
+  requests[0].params.prompt_logits = true;
+  return requests;
+}
+
+/// What one engine makes of a prompt and of tokens that others generate.
+class Comparison {
+ public:
+  Comparison(const EngineConfig& config, int prompt_length)
+      : requests_(requests_of(prompt_length)),
+        engine_(config),
+        logits_(generate(engine_, {requests_[0]})[0].prompt_logits) {}
+
+  /// Of the logits of the prompt.
+  double distance(const EngineConfig& config) const {
+    Engine other(config);
+    return root_mean_square(generate(other, {requests_[0]})[0].prompt_logits, logits_);
+  }
+
+  /// Prefill: the distance of the logits of the prompt. Decode: by how much the other's tokens are
+  /// less likely than the most likely ones, at most, in logits.
+  struct Difference {
+    double logits = 0, tokens = 0;
+  };
+  Difference difference(Engine& other) {
+    const std::vector<Answer> got = generate(other, requests_);
+    Difference difference{root_mean_square(got[0].prompt_logits, logits_), 0};
+    const std::size_t vocabulary = logits_.size() / requests_[0].prompt.size();
+    for (std::size_t i = 1; i < requests_.size(); ++i) {
+      Request all = requests_[i];
+      all.prompt.insert(all.prompt.end(), got[i].tokens.begin(), got[i].tokens.end());
+      all.params.max_tokens = 1;
+      all.params.prompt_logits = true;
+      const std::vector<float> logits = generate(engine_, {all})[0].prompt_logits;
+      std::size_t at = (requests_[i].prompt.size() - 1) * vocabulary;
+      for (const TokenId token : got[i].tokens) {
+        const std::span row = std::span(logits).subspan(at, vocabulary);
+        const float best = *std::max_element(row.begin(), row.end());
+        difference.tokens =
+            std::max<double>(difference.tokens, best - row[static_cast<std::size_t>(token)]);
+        at += vocabulary;
+      }
+    }
+    return difference;
+  }
+
+  /// It is small beside `rounding`: what bf16 makes of the logits. `factor`: of the prompt's.
+  void check(Engine& other, double factor, double rounding) {
+    const Difference found = difference(other);
+    EXPECT_LE(found.logits, factor * rounding + 1e-3);
+    EXPECT_LE(found.tokens, 6 * rounding + 0.02);
+  }
+
+ private:
+  std::vector<Request> requests_;
+  Engine engine_;
+  std::vector<float> logits_;
+};
 
 }  // namespace deinfer::test

@@ -6,7 +6,7 @@
 #include "base/check.h"
 #include "cuda_engine_fixture.h"
 #include "cuda_fixture.h"
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/sampling.h"
 #include "tiny_kinds.h"
 
 namespace deinfer {
@@ -25,35 +25,11 @@ class CudaEngine : public test::CudaDeviceTest {};
 /// So many logprobs make a row the host sampler's.
 constexpr int kSampledOnTheHost = cuda::kMaxReported + 1;
 
-/// Every kind of model: each family, with factors in some linears, in all, and in none.
-std::vector<Kind> kinds() {
-  std::vector<Kind> all;
-  for (std::string family :
-       {"llama", "mistral", "opt", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text"}) {
-    test::TinyConfig config;
-    config.family = family;
-    config.window = 11;
-    config.bfloat16 = true;
-    config.tied = family == "opt" || family.starts_with("gemma");
-    config.all_low_rank = true;
-    all.push_back({family + "_low_rank", config});
-    config.all_low_rank = false;
-    config.biases = family == "llama";
-    config.heads = 4;
-    config.head_dim = 12;  // half a head is no multiple of 8
-    all.push_back({family + "_mixed", config});
-    config.low_rank = false;
-    config.kv_heads = 1;
-    all.push_back({family + "_dense", config});
-  }
-  return all;
-}
-
 /// The log-probabilities of a request's tokens, in order.
 using Report = std::vector<std::vector<TokenLogprob>>;
 
 TEST_F(CudaEngine, ComputesTheLogitsOfTheCpuEngine) {
-  for (const Kind& kind : kinds()) {
+  for (const Kind& kind : test::family_kinds()) {
     SCOPED_TRACE(kind.name);
     test::TinyModel model(kind.config);
     Request request = greedy(40, 1, 1);
@@ -77,7 +53,7 @@ TEST_F(CudaEngine, ComputesTheLogitsOfTheCpuEngine) {
 /// Greedy tokens are the CPU's, or the first other one is a tie: both engines give the two tokens
 /// nearly the same probability.
 TEST_F(CudaEngine, GeneratesTheTokensOfTheCpuEngine) {
-  for (const Kind& kind : kinds()) {
+  for (const Kind& kind : test::family_kinds()) {
     SCOPED_TRACE(kind.name);
     test::TinyModel model(kind.config);
     std::vector<Request> requests;
@@ -105,7 +81,9 @@ TEST_F(CudaEngine, GeneratesTheTokensOfTheCpuEngine) {
   }
 }
 
-TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
+class CudaEngineOfType : public CudaEngine, public testing::WithParamInterface<const char*> {};
+
+TEST_P(CudaEngineOfType, ATokenHasTheSameBitsInAnyBatch) {
   test::TinyConfig config;
   config.bfloat16 = true;
   config.all_low_rank = true;
@@ -121,6 +99,7 @@ TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
     requests.push_back(request);
   }
   EngineConfig engine_config = config_for(model, "cuda");
+  engine_config.dtype = GetParam();
   Engine together(engine_config), alone(engine_config);
   const std::vector<Answer> all = generate(together, requests, true);
   EXPECT_EQ(generate(alone, requests, false), all);
@@ -130,6 +109,9 @@ TEST_F(CudaEngine, ATokenHasTheSameBitsInAnyBatch) {
   Engine crowded(engine_config);
   EXPECT_EQ(generate(crowded, requests, true), all) << "other chunks, preemptions";
 }
+
+INSTANTIATE_TEST_SUITE_P(Weights, CudaEngineOfType, testing::Values("bfloat16", "int8"),
+                         [](const auto& of) { return std::string(of.param); });
 
 /// Whatever is asked for, a row that the device samples has the tokens and reports of the host; of
 /// several ranks the first samples.

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/cpu/packing.h"
 #include "kernels/cuda/devices.h"
 #include "kernels/cuda/packing.h"
 #include "kernels/cuda/runtime.h"
@@ -24,6 +25,25 @@ class CudaDeviceTest : public testing::Test {
   }
   void TearDown() override { set_thread_order(0); }
 };
+
+/// Weights on the device, and the scales of their rows.
+struct Int8Weights {
+  cuda::DeviceBuffer data, scales;
+};
+
+/// What int8 makes of weights [n, k].
+inline std::vector<double> rounded_to_int8(const std::vector<bf16>& w, int n, int k) {
+  std::vector<double> rounded;
+  for (int row = 0; row < n; ++row) {
+    const float scale = cpu::int8_scale({w.data(), DType::kBFloat16, n, k, k}, row);
+    for (int col = 0; col < k; ++col) {
+      const float value = to_float(w[static_cast<std::size_t>(row * k + col)]);
+      rounded.push_back(static_cast<double>(cpu::from_int8(cpu::to_int8(value, scale))) *
+                        static_cast<double>(scale));
+    }
+  }
+  return rounded;
+}
 
 /// A stream, and copies in and out of the device.
 class CudaTest : public CudaDeviceTest {
@@ -54,6 +74,16 @@ class CudaTest : public CudaDeviceTest {
     std::vector<bf16> packed(static_cast<std::size_t>(tiles * chunks) * 512);
     cuda::pack_weights({w.data(), DType::kBFloat16, n, k, k}, {}, 0, tiles, packed.data());
     return on_device(packed);
+  }
+  /// The same in int8.
+  Int8Weights int8_weights(const std::vector<bf16>& w, int n, int k, int tiles = 0) {
+    if (tiles == 0) tiles = cuda::tiles_of(n, cuda::kTileRows);
+    const int chunks = cuda::tiles_of(k, cuda::kTileCols);
+    std::vector<std::uint16_t> packed(static_cast<std::size_t>(tiles * chunks) * 256);
+    std::vector<float> scales(static_cast<std::size_t>(tiles * cuda::kTileRows));
+    cuda::pack_int8_weights({w.data(), DType::kBFloat16, n, k, k}, {}, 0, tiles, packed.data(),
+                            scales.data());
+    return {on_device(packed), on_device(scales)};
   }
   /// Activations [m, k]; rows beyond m are NaN, columns beyond k zero.
   cuda::DeviceBuffer activations(const std::vector<bf16>& x, int m, int k, int chunks) {

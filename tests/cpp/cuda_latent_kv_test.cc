@@ -2,7 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
+#include <optional>
 #include <string_view>
 
 #include "cuda_engine_fixture.h"
@@ -18,7 +18,7 @@ using test::generate;
 using test::greedy;
 using test::Kind;
 using test::Request;
-using test::root_mean_square;
+using test::requests_of;
 
 class CudaLatentKv : public test::CudaDeviceTest {};
 
@@ -43,56 +43,26 @@ bool is_one_of(const Kind& kind, std::initializer_list<const char*> names) {
   return std::find(names.begin(), names.end(), kind.name) != names.end();
 }
 
-/// A prompt whose logits are wanted, and greedy ones.
-std::vector<Request> requests_of(int length) {
-  std::vector<Request> requests = {greedy(length, 1, 1), greedy(5, 2, 3), greedy(12, 3, 3)};
-  requests[0].params.prompt_logits = true;
-  return requests;
-}
-
-/// Logits and decoded tokens of fp32 on the CPU, with K and V, and how far bf16 is from them: with
-/// K and V or with latents, which either is, by chance.
-class Comparison {
+/// The distance of engines from fp32 on the CPU with K and V, beside that of bf16 there: with K and
+/// V or with latents, which either is, by chance.
+class LatentComparison {
  public:
-  Comparison(const test::TinyModel& model, int length) : requests_(requests_of(length)) {
+  LatentComparison(const test::TinyModel& model, int length) {
     EngineConfig config = engine_config(model, "cpu", "dense");
     config.dtype = "float32";
-    exact_.emplace(config);
-    logits_ = generate(*exact_, {requests_[0]})[0].prompt_logits;
+    exact_.emplace(config, length);
     config.dtype = "bfloat16";
     for (const char* kv_cache : {"latent", "dense"}) {
       config.kv_cache = kv_cache;
-      Engine rounded(config);
-      const std::vector<float> logits = generate(rounded, {requests_[0]})[0].prompt_logits;
-      rounding_ = std::max(rounding_, root_mean_square(logits, logits_));
+      rounding_ = std::max(rounding_, exact_->distance(config));
     }
   }
 
-  /// Prefill: not much farther from fp32 than the CPU's bf16. Decode: tokens that are the most
-  /// likely ones, or nearly.
-  void check(Engine& engine, double factor) {
-    const std::vector<Answer> got = generate(engine, requests_);
-    ASSERT_EQ(got[0].prompt_logits.size(), logits_.size());
-    EXPECT_LE(root_mean_square(got[0].prompt_logits, logits_), factor * rounding_ + 1e-3)
-        << "farther from fp32 than the CPU's bf16";
-    for (std::size_t i = 1; i < requests_.size(); ++i) {
-      Request all = requests_[i];
-      all.prompt.insert(all.prompt.end(), got[i].tokens.begin(), got[i].tokens.end());
-      all.params.max_tokens = 1;
-      all.params.prompt_logits = true;
-      const std::vector<float> logits = generate(*exact_, {all})[0].prompt_logits;
-      for (std::size_t t = 0; t < got[i].tokens.size(); ++t) {
-        const float* row = logits.data() + (requests_[i].prompt.size() - 1 + t) * 97;
-        EXPECT_GE(row[got[i].tokens[t]], *std::max_element(row, row + 97) - 6 * rounding_ - 0.02)
-            << "token " << t;
-      }
-    }
-  }
+  /// Not much farther than the CPU's bf16.
+  void check(Engine& engine, double factor) { exact_->check(engine, factor, rounding_); }
 
  private:
-  std::vector<Request> requests_;
-  std::optional<Engine> exact_;
-  std::vector<float> logits_;
+  std::optional<test::Comparison> exact_;
   double rounding_ = 0;
 };
 
@@ -101,7 +71,7 @@ TEST_F(CudaLatentKv, ComputesTheLogitsOfTheCpuEngine) {
     SCOPED_TRACE(kind.name);
     test::TinyModel model(kind.config);
     // Beyond one split where there is one kind of attention.
-    Comparison comparison(model, is_one_of(kind, {"llama_gqa", "opt"}) ? 150 : 40);
+    LatentComparison comparison(model, is_one_of(kind, {"llama_gqa", "opt"}) ? 150 : 40);
     Engine engine(engine_config(model, "cuda"));
     comparison.check(engine, 1.5);
   }
@@ -113,11 +83,16 @@ TEST_F(CudaLatentKv, RebuiltSidesHaveTheBitsOfADenseCache) {
     test::TinyModel model(kind.config);
     std::vector<Request> requests = requests_of(40);
     for (Request& request : requests) request.params.logprobs = 1;
-    Engine latent(engine_config(model, "cuda")), dense(engine_config(model, "cuda", "dense"));
-    for (const KvLayerInfo& layer : latent.model_info().kv_layers) {
-      EXPECT_EQ(layer.k + " " + layer.v, "rebuilt rebuilt");
+    EngineConfig latent_config = engine_config(model, "cuda");
+    EngineConfig dense_config = engine_config(model, "cuda", "dense");
+    for (const char* dtype : {"bfloat16", "int8"}) {
+      latent_config.dtype = dense_config.dtype = dtype;
+      Engine latent(latent_config), dense(dense_config);
+      for (const KvLayerInfo& layer : latent.model_info().kv_layers) {
+        EXPECT_EQ(layer.k + " " + layer.v, "rebuilt rebuilt");
+      }
+      EXPECT_EQ(generate(latent, requests), generate(dense, requests)) << dtype;
     }
-    EXPECT_EQ(generate(latent, requests), generate(dense, requests));
   }
 }
 
@@ -167,7 +142,7 @@ TEST_F(CudaLatentKv, SeveralRanksComputeWhatOneDoes) {
       continue;
     }
     test::TinyModel model(kind.config);
-    Comparison comparison(model, 21);
+    LatentComparison comparison(model, 21);
     for (const int ranks : {2, 3}) {
       EngineConfig config = engine_config(model, "cuda");
       config.tensor_parallel_size = ranks;

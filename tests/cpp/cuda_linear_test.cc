@@ -12,18 +12,26 @@ using cuda::LinearLaunch;
 using cuda::tiles_of;
 using test::kNan;
 
-/// A product of random matrices.
+/// A product of random matrices, of which W is bf16 or becomes int8.
 struct Case {
-  Case(int tokens, int rows, int cols, unsigned seed = 1) : m(tokens), n(rows), k(cols) {
+  Case(bool of_int8, int tokens, int rows, int cols, unsigned seed)
+      : int8(of_int8), m(tokens), n(rows), k(cols) {
     test::Random random(seed);
     w = random.vector<bf16>(static_cast<std::size_t>(n * k));
     x = random.vector<bf16>(static_cast<std::size_t>(m * k));
     bias = random.vector(static_cast<std::size_t>(n));
+    round();
+  }
+  /// To be called when w has changed.
+  void round() {
+    rounded.clear();
+    for (bf16 value : w) rounded.push_back(test::wide(value));
+    if (int8) rounded = test::rounded_to_int8(w, n, k);
   }
   double exact(int token, int row) const {
     double sum = bias[static_cast<std::size_t>(row)];
     for (int j = 0; j < k; ++j) {
-      sum += test::wide(w[static_cast<std::size_t>(row * k + j)]) *
+      sum += rounded[static_cast<std::size_t>(row * k + j)] *
              test::wide(x[static_cast<std::size_t>(token * k + j)]);
     }
     return sum;
@@ -31,21 +39,37 @@ struct Case {
   /// Of sums of k products.
   double tolerance() const { return 2e-6 * std::sqrt(k) * 4; }
 
+  bool int8;
   int m, n, k;
   std::vector<bf16> w, x;
+  std::vector<double> rounded;  // W as products see it
   std::vector<float> bias;
 };
 
-class CudaLinear : public test::CudaTest {
+class CudaLinearFixture : public test::CudaTest {
  protected:
+  explicit CudaLinearFixture(bool int8) : int8_(int8) {}
+  Case make(int m, int n, int k, unsigned seed = 1) const { return {int8_, m, n, k, seed}; }
+
   /// A segment whose operands live as long as the test.
   cuda::LinearFactor factor(const Case& c) {
     const int chunks = tiles_of(c.k, kTileCols);
     std::vector<float> bias = c.bias;
     bias.resize(static_cast<std::size_t>(tiles_of(c.n, kTileCols) * kTileCols), 0.0f);
-    return {keep(weights(c.w, c.n, c.k, tiles_of(c.n, 32) * 2)),
-            keep(activations(c.x, c.m, c.k, chunks + 1)), chunks, chunks + 1,
-            static_cast<const float*>(keep(on_device(bias)))};
+    const int tiles = tiles_of(c.n, 32) * 2;
+    cuda::LinearFactor out;
+    if (c.int8) {
+      test::Int8Weights packed = int8_weights(c.w, c.n, c.k, tiles);
+      out.w = keep(std::move(packed.data));
+      out.scales = static_cast<const float*>(keep(std::move(packed.scales)));
+    } else {
+      out.w = keep(weights(c.w, c.n, c.k, tiles));
+    }
+    out.x = keep(activations(c.x, c.m, c.k, chunks + 1));
+    out.chunks = chunks;
+    out.x_chunks = chunks + 1;
+    out.bias = static_cast<const float*>(keep(on_device(bias)));
+    return out;
   }
   cuda::LinearSegment segment(const Case& c, LinearEpilogue epilogue) {
     cuda::LinearSegment out;
@@ -92,13 +116,22 @@ class CudaLinear : public test::CudaTest {
     return out;
   }
 
+  bool int8_;
   std::vector<DeviceBuffer> kept_;
 };
 
-TEST_F(CudaLinear, IsAProductForAnyShape) {
+std::string type_name(bool int8) { return int8 ? "int8" : "bf16"; }
+
+/// By the type of the weights.
+class CudaLinear : public CudaLinearFixture, public testing::WithParamInterface<bool> {
+ protected:
+  CudaLinear() : CudaLinearFixture(GetParam()) {}
+};
+
+TEST_P(CudaLinear, IsAProductForAnyShape) {
   for (int m : {1, 7, 8, 9, 16, 30, 33, 64, 65, 130}) {
     for (auto [n, k] : {std::pair{1, 1}, {16, 32}, {17, 33}, {40, 100}, {50, 300}}) {
-      Case c(m, n, k);
+      const Case c = make(m, n, k);
       const std::vector<float> y = product(c);
       for (int i = 0; i < m; ++i) {
         for (int j = 0; j < n; ++j) {
@@ -110,8 +143,8 @@ TEST_F(CudaLinear, IsAProductForAnyShape) {
   }
 }
 
-TEST_F(CudaLinear, ATokenHasTheSameBitsInAnyBatch) {
-  const Case all(130, 37, 700);
+TEST_P(CudaLinear, ATokenHasTheSameBitsInAnyBatch) {
+  const Case all = make(130, 37, 700);
   const std::vector<float> expected = product(all);
   for (int m : {1, 8, 9, 31, 64, 66, 129}) {
     Case some = all;
@@ -121,16 +154,16 @@ TEST_F(CudaLinear, ATokenHasTheSameBitsInAnyBatch) {
   }
 }
 
-TEST_F(CudaLinear, HasNoRace) {
+TEST_P(CudaLinear, HasNoRace) {
   for (int m : {3, 20, 70}) {
-    const Case c(m, 40, 300);
+    const Case c = make(m, 40, 300);
     test::in_every_order<float>([&] { return product(c); });
   }
 }
 
-TEST_F(CudaLinear, AddsToTheResidualStreamAndCapsLogits) {
+TEST_P(CudaLinear, AddsToTheResidualStreamAndCapsLogits) {
   for (int m : {2, 66}) {
-    const Case c(m, 21, 40);
+    const Case c = make(m, 21, 40);
     const std::vector<float> plain = product(c);
     const std::vector<float> added = product(c, LinearEpilogue::kAdd, 3.0f);
     const std::vector<float> capped = product(c, LinearEpilogue::kFloat, kNan, 2.0f);
@@ -141,9 +174,9 @@ TEST_F(CudaLinear, AddsToTheResidualStreamAndCapsLogits) {
   }
 }
 
-TEST_F(CudaLinear, WritesActivationsWithTheirPadding) {
+TEST_P(CudaLinear, WritesActivationsWithTheirPadding) {
   for (int m : {5, 70}) {
-    const Case c(m, 41, 50);
+    const Case c = make(m, 41, 50);
     const std::vector<float> plain = product(c);
     LinearLaunch launch;
     launch.m = m;
@@ -162,10 +195,10 @@ TEST_F(CudaLinear, WritesActivationsWithTheirPadding) {
   }
 }
 
-TEST_F(CudaLinear, GatesOneProductByAnother) {
+TEST_P(CudaLinear, GatesOneProductByAnother) {
   for (int m : {5, 40, 70}) {
-    const Case gate(m, 33, 50, 2);
-    const Case up(m, 33, 100, 3);
+    const Case gate = make(m, 33, 50, 2);
+    const Case up = make(m, 33, 100, 3);
     const std::vector<float> g = product(gate);
     const std::vector<float> u = product(up);
     LinearLaunch launch;
@@ -190,16 +223,18 @@ TEST_F(CudaLinear, GatesOneProductByAnother) {
 
 /// Every head has its own columns of x, heads of a group have the same W; results with the padding
 /// of heads' rows, and without it.
-TEST_F(CudaLinear, HeadsHaveTheirOwnProducts) {
+TEST_P(CudaLinear, HeadsHaveTheirOwnProducts) {
   const int heads = 6, group = 3, head_rows = 20, k = 40, head_tiles = 4, chunks = 2;
   const int padded = head_tiles * 16;
   for (int m : {3, 70}) {
-    Case w(m, heads / group * padded, k), all(m, padded, heads * chunks * kTileCols);
+    Case w = make(m, heads / group * padded, k);
+    const Case all = make(m, padded, heads * chunks * kTileCols);
     for (int row = 0; row < w.n; ++row) {  // padding
       if (row % padded < head_rows) continue;
       w.bias[static_cast<std::size_t>(row)] = 0.0f;
       std::fill_n(w.w.begin() + row * k, k, bf16{});
     }
+    w.round();
     LinearLaunch launch;
     launch.m = m;
     launch.num_segments = 1;
@@ -217,7 +252,7 @@ TEST_F(CudaLinear, HeadsHaveTheirOwnProducts) {
       const int from = head / group * padded + row;
       double sum = w.bias[static_cast<std::size_t>(from)];
       for (int j = 0; j < k; ++j) {
-        sum += test::wide(w.w[static_cast<std::size_t>(from * k + j)]) *
+        sum += w.rounded[static_cast<std::size_t>(from * k + j)] *
                test::wide(
                    all.x[static_cast<std::size_t>(token * all.k + head * chunks * kTileCols + j)]);
       }
@@ -257,17 +292,24 @@ TEST_F(CudaLinear, HeadsHaveTheirOwnProducts) {
   }
 }
 
+INSTANTIATE_TEST_SUITE_P(Weights, CudaLinear, testing::Bool(),
+                         [](const auto& of) { return type_name(of.param); });
+
 /// q, k and v of several heads: rotated or not.
-class CudaQkv : public CudaLinear, public testing::WithParamInterface<int> {};
+class CudaQkv : public CudaLinearFixture,
+                public testing::WithParamInterface<std::tuple<int, bool>> {
+ protected:
+  CudaQkv() : CudaLinearFixture(std::get<1>(GetParam())) {}
+};
 
 TEST_P(CudaQkv, AreStoredForAttention) {
-  const int head_dim = GetParam();
+  const int head_dim = std::get<0>(GetParam());
   const int half = head_dim / 2, heads = 3, kv_heads = 2, block_size = 16;
   const int width = cuda::head_width(head_dim);
   for (int m : {3, 66}) {
     for (bool rotates : {false, true}) {
-      const Case q(m, heads * head_dim, 40, 4), k(m, kv_heads * head_dim, 40, 5),
-          v(m, kv_heads * head_dim, 72, 6);
+      const Case q = make(m, heads * head_dim, 40, 4), k = make(m, kv_heads * head_dim, 40, 5),
+                 v = make(m, kv_heads * head_dim, 72, 6);
       const std::vector<float> plain[] = {product(q), product(k), product(v)};
       test::Random random(7);
       const std::vector<float> cos = random.vector(static_cast<std::size_t>(m * half));
@@ -363,7 +405,12 @@ TEST_P(CudaQkv, AreStoredForAttention) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(HeadDims, CudaQkv, testing::Values(8, 20, 64, 96));
+INSTANTIATE_TEST_SUITE_P(HeadDims, CudaQkv,
+                         testing::Combine(testing::Values(8, 20, 64, 96), testing::Bool()),
+                         [](const auto& of) {
+                           return std::to_string(std::get<0>(of.param)) + "_" +
+                                  type_name(std::get<1>(of.param));
+                         });
 
 }  // namespace
 }  // namespace deinfer

@@ -9,6 +9,7 @@
 #include "rank_group_fixture.h"
 #include "sanitized.h"
 #include "setting.h"
+#include "tiny_kinds.h"
 
 namespace deinfer {
 namespace {
@@ -17,7 +18,6 @@ using test::Answer;
 using test::generate;
 using test::greedy;
 using test::Kind;
-using test::kinds;
 using test::kVocabulary;
 using test::ranks_for;
 using test::Request;
@@ -70,7 +70,7 @@ Answers answers_of(const EngineConfig& config) {
 
 TEST_F(CudaNcclRanks, EveryPlanHasTheBitsOfP2p) {
   const std::vector<std::string_view> plans = plan_names();
-  const std::vector<Kind> all = kinds(6);
+  const std::vector<Kind> all = test::rank_kinds(6);
   for (std::size_t i = 0; i < all.size(); i += test::repeats(1, 2)) {
     test::TinyModel model(all[i].config);
     for (std::size_t j = i % 2; j < plans.size(); j += 2) {
@@ -92,7 +92,7 @@ TEST_F(CudaNcclRanks, EveryPlanHasTheBitsOfP2p) {
 /// 48 columns, 80 inner columns and 97 tokens are fewer than 8 shares.
 TEST_F(CudaNcclRanks, SomeRanksHaveNothingOfSomeMatrices) {
   const std::vector<std::string_view> plans = plan_names();
-  test::TinyModel model(kinds(8)[0].config);
+  test::TinyModel model(test::rank_kinds(8)[0].config);
   for (std::size_t j = 1; j < plans.size(); j += 2) {
     SCOPED_TRACE(plans[j]);
     const EngineConfig config = ranks_for(model, 8, plans[j]);
@@ -104,7 +104,7 @@ TEST_F(CudaNcclRanks, SomeRanksHaveNothingOfSomeMatrices) {
 
 /// A step as it is and by its graph; what is counted, and what travels.
 TEST_F(CudaNcclRanks, ReplaysHaveTheSameBitsAndTraffic) {
-  test::TinyModel model(kinds(8)[0].config);
+  test::TinyModel model(test::rank_kinds(8)[0].config);
   const test::RankBatch work(std::vector<int>(6, 1));
   struct Run {
     std::vector<float> first;
@@ -163,7 +163,7 @@ TEST_F(CudaNcclRanks, ReplaysHaveTheSameBitsAndTraffic) {
 }
 
 TEST_F(CudaNcclRanks, AFailureEndsTheEngine) {
-  test::TinyModel model(kinds(6)[0].config);
+  test::TinyModel model(test::rank_kinds(6)[0].config);
   Setting transport("DEINFER_CUDA_TRANSPORT", "nccl");
   const int aborts = fake_.aborts;
   {

@@ -10,6 +10,7 @@
 #include "plan/exchanges.h"
 #include "rank_group_fixture.h"
 #include "setting.h"
+#include "tiny_kinds.h"
 
 namespace deinfer {
 namespace {
@@ -19,7 +20,6 @@ using test::config_for;
 using test::generate;
 using test::greedy;
 using test::Kind;
-using test::kinds;
 using test::kVocabulary;
 using test::ranks_for;
 using test::Request;
@@ -28,62 +28,36 @@ using test::Setting;
 
 class CudaRanks : public test::CudaDeviceTest {};
 
-/// Logits of a prompt and of generated tokens, by engines that are to be compared.
-class Comparison {
+/// The distance of engines of several ranks from fp32 on the CPU.
+class RankComparison {
  public:
-  explicit Comparison(const test::TinyModel& model) {
-    request_ = greedy(21, 1, 1);
-    request_.params.prompt_logits = true;
+  explicit RankComparison(const test::TinyModel& model) {
     EngineConfig config = config_for(model, "cpu");
+    config.dtype = "float32";
+    exact_.emplace(config, 21);
+    config.dtype = "bfloat16";
     for (bool multiplied_out : {false, true}) {
       config.tensor_parallel_plan = multiplied_out ? "dense" : "auto";
-      Engine engine(config);
-      rounded_[multiplied_out] = generate(engine, {request_})[0].prompt_logits;
+      rounding_[multiplied_out] = exact_->distance(config);
     }
-    config.tensor_parallel_plan = "auto";
-    config.dtype = "float32";
-    exact_.emplace(config);
-    logits_ = generate(*exact_, {request_})[0].prompt_logits;
   }
 
-  /// Prefill: not much farther from fp32 than the CPU's bf16. Decode: tokens that are the most
-  /// likely ones, or nearly.
+  /// Not much farther than the CPU's bf16.
   void check(Engine& engine) {
-    const std::vector<float>& rounded = rounded_[engine.model_info().decode_plan == "dense"];
-    std::vector<Request> requests = {request_, greedy(5, 2, 3), greedy(12, 3, 3)};
-    const std::vector<Answer> got = generate(engine, requests);
-    const std::vector<float>& mine = got[0].prompt_logits;
-    ASSERT_EQ(mine.size(), logits_.size());
-    const double own = root_mean_square(mine, logits_);
-    const double cpu = root_mean_square(rounded, logits_);
-    EXPECT_LE(own, 2 * cpu + 1e-3) << "farther from fp32 than the CPU's bf16";
-    for (std::size_t i = 1; i < requests.size(); ++i) {
-      Request all = requests[i];
-      all.prompt.insert(all.prompt.end(), got[i].tokens.begin(), got[i].tokens.end());
-      all.params.max_tokens = 1;
-      all.params.prompt_logits = true;
-      const std::vector<float> logits = generate(*exact_, {all})[0].prompt_logits;
-      for (std::size_t t = 0; t < got[i].tokens.size(); ++t) {
-        const float* row = logits.data() + (requests[i].prompt.size() - 1 + t) * kVocabulary;
-        const float best = *std::max_element(row, row + kVocabulary);
-        EXPECT_GE(row[got[i].tokens[t]], best - 6 * cpu - 0.02) << "token " << t;
-      }
-    }
+    exact_->check(engine, 2.0, rounding_[engine.model_info().decode_plan == "dense"]);
   }
 
  private:
-  Request request_;
-  std::optional<Engine> exact_;
-  std::vector<float> logits_;      // in fp32
-  std::vector<float> rounded_[2];  // in bf16; with the factors multiplied out
+  std::optional<test::Comparison> exact_;
+  double rounding_[2] = {};  // of bf16; with the factors multiplied out
 };
 
 TEST_F(CudaRanks, EveryPlanComputesTheLogitsOfTheCpuEngine) {
   const std::vector<std::string_view> plans = plan_names();
-  const std::vector<Kind> all = kinds(6);
+  const std::vector<Kind> all = test::rank_kinds(6);
   for (std::size_t i = 0; i < all.size(); ++i) {
     test::TinyModel model(all[i].config);
-    Comparison comparison(model);
+    RankComparison comparison(model);
     for (std::size_t j = i % 2; j < plans.size(); j += 2) {
       // With 4 ranks there are fewer kv heads.
       const int size = 2 + static_cast<int>((i + j / 2) % 3);
@@ -96,10 +70,10 @@ TEST_F(CudaRanks, EveryPlanComputesTheLogitsOfTheCpuEngine) {
 
 TEST_F(CudaRanks, SomeRanksHaveNothingOfSomeMatrices) {
   // 8 ranks: 48 columns, 80 inner columns and 97 tokens are fewer than 8 shares; some ranks are 1.
-  for (const Kind& kind : kinds(8)) {
+  for (const Kind& kind : test::rank_kinds(8)) {
     if (kind.name != "llama" && kind.name != "opt") continue;
     test::TinyModel model(kind.config);
-    Comparison comparison(model);
+    RankComparison comparison(model);
     for (std::string_view plan : plan_names()) {
       if (kind.name == "opt" && plan != "hidden_sharded") continue;
       SCOPED_TRACE(kind.name + ", " + std::string(plan));
@@ -112,7 +86,7 @@ TEST_F(CudaRanks, SomeRanksHaveNothingOfSomeMatrices) {
 /// Together and by graphs, or in lockstep, in small pieces and after preemptions; sums by all ranks
 /// for themselves or by one for all.
 TEST_F(CudaRanks, ATokenHasTheSameBitsInEveryWay) {
-  test::TinyConfig config = kinds(6)[0].config;
+  test::TinyConfig config = test::rank_kinds(6)[0].config;
   test::TinyModel model(config);
   std::vector<Request> requests;
   for (int i = 0; i < 4; ++i) {
@@ -145,7 +119,7 @@ TEST_F(CudaRanks, ATokenHasTheSameBitsInEveryWay) {
 
 /// Logits of one decode step, over and over, by its graph and in lockstep.
 TEST_F(CudaRanks, ReplaysHaveTheSameBits) {
-  test::TinyModel model(kinds(8)[0].config);
+  test::TinyModel model(test::rank_kinds(8)[0].config);
   const test::RankBatch work(std::vector<int>(6, 1));
   for (std::string_view plan : plan_names()) {
     SCOPED_TRACE(plan);
@@ -203,7 +177,7 @@ TEST_F(CudaRanks, TellHiddenStates) {
 
 /// What is exchanged is what plan/exchanges.h lists, as on the CPU.
 TEST_F(CudaRanks, ExchangeWhatThePlanLists) {
-  for (const Kind& kind : {kinds(6)[0], kinds(6)[3]}) {
+  for (const Kind& kind : {test::rank_kinds(6)[0], test::rank_kinds(6)[3]}) {
     test::TinyModel model(kind.config);
     const PlannedModel shapes = planned_model(read_model_config(model.path()), 0.0, "bfloat16");
     for (std::string_view plan : plan_names()) {
@@ -241,7 +215,7 @@ TEST_F(CudaRanks, ExchangeWhatThePlanLists) {
 }
 
 TEST_F(CudaRanks, ShareTheMemoryOfTheirDevice) {
-  test::TinyModel model(kinds(6)[0].config);
+  test::TinyModel model(test::rank_kinds(6)[0].config);
   EngineConfig config = ranks_for(model, 3, "auto");
   config.num_kv_blocks = 0;
   Engine engine(config), whole(config_for(model, "cuda"));

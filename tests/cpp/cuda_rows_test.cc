@@ -114,6 +114,34 @@ TEST_F(CudaRows, EmbedsTokensAndPositions) {
   }
 }
 
+/// Of an embedding that also is the head.
+TEST_F(CudaRows, EmbedsTokensOfInt8) {
+  const int vocabulary = 50, hidden = 70;
+  test::Random random(3);
+  const auto table = random.vector<bf16>(static_cast<std::size_t>(vocabulary * hidden));
+  const std::vector<double> rounded = test::rounded_to_int8(table, vocabulary, hidden);
+  const test::Int8Weights on_the_device = int8_weights(table, vocabulary, hidden);
+  const std::vector<int> tokens = {49, 0, 17, 3, 12, 50};
+  DeviceBuffer tokens_device = on_device(tokens);
+  DeviceBuffer x(tokens.size() * static_cast<std::size_t>(hidden) * 4);
+  cuda::EmbedLaunch launch;
+  launch.indices = tokens_device.as<int>();
+  launch.m = static_cast<int>(tokens.size());
+  launch.cols = hidden;
+  launch.table = on_the_device.data.as<void>();
+  launch.scales = on_the_device.scales.as<float>();
+  launch.table_rows = vocabulary;
+  launch.chunks = cuda::tiles_of(hidden, 32);
+  launch.x = x.as<float>();
+  launch.ld = hidden;
+  cuda::check_launch(cuda::launch_embed(launch, stream_->get()), "embed");
+  const std::vector<float> got = on_host<float>(x);
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const auto token = static_cast<std::size_t>(tokens[i / 70]);
+    EXPECT_EQ(got[i], token < 50 ? static_cast<float>(rounded[token * 70 + i % 70]) : 0.0f);
+  }
+}
+
 TEST_F(CudaRows, TurnsByPositions) {
   const std::vector<int> positions = {0, 3, 100000};
   const std::vector<float> frequencies = {1.0f, 0.1f, 0.0001f};

@@ -3,8 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
 #include <set>
 
+#include "base/check.h"
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/packing.h"
 #include "kernels/cuda/packing.h"
 
 namespace deinfer {
@@ -212,6 +217,38 @@ TEST(CudaStep, PackedWeightsArePermutedNotLost) {
     }
   }
   EXPECT_EQ(places.size(), 1024u);
+}
+
+/// int8 weights hold what the CPU makes of them, every q and scale.
+TEST(CudaStep, Int8WeightsAreThoseOfTheCpu) {
+  std::vector<float> w;
+  for (int i = 0; i < 40 * 50; ++i)
+    w.push_back(std::sin(static_cast<float>(i)) * (i / 50 == 7 ? 0 : 3));
+  const TensorView source{w.data(), DType::kFloat32, 40, 50, 50};
+  const std::vector<std::int32_t> map = {18, -1, 0, 39, 7, 5, 6, 8, 11, 12, 38, 1, 2, 20};
+  cpu::PackedMatrix expected = cpu::allocate_packed(DType::kInt8, 14, 50, cpu::kPanelRows);
+  cpu::pack_rows(source, map, 0, 1, expected);
+  const int first_col = 3;
+  std::vector<std::uint16_t> pairs(2 * 256, 0xffff);
+  std::vector<float> scales(16, -1.0f);
+  cuda::pack_int8_weights(source, map, 0, 1, pairs.data(), scales.data(), first_col);
+  for (int row = 0; row < 16; ++row) {
+    std::vector<float> values(64);
+    if (row < 14) expected.read_row(row, values.data() + first_col);
+    EXPECT_EQ(scales[static_cast<std::size_t>(row)],
+              row < 14 ? 64 * expected.scales[static_cast<std::size_t>(row)] : 0.0f);
+    for (int col = 0; col < 64; ++col) {
+      unsigned pair = pairs[static_cast<std::size_t>(cuda::int8_offset(row, col, 2))];
+      if (row >= 8) pair = pair >> 8 | pair << 8;
+      const float magnitude = static_cast<float>(pair & 0x7f) / 64;
+      EXPECT_EQ(
+          ((pair & 0x8000) != 0 ? -magnitude : magnitude) * scales[static_cast<std::size_t>(row)],
+          values[static_cast<std::size_t>(col)])
+          << row << ", " << col;
+    }
+  }
+  w[50 * 39 + 4] = std::numeric_limits<float>::infinity();
+  EXPECT_THROW(cuda::pack_int8_weights(source, map, 0, 1, pairs.data(), scales.data()), Error);
 }
 
 }  // namespace

@@ -44,4 +44,49 @@ inline std::vector<Kind> latent_kinds(const TinyConfig& base) {
   return all;
 }
 
+/// Every family, with factors in some linears, in all, and in none.
+inline std::vector<Kind> family_kinds() {
+  std::vector<Kind> all;
+  for (std::string family :
+       {"llama", "mistral", "opt", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text"}) {
+    TinyConfig config;
+    config.family = family;
+    config.window = 11;
+    config.bfloat16 = true;
+    config.tied = family == "opt" || family.starts_with("gemma");
+    config.all_low_rank = true;
+    all.push_back({family + "_low_rank", config});
+    config.all_low_rank = false;
+    config.biases = family == "llama";
+    config.heads = 4;
+    config.head_dim = 12;  // half a head is no multiple of 8
+    all.push_back({family + "_mixed", config});
+    config.low_rank = false;
+    config.kv_heads = 1;
+    all.push_back({family + "_dense", config});
+  }
+  return all;
+}
+
+/// Every kind of norm, position, MLP and linear, in dimensions that no number of ranks
+/// divides.
+inline std::vector<Kind> rank_kinds(int heads) {
+  std::vector<Kind> all;
+  for (std::string family : {"llama", "opt", "qwen3", "olmo2", "gemma2", "qwen2"}) {
+    TinyConfig config;
+    config.family = family;
+    config.window = 11;
+    config.bfloat16 = true;
+    config.tied = family == "opt" || family == "gemma2";
+    config.heads = heads;
+    config.head_dim = family == "opt" ? 48 / heads : 8;
+    config.low_rank = family != "qwen2";
+    config.all_low_rank = family == "opt" || family == "olmo2";
+    config.biases = family == "llama";
+    config.position_mean = 2.0f;
+    all.push_back({family, config});
+  }
+  return all;
+}
+
 }  // namespace deinfer::test

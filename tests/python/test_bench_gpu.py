@@ -59,7 +59,8 @@ def test_products_have_the_models_parameters() -> None:
 
 def measured(**changes: float) -> dict[str, Any]:
     engine = {"decode 1": 3.0, "decode 16": 4.0, "decode 64": 6.0, "decode 128": 8.0}
-    engine |= {"prefill": 50.0, "dense 1": 0.6, "sampled 64": 6.1} | changes
+    engine |= {"prefill": 50.0, "dense 1": 0.6, "sampled 64": 6.1}
+    engine |= {"int8 1": 2.0, "dense int8 1": 0.4} | changes
     torch_ms = {"decode 1": 5.0, "decode 16": 3.9, "decode 128": 7.9, "prefill": 49.0}
     return {
         "failed_tests": 0,
@@ -86,6 +87,7 @@ def test_the_table_knows_the_targets() -> None:
     assert checks["decode of 1 / torch"].value == pytest.approx(0.6)
     assert checks["bandwidth bound / decode of 1"].value == pytest.approx(7 / 4 / 3)
     assert checks["bandwidth bound / dense decode of 1"].value == pytest.approx(0.5 / 0.6)
+    assert checks["dense 1: bf16 / int8"].value == pytest.approx(1.5)
     assert checks["no kernel runs, decode of 64"].value == pytest.approx(0.2 / 6.0)
     without = gpu.judge({**measured(), "agreement": None, "sanitizer": None})
     assert len(without) == len(checks) - 2
@@ -155,7 +157,9 @@ def test_steps_are_timed(tmp_path: Path) -> None:
     watched = []
     stepper.decode(2, lambda step: watched.append(step()), temperature=0.8, top_p=0.9)
     assert len(watched) == 1 and len(watched[0]) == 2
-    assert len(gpu.Stepper(model, "cpu", 1, 64).prefill()) == 5
+    int8 = gpu.Stepper(model, "cpu", 1, 64, "int8")
+    assert int8.engine.model_info.dtype == "int8"
+    assert len(int8.prefill()) == 5
 
 
 def test_ranks_are_compared_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,11 @@ struct DEINFER_API EngineConfig {
   std::string device = "cpu";    // "cpu", "cuda" (the first device, or round robin over all of them
                                  // for several ranks), "cuda:N" (all ranks there), or "auto": as
                                  // "cuda" where there is a device that serves, else the CPU. On
-                                 // CUDA: bfloat16, at most 8 ranks
+                                 // CUDA: bfloat16 or int8, at most 8 ranks
   std::string dtype = "auto";    // "float32", "bfloat16"; "int8": weights rounded to 8 bits with a
                                  // scale per row, all else bfloat16; auto: bfloat16 for bf16
-                                 // checkpoints, else float32 (so that no weight loses bits)
+                                 // checkpoints, else float32 (so that no weight loses bits; on
+                                 // CUDA bfloat16, too)
   int tensor_parallel_size = 1;  // rank threads in this process
   std::string tensor_parallel_plan = "auto";
   std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s":

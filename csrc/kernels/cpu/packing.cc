@@ -36,13 +36,9 @@ int int8_place(int row, int element) {
 /// Writes source[k] / scale as row `row` of an int8 panel.
 template <typename Source>
 void quantize_row(const Source* source, int k, int row, float scale, std::int8_t* panel) {
-  if (scale == 0.0f) return;  // a row of zeros
   for (int i = 0; i < k; ++i) {
-    // The row's largest magnitude divided by its scale may exceed 127 by a rounding.
-    float q = std::clamp(std::nearbyint(as_float(source[i]) / scale), -127.0f, 127.0f);
-    auto magnitude = static_cast<unsigned>(std::fabs(q));
-    auto byte = static_cast<std::uint8_t>(magnitude | (std::signbit(q) ? 0x80u : 0u));
-    panel[i / 2 * 64 + int8_place(row, i % 2)] = static_cast<std::int8_t>(byte);
+    panel[i / 2 * 64 + int8_place(row, i % 2)] =
+        static_cast<std::int8_t>(to_int8(as_float(source[i]), scale));
   }
 }
 
@@ -103,6 +99,27 @@ void read_row(const TensorView& source, std::int64_t row, float* out) {
   });
 }
 
+float int8_scale(const TensorView& source, std::int64_t row) {
+  const auto k = static_cast<int>(source.cols);
+  const float scale = visit_row(source, row, [&](auto* data) { return row_scale(data, k); });
+  check_argument(!std::isnan(scale), "weights[", row, "] hold NaN or infinity, which int8 ",
+                 "cannot represent");
+  return scale;
+}
+
+std::uint8_t to_int8(float value, float scale) {
+  if (scale == 0.0f) return 0;  // of a row of zeros
+  // The row's largest magnitude divided by its scale may exceed 127 by a rounding.
+  const float q = std::clamp(std::nearbyint(value / scale), -127.0f, 127.0f);
+  const auto magnitude = static_cast<unsigned>(std::fabs(q));
+  return static_cast<std::uint8_t>(magnitude | (std::signbit(q) ? 0x80u : 0u));
+}
+
+float from_int8(std::uint8_t q) {
+  const auto magnitude = static_cast<float>(q & 0x7f);
+  return (q & 0x80) != 0 ? -magnitude : magnitude;
+}
+
 int PackedMatrix::rows_of(int panel) const {
   return std::min(panel_rows, n_pad - panel * panel_rows);
 }
@@ -119,9 +136,7 @@ void PackedMatrix::read_row(int row, float* out) const {
     const auto* bytes = static_cast<const std::uint8_t*>(panel(index));
     const float scale = scales[static_cast<std::size_t>(row)];
     for (int i = 0; i < k; ++i) {
-      std::uint8_t byte = bytes[i / 2 * 64 + int8_place(row % panel_rows, i % 2)];
-      float magnitude = static_cast<float>(byte & 0x7f);
-      out[i] = ((byte & 0x80) != 0 ? -magnitude : magnitude) * scale;
+      out[i] = from_int8(bytes[i / 2 * 64 + int8_place(row % panel_rows, i % 2)]) * scale;
     }
   } else if (dtype == DType::kBFloat16) {
     read_packed_row(static_cast<const bf16*>(panel(index)), k, row % panel_rows, rows_of(index),
@@ -187,10 +202,7 @@ void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, 
     for (int row = 0; row < num_rows && packed.dtype == DType::kInt8; ++row) {
       std::int64_t from = source_row(row_map, first_row + row, source.rows);
       if (from < 0) continue;
-      float& scale = packed.scales[static_cast<std::size_t>(first_row + row)];
-      scale = visit_row(source, from, [&](auto* data) { return row_scale(data, packed.k); });
-      check_argument(!std::isnan(scale), "weights[", from, "] hold NaN or infinity, which int8 ",
-                     "cannot represent");
+      packed.scales[static_cast<std::size_t>(first_row + row)] = int8_scale(source, from);
     }
     for (int first = 0; first < packed.k; first += kChunk) {
       const int count = std::min(kChunk, packed.k - first);

@@ -36,6 +36,15 @@ struct PackedMatrix {
 /// out[source.cols] = row `row` of unpacked fp32, bf16 or fp16 weights as fp32.
 void read_row(const TensorView& source, std::int64_t row, float* out);
 
+/// The scale of row `row` of such weights in int8: its largest magnitude / 127. Throws
+/// kInvalidArgument where the row holds NaN or infinity.
+float int8_scale(const TensorView& source, std::int64_t row);
+/// The multiple of `scale` that is nearest to `value`, ties to even: its magnitude, at most 127,
+/// and its sign in bit 7.
+std::uint8_t to_int8(float value, float scale);
+/// That multiple, -127 to 127.
+float from_int8(std::uint8_t q);
+
 /// A packed matrix for W[n, k] without memory.
 PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows);
 
@@ -50,9 +59,8 @@ int choose_panel_rows(int n, int threads);
 
 /// Writes the panels [first_panel, last_panel) of `packed` from `source` (fp32, bf16 or fp16, any
 /// row stride): packed row i comes from source row row_map[i], or is zero when row_map[i] < 0.
-/// An empty row_map means the identity. Conversion to bf16 rounds to nearest even; to int8, a row's
-/// scale is its largest magnitude / 127 and values round to the nearest multiple of it. Disjoint
-/// panel ranges may be packed by different threads.
+/// An empty row_map means the identity. Conversion to bf16 rounds to nearest even; to int8 as
+/// int8_scale() and to_int8() say. Disjoint panel ranges may be packed by different threads.
 void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, int first_panel,
                int last_panel, PackedMatrix& packed);
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels/cuda/device.cuh"
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/sampling.h"
 
 namespace deinfer::cuda {
 namespace {

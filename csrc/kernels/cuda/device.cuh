@@ -32,6 +32,16 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   return bits;
 }
 
+/// The products of the halves of two registers.
+__device__ __forceinline__ unsigned multiply_bf16(unsigned a, unsigned b) {
+  __nv_bfloat162 x, y;
+  memcpy(&x, &a, sizeof x);
+  memcpy(&y, &b, sizeof y);
+  x = __hmul2(x, y);
+  memcpy(&a, &x, sizeof a);
+  return a;
+}
+
 /// The sum over a warp, the same in every lane.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -102,7 +102,7 @@ __device__ __forceinline__ void attend(const LatentAttentionLaunch& args, const 
 
 /// Tasks of one sequence that see all of their splits, or one task, or any where nothing is
 /// rebuilt: a warp each, or several that divide the columns. All warps of the block must call it.
-template <int kWidth>
+template <bool kInt8, int kWidth>
 __device__ __forceinline__ void run_bundle(const LatentAttentionLaunch& args, const Bundle& bundle,
                                            int parts, int columns, Rebuilt<kWidth>& rebuilt) {
   constexpr int kPositions = Rebuilt<kWidth>::kPositions;
@@ -153,14 +153,14 @@ __device__ __forceinline__ void run_bundle(const LatentAttentionLaunch& args, co
         const int* table = part.tile.table;  // the same sequence's in all warps
         __syncthreads();                     // what was there before has been read
         if (args.key_factor.w != nullptr) {
-          rebuild_keys(args, table, bundle.kv_head, step, step_end, rebuilt);
+          rebuild_keys<kInt8>(args, table, bundle.kv_head, step, step_end, rebuilt);
           if (args.key_gain != nullptr) {
             __syncthreads();
             scale_keys(args, table, step, step_end, rebuilt);
           }
         }
         if (args.value_factor.w != nullptr) {
-          rebuild_values(args, table, bundle.kv_head, step, step_end, rebuilt);
+          rebuild_values<kInt8>(args, table, bundle.kv_head, step, step_end, rebuilt);
         }
         __syncthreads();
       }
@@ -196,7 +196,7 @@ __device__ __forceinline__ void run_bundle(const LatentAttentionLaunch& args, co
   }
 }
 
-template <int kWidth>
+template <int kWidth, bool kInt8>
 __global__ void __launch_bounds__(kThreads, 1)
     latent_attention_kernel(const LatentAttentionLaunch args) {
   __shared__ Rebuilt<kWidth> rebuilt;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (next.sequence != task.sequence || next.partial >= 0) break;
         ++bundle.count;
       }
-      run_bundle(args, bundle, parts, columns, rebuilt);
+      run_bundle<kInt8>(args, bundle, parts, columns, rebuilt);
     }
   }
 }
@@ -259,15 +259,21 @@ __global__ void __launch_bounds__(kThreads) latent_write_kernel(const LatentWrit
 }  // namespace
 
 int load_latent_kernels() {
-  return first_failure({load(latent_attention_kernel<128>), load(latent_attention_kernel<256>),
-                        load(latent_write_kernel)});
+  return first_failure({load(latent_attention_kernel<128, false>),
+                        load(latent_attention_kernel<256, false>),
+                        load(latent_attention_kernel<128, true>),
+                        load(latent_attention_kernel<256, true>), load(latent_write_kernel)});
 }
 
 int launch_latent_attention(const LatentAttentionLaunch& args, Stream stream) {
-  const dim3 grid = grid_of(args.common.blocks);
-  const int status = args.head_width <= 128
-                         ? launch(stream, grid, kThreads, latent_attention_kernel<128>, args)
-                         : launch(stream, grid, kThreads, latent_attention_kernel<256>, args);
+  const bool int8 = args.key_factor.scales != nullptr || args.value_factor.scales != nullptr;
+  auto run = [&](auto kernel) {
+    return launch(stream, grid_of(args.common.blocks), kThreads, kernel, args);
+  };
+  const int status =
+      args.head_width <= 128
+          ? run(int8 ? latent_attention_kernel<128, true> : latent_attention_kernel<128, false>)
+          : run(int8 ? latent_attention_kernel<256, true> : latent_attention_kernel<256, false>);
   return status != 0 ? status : launch_combine(args.common, stream);
 }
 

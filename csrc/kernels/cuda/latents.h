@@ -33,10 +33,11 @@ int launch_latent_write(const LatentWriteLaunch& args, Stream stream);
 
 /// U of every kv head, whose rows begin with a tile each.
 struct HeadFactor {
-  const void* w = nullptr;      // in the order of weight_offset(); null: nothing is rebuilt
-  const float* bias = nullptr;  // [rows of all tiles]; or null
-  int tiles = 0;                // of rows, per head
-  int chunks = 0;               // tiles of columns
+  const void* w = nullptr;        // as LinearFactor::w; null: nothing is rebuilt
+  const float* bias = nullptr;    // [rows of all tiles]; or null
+  int tiles = 0;                  // of rows, per head
+  int chunks = 0;                 // tiles of columns
+  const float* scales = nullptr;  // as LinearFactor::scales; both factors are of one type
 };
 
 /// Of sums over splits, for which warps of so many blocks have no registers.

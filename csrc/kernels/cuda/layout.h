@@ -36,6 +36,25 @@ constexpr std::int64_t weight_offset(int row, int col, int chunks) {
   return tile * (kTileRows * kTileCols) + step * 256 + lane * 8 + reg * 2 + col % 2;
 }
 
+/// Pairs of rows before the one that has W[row, col] of int8 weights: 16 bits for rows i and i + 8
+/// of a tile, so that a lane's 8 columns are 16 bytes.
+constexpr std::int64_t int8_offset(int row, int col, int chunks) {
+  const std::int64_t tile = std::int64_t{row / kTileRows} * chunks + col / kTileCols;
+  return tile * (8 * kTileCols) + row % 8 * kTileCols + col % kTileCols;
+}
+
+/// What q, magnitude and sign (bit 7), is within that pair: of row i its magnitude are bits 0-6 and
+/// its sign is bit 15, of row i + 8 bits 8-14 and 7: with its bytes exchanged it lies as the other.
+constexpr std::uint16_t int8_bits(int row, std::uint8_t q) {
+  const unsigned magnitude = q & 0x7fu;
+  const unsigned sign = q >> 7;
+  const bool first = row % kTileRows < 8;
+  return static_cast<std::uint16_t>(first ? sign << 15 | magnitude : magnitude << 8 | sign << 7);
+}
+
+/// Products see q / kInt8Unit, and rows' scales on the device are multiplied with it.
+inline constexpr float kInt8Unit = 64.0f;
+
 /// Rows of weights in the order in which products rotate them: rows i and i + 8 of a tile turn
 /// together, elements j and j + head_dim / 2 of a head.
 constexpr int rotary_tiles(int head_dim) { return tiles_of(head_dim / 2, 8); }

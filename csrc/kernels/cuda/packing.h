@@ -18,4 +18,11 @@ namespace deinfer::cuda {
 void pack_weights(const TensorView& source, std::span<const std::int32_t> row_map, int first_tile,
                   int last_tile, bf16* out, int first_col = 0);
 
+/// The same in int8: pairs of rows in the order of int8_offset(), q as cpu::to_int8() rounds them,
+/// and scales[16 (last_tile - first_tile)], cpu::int8_scale() times kInt8Unit, 0 of rows that are
+/// zero. Throws as cpu::int8_scale() does.
+void pack_int8_weights(const TensorView& source, std::span<const std::int32_t> row_map,
+                       int first_tile, int last_tile, std::uint16_t* out, float* scales,
+                       int first_col = 0);
+
 }  // namespace deinfer::cuda

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/latents.h"
+#include "kernels/cuda/weights.cuh"
 
 namespace deinfer::cuda {
 
@@ -23,13 +24,13 @@ struct Rebuilt {
 
 /// total[16 rows, 32 positions] = U z of rows `tile` of kv head `head`, with the sums and bits of
 /// linear.cu. Positions from `position` on, none after `last`.
+template <bool kInt8>
 __device__ __forceinline__ void rebuild_tile(const HeadFactor& factor, const KvPool& pool,
                                              const int* table, int head, int tile, int position,
                                              int last, float (&total)[kPositionTiles][4]) {
   const int quad = lane_id() % 4;
   const std::int64_t row_tile = std::int64_t{head} * factor.tiles + tile;
-  const uint4* w =
-      static_cast<const uint4*>(factor.w) + row_tile * factor.chunks * (2 * kWarp) + lane_id();
+  const uint4* w = lane_weights<kInt8>(factor.w, row_tile * factor.chunks);
   const uint4* z[kPositionTiles];
 #pragma unroll
   for (int j = 0; j < kPositionTiles; ++j) {
@@ -44,14 +45,14 @@ __device__ __forceinline__ void rebuild_tile(const HeadFactor& factor, const KvP
     const int end = min(begin + length, factor.chunks);
 #pragma unroll 1
     for (int chunk = begin; chunk < end; ++chunk) {
-      const uint4 a0 = __ldg(w + chunk * 2 * kWarp);
-      const uint4 a1 = __ldg(w + chunk * 2 * kWarp + kWarp);
+      uint4 a[2];
+      operands(load_tile<kInt8>(w, chunk), a);
       const bool inside = chunk * kTileCols + quad * 8 < pool.head_width;
 #pragma unroll
       for (int j = 0; j < kPositionTiles; ++j) {
         const uint4 b = inside ? z[j][chunk * 4] : uint4{0, 0, 0, 0};
-        mma_bf16(acc[j], a0, b.x, b.y);
-        mma_bf16(acc[j], a1, b.z, b.w);
+        mma_bf16(acc[j], a[0], b.x, b.y);
+        mma_bf16(acc[j], a[1], b.z, b.w);
       }
     }
 #pragma unroll
@@ -60,12 +61,14 @@ __device__ __forceinline__ void rebuild_tile(const HeadFactor& factor, const KvP
       for (int e = 0; e < 4; ++e) total[j][e] += acc[j][e];
     }
   }
-  if (factor.bias == nullptr) return;
-  const float* bias = factor.bias + row_tile * kTileRows + lane_id() / 4;
+  const auto row = static_cast<int>(row_tile) * kTileRows + lane_id() / 4;
 #pragma unroll
   for (int j = 0; j < kPositionTiles; ++j) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) total[j][e] += bias[e / 2 * 8];
+    for (int e = 0; e < 4; ++e) {
+      total[j][e] = scaled<kInt8>(total[j][e], factor.scales, row + e / 2 * 8);
+      if (factor.bias != nullptr) total[j][e] += factor.bias[row + e / 2 * 8];
+    }
   }
 }
 
@@ -82,7 +85,7 @@ __device__ __forceinline__ void for_tiles(const HeadFactor& factor, int begin, i
 
 /// K of positions [begin, end), which shared memory has from `begin` on: with gain and rotation,
 /// but what multiplies all of a key, its norm, is left to the scores.
-template <int kWidth>
+template <bool kInt8, int kWidth>
 __device__ __forceinline__ void rebuild_keys(const LatentAttentionLaunch& args, const int* table,
                                              int head, int begin, int end, Rebuilt<kWidth>& out) {
   const HeadFactor& factor = args.key_factor;
@@ -94,7 +97,7 @@ __device__ __forceinline__ void rebuild_keys(const LatentAttentionLaunch& args, 
   auto* keys = reinterpret_cast<__nv_bfloat16*>(out.keys);
   for_tiles(factor, begin, end, [&](int tile, int position) {
     float y[kPositionTiles][4] = {};
-    rebuild_tile(factor, args.keys, table, head, tile, position, end - 1, y);
+    rebuild_tile<kInt8>(factor, args.keys, table, head, tile, position, end - 1, y);
     const int first = half > 0 ? tile * 8 + row : tile * kTileRows + row;
     const int second = half > 0 ? first + half : first + 8;
     const bool has_first = first < (half > 0 ? half : args.head_dim);
@@ -149,14 +152,14 @@ __device__ __forceinline__ void scale_keys(const LatentAttentionLaunch& args, co
 }
 
 /// V of positions [begin, end), likewise.
-template <int kWidth>
+template <bool kInt8, int kWidth>
 __device__ __forceinline__ void rebuild_values(const LatentAttentionLaunch& args, const int* table,
                                                int head, int begin, int end, Rebuilt<kWidth>& out) {
   const HeadFactor& factor = args.value_factor;
   auto* values = reinterpret_cast<__nv_bfloat16*>(out.values);
   for_tiles(factor, begin, end, [&](int tile, int position) {
     float y[kPositionTiles][4] = {};
-    rebuild_tile(factor, args.values, table, head, tile, position, end - 1, y);
+    rebuild_tile<kInt8>(factor, args.values, table, head, tile, position, end - 1, y);
 #pragma unroll
     for (int j = 0; j < kPositionTiles; ++j) {
 #pragma unroll

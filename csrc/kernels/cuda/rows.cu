@@ -1,7 +1,6 @@
 // What happens to rows of tokens between products: embedding, norms, angles, q and k with norms,
 // the most likely token.
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/weights.cuh"
 
 namespace deinfer::cuda {
 namespace {
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const EmbedLaunch args)
   float* x = args.x + i * args.ld;
   for (int j = static_cast<int>(threadIdx.x); j < args.cols; j += kThreads) {
     float value = 0.0f;
-    if (found) value = args.scale * load_bf16(args.table, weight_offset(row, j, args.chunks));
+    if (found) value = args.scale * load_weight(args.table, args.scales, row, j, args.chunks);
     x[j] = args.adds ? x[j] + value : value;
   }
 }

@@ -5,6 +5,7 @@
 #include "kernels/cuda/exchange.h"
 #include "kernels/cuda/latents.h"
 #include "kernels/cuda/runtime.h"
+#include "kernels/cuda/sampling.h"
 
 namespace deinfer::cuda {
 namespace {

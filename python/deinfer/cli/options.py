@@ -87,7 +87,8 @@ _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     (
         "dtype",
         str,
-        "auto, float32, bfloat16 or int8 weights (default: auto, what the checkpoint has)",
+        "auto, float32 (not on CUDA), bfloat16 or int8 weights (default: auto, what the checkpoint "
+        "has; on CUDA bfloat16)",
     ),
     ("tensor_parallel_size", int, "rank threads (default: 1)"),
     (
