@@ -210,6 +210,30 @@ void CudaDecoder::allocate_kv_cache(std::int64_t num_blocks) {
   stream_.synchronize();
 }
 
+cuda::Borders cuda_borders(const std::vector<Range>& shares) {
+  cuda::Borders borders;
+  borders.at[0] = 0;
+  for (std::size_t i = 0; i < shares.size(); ++i) borders.at[i + 1] = shares[i].end;
+  return borders;
+}
+
+Range CudaDecoder::own_columns() const {
+  if (layout() != ResidualLayout::kHiddenShards) return {0, config_.hidden_size};
+  return share_.hidden[static_cast<std::size_t>(share_.rank)];
+}
+
+Range CudaDecoder::own_rows(int m) const {
+  if (layout() != ResidualLayout::kTokenShards) return {0, m};
+  return split(m, share_.size, share_.rank);
+}
+
+cuda::Borders CudaDecoder::row_owners(int m) const {
+  cuda::Borders borders;
+  borders.at[0] = 0;
+  for (int r = 0; r < share_.size; ++r) borders.at[r + 1] = split(m, share_.size, r).end;
+  return borders;
+}
+
 void CudaDecoder::join() {
   if (!has_ranks()) return;
   join_norm_terms(weights_, *communicator_, stream_);

@@ -39,30 +39,6 @@ void set_tokens(LinearLaunch& launch, Range tokens) {
 
 }  // namespace
 
-cuda::Borders cuda_borders(const std::vector<Range>& shares) {
-  cuda::Borders borders;
-  borders.at[0] = 0;
-  for (std::size_t i = 0; i < shares.size(); ++i) borders.at[i + 1] = shares[i].end;
-  return borders;
-}
-
-Range CudaDecoder::own_columns() const {
-  if (layout() != ResidualLayout::kHiddenShards) return {0, config_.hidden_size};
-  return share_.hidden[static_cast<std::size_t>(share_.rank)];
-}
-
-Range CudaDecoder::own_rows(int m) const {
-  if (layout() != ResidualLayout::kTokenShards) return {0, m};
-  return split(m, share_.size, share_.rank);
-}
-
-cuda::Borders CudaDecoder::row_owners(int m) const {
-  cuda::Borders borders;
-  borders.at[0] = 0;
-  for (int r = 0; r < share_.size; ++r) borders.at[r + 1] = split(m, share_.size, r).end;
-  return borders;
-}
-
 CudaDecoder::Input CudaDecoder::normed(int m, const CudaNorm& norm, Linears group) {
   auto gathers = [&](const CudaLinear* linear) {
     return linear->exchange(kind_).before != Exchange::kNone;
