@@ -14,11 +14,11 @@ namespace deinfer {
 /// driver take some more later.
 constexpr std::uint64_t cuda_kv_share(std::uint64_t memory) { return memory / 10 * 9; }
 
-/// Computes in bf16 and samples, with the tokens and reports that the host's sampler finds from the
-/// same logits. Left to the host, by `threads` threads and from logits that are copied there: rows
-/// whose logits are asked for, reports of more than cuda::kMaxReported tokens (as much to copy as
-/// the logits), penalties on more tokens than CudaSampling::kHistoryTokens, larger vocabularies
-/// than cuda::kMaxSampledVocabulary.
+/// Computes in bf16 (weights: or int8) and samples, with the tokens and reports that the host's
+/// sampler finds from the same logits. Left to the host, by `threads` threads and from logits that
+/// are copied there: rows whose logits are asked for, reports of more than cuda::kMaxReported
+/// tokens (as much to copy as the logits), penalties on more tokens than
+/// CudaSampling::kHistoryTokens, larger vocabularies than cuda::kMaxSampledVocabulary.
 class CudaWorker final : public Worker {
  public:
   /// Loads this rank's weights onto device `device`. `peers`: what `communicator` is, of several

@@ -1,5 +1,6 @@
-// One rank's part of a decoder on a CUDA device: the models of model/decoder.h, in bf16, divided as
-// its plans say; exchanges are launches like any other (comm/device_communicator.h).
+// One rank's part of a decoder on a CUDA device: the models of model/decoder.h, in bf16 (weights:
+// or int8), divided as its plans say; exchanges are launches like any other
+// (comm/device_communicator.h).
 //
 // Decode steps are graphs, captured after the first step of their size: whatever changes from step
 // to step lies in device memory (cuda_step.h). A token's results have the same bits in any batch.

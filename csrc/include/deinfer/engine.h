@@ -226,7 +226,7 @@ class DEINFER_API Engine {
                    const LengthBelief& belief = {});
 
   /// Ends one sample or (no index) all samples of a request; false if unknown or already ended.
-  /// Nothing but kAbort is reported of them any more, with the next step().
+  /// Their last outputs (kAbort) come with the next step(), which reports nothing else of them.
   bool abort(RequestId id, std::optional<int> index = std::nullopt);
 
   /// Runs one batch; returns the requests that progressed. Empty when nothing is unfinished. On
