@@ -293,9 +293,7 @@ def measure(folder: Path, smollm2: Path) -> dict[str, Any]:
     results["dense_bytes"] = 2 * sum(n * k for n, k in products(few, 0))
     results["engine_ms"]["dense 1"] = Stepper(dense, "cuda", 1, CONTEXT).decode(1)[0]
     for name, path in (("int8 1", model), ("dense int8 1", dense)):
-        stepper = Stepper(path, "cuda", 1, CONTEXT, "int8")
-        results["engine_ms"][name] = stepper.decode(1)[0]
-        del stepper
+        results["engine_ms"][name] = Stepper(path, "cuda", 1, CONTEXT, "int8").decode(1)[0]
     results["engine_ms"]["prefill"] = Stepper(model, "cuda", 1, PREFILL).prefill()
     return results
 

@@ -251,7 +251,8 @@ void Engine::Impl::finish_step() {
     SampleResult& result = step_batch->result(sampled.size());
     int count = item.sequence->num_generated() + 1;
     Request::Sample& progress = request->samples[static_cast<std::size_t>(index)];
-    // Restarted from its prompt, a sample has the same tokens again, which did not end it before.
+    // Restarted from its prompt, a sample has the same tokens again, which did not end it before;
+    // an aborted one is not asked for any more.
     const bool unreported = count <= progress.num_reported || progress.aborted;
     FinishReason reason =
         unreported ? FinishReason::kNone : request->finish_reason(result.token, count);

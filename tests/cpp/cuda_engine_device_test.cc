@@ -112,6 +112,25 @@ TEST(CudaEngineDevice, ComputesTheNextStepWhileTheCallerReads) {
   }
 }
 
+TEST(CudaEngineDevice, MayBeDestroyedWhileABatchIsUnderWay) {
+  test::TinyConfig config;
+  config.bfloat16 = true;
+  test::TinyModel model(config);
+  emulation::DeviceState& device = emulation::device_state();
+  const std::size_t used = device.used_bytes;
+  for (int ranks : {1, 3}) {
+    EngineConfig engine_config = config_for(model, "cuda");
+    engine_config.tensor_parallel_size = ranks;
+    {
+      Engine engine(engine_config);
+      const Request request = greedy(4, 1, 8);
+      engine.submit(request.prompt, request.params);
+      for (int step = 0; step < 3; ++step) EXPECT_EQ(engine.step().size(), 1u);
+    }
+    EXPECT_EQ(device.used_bytes, used);
+  }
+}
+
 /// The scheduler knows what decode steps are filled up to, and its log replays what it did ahead.
 TEST(CudaEngineDevice, TheSchedulerKnowsTheSizesOfGraphs) {
   test::TinyConfig config;

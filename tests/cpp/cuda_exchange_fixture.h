@@ -37,6 +37,28 @@ struct Rank {
     if (!comm.lockstep()) return;  // `values` must live until the stream has taken them
     stream.synchronize();
   }
+  /// x = the sum of all ranks' x, fp32, `count` times, each of what the one before gave: a stale or
+  /// torn contribution would show.
+  void sum(int count, const cuda::DeviceBuffer& x) const {
+    const int n = static_cast<int>(x.size() / sizeof(float));
+    for (int i = 0; i < count; ++i) {
+      cuda::NormLaunch copy;  // contributes x
+      copy.x = x.as<float>();
+      copy.ld = copy.out_ld = copy.n = n;
+      copy.m = 1;
+      copy.out_float = reinterpret_cast<float*>(comm.send());
+      cuda::check_launch(launch_norm(copy, stream.get()), "copy");
+      comm.exchange(Collective::kAllReduce, x.size(), "sum", Extent::floats(1, n),
+                    [&](const cuda::PeerExchange& exchange, cuda::Stream on) {
+                      cuda::ReduceLaunch args;
+                      args.exchange = exchange;
+                      args.rows = 1;
+                      args.cols = args.ld = args.out_ld = n;
+                      args.out = x.as<void>();
+                      return launch_reduce(args, on);
+                    });
+    }
+  }
 };
 
 class CudaExchangeTest : public CudaDeviceTest {

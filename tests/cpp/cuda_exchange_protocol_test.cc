@@ -16,29 +16,6 @@ using test::Rank;
 
 class CudaExchangeProtocol : public test::CudaExchangeTest {};
 
-/// A chain of sums, each of what the one before gave: a stale or torn contribution would show.
-void run_epochs(const Rank& rank, int count, const DeviceBuffer& x, int n) {
-  for (int i = 0; i < count; ++i) {
-    cuda::NormLaunch copy;  // contributes x
-    copy.x = x.as<float>();
-    copy.ld = copy.out_ld = n;
-    copy.m = 1;
-    copy.n = n;
-    copy.out_float = reinterpret_cast<float*>(rank.comm.send());
-    cuda::check_launch(launch_norm(copy, rank.stream.get()), "copy");
-    rank.comm.exchange(Collective::kAllReduce, static_cast<std::size_t>(n) * sizeof(float), "epoch",
-                       Extent::floats(1, n),
-                       [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
-                         cuda::ReduceLaunch args;
-                         args.exchange = exchange;
-                         args.rows = 1;
-                         args.cols = args.ld = args.out_ld = n;
-                         args.out = x.as<void>();
-                         return launch_reduce(args, stream);
-                       });
-  }
-}
-
 TEST_F(CudaExchangeProtocol, KeepsManyEpochsApart) {
   for (int size : {2, 8}) {
     ExchangeOptions options;
@@ -52,7 +29,7 @@ TEST_F(CudaExchangeProtocol, KeepsManyEpochsApart) {
         if (rank.rank == round % rank.size) {
           std::this_thread::sleep_for(std::chrono::microseconds(50 * (round % 5)));
         }
-        run_epochs(rank, 5, x, n);
+        rank.sum(5, x);
         const std::vector<float> expected(n, static_cast<float>(std::pow(rank.size, 5)));
         ASSERT_EQ(rank.read<float>(x.as<void>(), n), expected) << "round " << round;
       }
@@ -65,12 +42,12 @@ TEST_F(CudaExchangeProtocol, RunsInGraphs) {
     constexpr int n = 36;
     DeviceBuffer x(n * sizeof(float));
     const std::vector<float> ones(n, 1.0f);
-    run_epochs(rank, 1, x, n);  // kernels load at their first launch
+    rank.sum(1, x);  // kernels load at their first launch
     rank.comm.make_even();
     rank.stream.synchronize();
     rank.comm.begin_log();
     rank.stream.begin_capture();
-    run_epochs(rank, 3, x, n);
+    rank.sum(3, x);
     rank.comm.make_even();
     const cuda::Graph graph = rank.stream.end_capture();
     const ExchangeLog log = rank.comm.end_log();
@@ -95,18 +72,17 @@ TEST_F(CudaExchangeProtocol, ARankThatDoesNotComeIsAnErrorThatNamesIt) {
   try {
     on_ranks(3, options, [](const Rank& rank) {
       DeviceBuffer x(64 * sizeof(float));
-      run_epochs(rank, 2, x, 64);
+      rank.sum(2, x);
       rank.comm.synchronize();
       if (rank.rank == 1) return;
-      run_epochs(rank, 50, x, 64);  // which all end at once after the first
+      rank.sum(50, x);  // which all end at once after the first
       rank.comm.synchronize();
       ADD_FAILURE() << "no error";
     });
     ADD_FAILURE() << "no error";
   } catch (const Error& error) {
-    EXPECT_NE(
-        std::string(error.what()).find("waited 1.5 s for rank 1 in its exchange 3, \"epoch\""),
-        std::string::npos)
+    EXPECT_NE(std::string(error.what()).find("waited 1.5 s for rank 1 in its exchange 3, \"sum\""),
+              std::string::npos)
         << error.what();
   }
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
@@ -120,7 +96,7 @@ TEST_F(CudaExchangeProtocol, AnAbortFreesThoseWhoWait) {
       on_ranks(3, options, [](const Rank& rank) {
         DeviceBuffer x(64 * sizeof(float));
         if (rank.rank == 2) fail(ErrorCode::kUnsupported, "rank 2 has enough");
-        run_epochs(rank, 2, x, 64);
+        rank.sum(2, x);
         rank.comm.synchronize();
         ADD_FAILURE() << "no error";
       });

@@ -123,13 +123,7 @@ TEST_F(CudaNcclRanks, ReplaysHaveTheSameBitsAndTraffic) {
         const std::uint64_t before = fake_.bytes;
         const int launches = emulation::device_state().graph_launches;
         for (int i = 0; i < 3; ++i) {
-          std::vector<float> got;
-          const auto tokens = test::execute(*ranks, work.batch,
-                                            [&](TeamMember& member, int, int rows, float* logits) {
-                                              if (member.id() == 0)
-                                                got.assign(logits, logits + rows * kVocabulary);
-                                            });
-          got.insert(got.end(), tokens.begin(), tokens.end());
+          const std::vector<float> got = test::step_results(*ranks, work.batch);
           if (i == 0) all.first = got;
           EXPECT_EQ(got, all.first) << "step " << i;
         }

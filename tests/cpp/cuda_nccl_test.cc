@@ -41,28 +41,6 @@ class CudaNccl : public test::CudaExchangeTest {
   emulation::FakeNccl& fake_ = test::use_fake_nccl();
 };
 
-/// x = the sum of all ranks' x, `count` times.
-void sum(const Rank& rank, int count, const DeviceBuffer& x) {
-  const int n = static_cast<int>(x.size() / sizeof(float));
-  for (int i = 0; i < count; ++i) {
-    cuda::NormLaunch copy;
-    copy.x = x.as<float>();
-    copy.ld = copy.out_ld = copy.n = n;
-    copy.m = 1;
-    copy.out_float = reinterpret_cast<float*>(rank.comm.send());
-    cuda::check_launch(launch_norm(copy, rank.stream.get()), "copy");
-    rank.comm.exchange(Collective::kAllReduce, x.size(), "sum", Extent::floats(1, n),
-                       [&](const cuda::PeerExchange& exchange, cuda::Stream stream) {
-                         cuda::ReduceLaunch args;
-                         args.exchange = exchange;
-                         args.rows = 1;
-                         args.cols = args.ld = args.out_ld = n;
-                         args.out = x.as<void>();
-                         return launch_reduce(args, stream);
-                       });
-  }
-}
-
 DeviceBuffer ones(const Rank& rank, int n) {
   DeviceBuffer x(static_cast<std::size_t>(n) * sizeof(float));
   const std::vector<float> values(static_cast<std::size_t>(n), 1.0f);
@@ -76,14 +54,14 @@ TEST_F(CudaNccl, SumsInGraphsAndWithout) {
     on_nccl(size, [](const Rank& rank) {
       constexpr int n = 36;
       DeviceBuffer x = ones(rank, n);
-      sum(rank, 40, x);  // more than the host may be ahead
+      rank.sum(40, x);  // more than the host may be ahead
       x = ones(rank, n);
-      sum(rank, 3, x);
+      rank.sum(3, x);
       const std::vector<float> expected(n, static_cast<float>(std::pow(rank.size, 3)));
       EXPECT_EQ(rank.read<float>(x.as<void>(), n), expected);
       rank.comm.begin_log();
       rank.stream.begin_capture();
-      sum(rank, 3, x);
+      rank.sum(3, x);
       const cuda::Graph graph = rank.stream.end_capture();
       const ExchangeLog log = rank.comm.end_log();
       EXPECT_EQ(log.size(), 3u);
@@ -207,10 +185,10 @@ TEST_F(CudaNccl, ARankThatDoesNotComeIsAnErrorThatNamesIt) {
   expect_error(ErrorCode::kInternal, "waited 0.5 s for rank 1 in its exchange 3", [&] {
     on_nccl(3, [](const Rank& rank) {
       DeviceBuffer x = ones(rank, 64);
-      sum(rank, 2, x);
+      rank.sum(2, x);
       rank.comm.synchronize();
       if (rank.rank == 1) return;
-      sum(rank, 50, x);
+      rank.sum(50, x);
       rank.comm.synchronize();
       ADD_FAILURE() << "no error";
     });
@@ -224,12 +202,12 @@ TEST_F(CudaNccl, AnAbortFreesThoseWhoWait) {
   expect_error(ErrorCode::kUnsupported, "rank 2 has enough", [&] {
     on_nccl(3, [](const Rank& rank) {
       DeviceBuffer x = ones(rank, 64);
-      sum(rank, 1, x);
+      rank.sum(1, x);
       rank.comm.synchronize();
       // A graph that has NCCL's work is there while it is aborted.
       rank.comm.begin_log();
       rank.stream.begin_capture();
-      sum(rank, 1, x);
+      rank.sum(1, x);
       const cuda::Graph graph = rank.stream.end_capture();
       rank.comm.count_all(rank.comm.end_log());
       if (rank.rank == 2) fail(ErrorCode::kUnsupported, "rank 2 has enough");
@@ -247,11 +225,11 @@ TEST_F(CudaNccl, FailuresOfNcclAreErrors) {
     return [this, before] {
       on_nccl(2, [before](const Rank& rank) {
         DeviceBuffer x = ones(rank, 64);
-        sum(rank, 1, x);
+        rank.sum(1, x);
         rank.comm.synchronize();
         rank.comm.barrier();
         before();
-        if (rank.rank == 0) sum(rank, 1, x);
+        if (rank.rank == 0) rank.sum(1, x);
         rank.comm.synchronize();
       });
     };
@@ -276,7 +254,7 @@ TEST_F(CudaNccl, IsTakenWhereDevicesCannotReadEachOther) {
         3, ExchangeOptions::from_environment(),
         [](const Rank& rank) {
           DeviceBuffer x = ones(rank, 8);
-          sum(rank, 1, x);
+          rank.sum(1, x);
           EXPECT_EQ(rank.read<float>(x.as<void>(), 8), std::vector<float>(8, 3.0f));
         },
         devices);

@@ -130,13 +130,7 @@ TEST_F(CudaRanks, ReplaysHaveTheSameBits) {
         config.hidden_state_layers.clear();
         auto ranks = test::make_ranks(config);
         for (int i = 0; i < count; ++i) {
-          std::vector<float> got;
-          const auto tokens = test::execute(*ranks, work.batch,
-                                            [&](TeamMember& member, int, int rows, float* logits) {
-                                              if (member.id() == 0)
-                                                got.assign(logits, logits + rows * kVocabulary);
-                                            });
-          got.insert(got.end(), tokens.begin(), tokens.end());
+          const std::vector<float> got = test::step_results(*ranks, work.batch);
           if (first.empty()) first = got;
           ASSERT_EQ(got, first) << size << " ranks, step " << i;
         }
