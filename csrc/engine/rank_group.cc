@@ -65,6 +65,11 @@ RankGroup::RankGroup(const EngineConfig& config, const ModelConfig& model, const
   on_all([&](int index) { rank(index).join(); });
 }
 
+/// At the same time: what a device still computes may wait for the other ranks.
+RankGroup::~RankGroup() {
+  ranks_.run([&](TeamMember& member) { workers_[static_cast<std::size_t>(member.id())].reset(); });
+}
+
 void RankGroup::make_communicators(const EngineConfig& config, std::size_t bytes,
                                    const CommunicatorWrapper& wrap) {
   const int size = ranks_.size();

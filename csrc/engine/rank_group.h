@@ -23,6 +23,7 @@ class RankGroup {
   RankGroup(const EngineConfig& config, const ModelConfig& model, const PlanChoice& choice,
             int threads, int max_model_len, const LoadProgress& progress,
             const CommunicatorWrapper& wrap = {});
+  ~RankGroup();
 
   void allocate_kv_cache(std::int64_t num_blocks);
 
