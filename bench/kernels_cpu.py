@@ -19,12 +19,14 @@ import native_cpu as native
 import torch
 from common import ROOT, Check, environment, finish, summary
 from linear_cases import (
+    COMPRESSED_TOKENS,
     INT8_SHAPES,
     QUICK_SHAPES,
     RAGGED_SHAPES,
     RAGGED_TOKENS,
     SHAPES,
     Shape,
+    compressed_checks,
     int8_checks,
     limit_check,
     linear_checks,
@@ -291,6 +293,35 @@ class Bench:
 
         self.on_each_team(measure)
 
+    def compressed(self, shape: Shape) -> None:
+        """bf16 weights in 12 bits against the same in 16; their results must have the same bits."""
+        weights = random_weights(shape)
+        linears = {name: self.pack(name, weights) for name in ("bfloat16", "compressed")}
+        for m in COMPRESSED_TOKENS:
+            x = random_inputs(m, shape.k)
+            results = [native.Rotation(self.packers, e[:1], x).once() for e in linears.values()]
+            if not torch.equal(*results):
+                raise SystemExit(f"{shape} m={m}: compressed weights give another result")
+
+        def measure(team: native.Team) -> None:
+            for m in COMPRESSED_TOKENS:
+                x = random_inputs(m, shape.k)
+                limits = Limits(team, self.stream, linears["compressed"][0].bytes, shape.flops(m))
+                ours = {name: native.Rotation(team, each, x).run for name, each in linears.items()}
+                samples = self.interleave({**limits.runs, **ours})
+                ratios = limits.ratios(samples, "compressed")
+                ratios["bf16"] = round_ratios(samples["bfloat16"], samples["compressed"])
+                case = {
+                    "shape": [shape.n, shape.k, shape.r],
+                    "m": m,
+                    "threads": team.threads,
+                    "ratios": ratios,
+                    "seconds": {name: summary(samples[name]) for name in linears},
+                }
+                self.keep("compressed", case, compressed_checks(case))
+
+        self.on_each_team(measure)
+
     def run(self) -> None:
         """All sections."""
         self.limits()
@@ -304,7 +335,12 @@ class Bench:
                 self.int8(shape)
         else:
             print(f"int8 is left out: {refusal}")
-        self.checks.append(limit_check(self.results["linears"] + self.results.get("int8", [])))
+        if native.isa() == "avx512_bf16":
+            for shape in INT8_SHAPES:
+                self.compressed(shape)
+        sections = ("linears", "int8", "compressed")
+        cases = [case for section in sections for case in self.results.get(section, [])]
+        self.checks.append(limit_check(cases))
 
 
 def thread_counts(wanted: list[int] | None) -> list[int]:

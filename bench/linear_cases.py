@@ -11,6 +11,7 @@ GEMV_TARGET = 0.95  # of stream-read bandwidth, m = 1
 GEMM_TARGET = 0.92  # of the dot instruction's peak, m >= 128
 RAGGED_TARGET = 1.05  # time per parameter, against the next multiple of 32
 INT8_TARGET = 1.7  # time of bf16 / time of int8
+COMPRESSED_TARGET = 1.2  # time of bf16 / time of the same in 12 bits, m = 1
 MAX_LIMIT_RATIO = 1.2  # beyond this, the limit was not measured under the same conditions
 
 
@@ -64,6 +65,7 @@ QUICK_SHAPES = [Shape(2048, 2048), TORCH_SHAPE]
 RAGGED_SHAPES = [Shape(4096, 4096, r) for r in (751, 114, 1228)]
 RAGGED_TOKENS = [1, 128]
 INT8_SHAPES = [Shape(4096, 4096), TORCH_SHAPE]
+COMPRESSED_TOKENS = [1, 8, 16, 32, 128]
 
 
 def tokens_of(shape: Shape, quick: bool) -> list[int]:
@@ -111,6 +113,14 @@ def int8_checks(case: dict[str, Any]) -> list[Check]:
         return []
     at = where(shape, case["m"], case["threads"])
     return [Check(f"bf16 / int8 time: {at}", case["ratios"]["bf16"]["median"], INT8_TARGET)]
+
+
+def compressed_checks(case: dict[str, Any]) -> list[Check]:
+    """The target of bf16 in 12 bits against 16, where memory is what limits."""
+    if case["m"] > 1:
+        return []
+    at = where(Shape(*case["shape"]), case["m"], case["threads"])
+    return [Check(f"16 / 12 bits, time: {at}", case["ratios"]["bf16"]["median"], COMPRESSED_TARGET)]
 
 
 def limit_check(cases: list[dict[str, Any]]) -> Check:

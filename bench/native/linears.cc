@@ -25,10 +25,10 @@ DType activation_dtype(DType weights) {
   return weights == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
 }
 
-cpu::PackedMatrix pack(Team& team, DType dtype, const TensorView& source) {
+cpu::PackedMatrix pack(Team& team, DType dtype, bool compressed, const TensorView& source) {
   cpu::PackedMatrix packed =
       cpu::allocate_packed(dtype, static_cast<int>(source.rows), static_cast<int>(source.cols),
-                           cpu::kPanelRows, &team.weights);
+                           cpu::kPanelRows, &team.weights, compressed);
   team.team.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
     cpu::pack_rows(source, {}, first, last, packed);
@@ -61,19 +61,21 @@ using bench::Team;
 using bench::Workspace;
 
 /// Packs first[n, k] as a dense linear when r is 0, else first = U[n, r] and second = V[r, k] as a
-/// low-rank one. Sources are contiguous, of type `source`; weights get the type `dtype`.
+/// low-rank one. Sources are contiguous, of type `source`; weights get the type `dtype`, of which
+/// "compressed" is bfloat16 in 12 bits.
 BENCH_API LowRankLinear* bench_linear_create(Team* team, const char* dtype, const char* source,
                                              const void* first, const void* second, int n, int k,
                                              int r) {
   return guarded<LowRankLinear*>(nullptr, [&] {
     DType from = bench::dtype_of(source);
-    DType to = bench::dtype_of(dtype);
+    const bool compressed = std::string_view(dtype) == "compressed";
+    DType to = compressed ? DType::kBFloat16 : bench::dtype_of(dtype);
     auto linear = std::make_unique<LowRankLinear>();
     if (r == 0) {
-      linear->w = bench::pack(*team, to, {first, from, n, k, k});
+      linear->w = bench::pack(*team, to, compressed, {first, from, n, k, k});
     } else {
-      linear->u = bench::pack(*team, to, {first, from, n, r, r});
-      linear->v = bench::pack(*team, to, {second, from, r, k, k});
+      linear->u = bench::pack(*team, to, compressed, {first, from, n, r, r});
+      linear->v = bench::pack(*team, to, compressed, {second, from, r, k, k});
     }
     return linear.release();
   });

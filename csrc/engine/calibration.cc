@@ -9,6 +9,7 @@
 #include "base/buffer.h"
 #include "base/thread_team.h"
 #include "comm/local.h"
+#include "kernels/cpu/compressed_panel.h"
 #include "plan/overlap.h"
 
 namespace deinfer {
@@ -112,11 +113,14 @@ class AttentionProbe {
 
 }  // namespace
 
-Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int ranks, int threads) {
+Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat format, int ranks,
+                          int threads) {
   ThreadTeam team(ranks * threads);
-  std::size_t panel = std::size_t{cpu::kPanelRows} * kColumns * dtype_size(dtype);
-  auto panels = static_cast<int>(kStreamBytes / panel);
-  Buffer weights(static_cast<std::size_t>(panels) * panel);
+  const DType dtype = format.dtype;
+  const std::size_t plain = std::size_t{cpu::kPanelRows} * kColumns * dtype_size(dtype);
+  const std::size_t panel = format.compressed ? cpu::compressed_panel_bytes(kColumns) : plain;
+  auto panels = static_cast<int>(kStreamBytes / plain);
+  Buffer weights(static_cast<std::size_t>(panels) * plain);
   std::vector<Buffer> inputs;
   std::vector<Buffer> tiles;
   for (int i = 0; i < team.size(); ++i) {
@@ -128,7 +132,10 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int rank
     auto id = static_cast<std::size_t>(member.id());
     const std::byte* at = weights.as<std::byte>() + static_cast<std::size_t>(index) * panel;
     auto* tile = tiles[id].as<float>();
-    if (dtype == DType::kFloat32) {
+    if (format.compressed) {
+      kernels.panel_gemm_compressed(inputs[id].as<bf16>(), kColumns, tokens, at, kColumns, 0,
+                                    columns, nullptr, tile);
+    } else if (dtype == DType::kFloat32) {
       kernels.panel_gemm_f32(inputs[id].as<float>(), kColumns, tokens,
                              reinterpret_cast<const float*>(at), cpu::kPanelRows, columns, nullptr,
                              tile);
@@ -148,9 +155,16 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, DType dtype, int rank
   };
   timed(team, [&](TeamMember& member) {  // takes the pages, where they are read later
     auto [begin, end] = member.share(panels);
-    std::memset(weights.as<std::byte>() + static_cast<std::size_t>(begin) * panel, 0,
-                static_cast<std::size_t>(end - begin) * panel);
+    std::memset(weights.as<std::byte>() + static_cast<std::size_t>(begin) * plain, 0,
+                static_cast<std::size_t>(end - begin) * plain);
   });
+  if (format.compressed) {
+    const std::vector<bf16> zeros(std::size_t{cpu::kPanelRows} * kColumns);
+    for (int i = 0; i < panels; ++i) {
+      cpu::compress_panel(zeros.data(), kColumns,
+                          weights.as<std::byte>() + static_cast<std::size_t>(i) * panel);
+    }
+  }
   double stream_seconds = std::min(timed(team, stream), timed(team, stream));
   auto compute = [&](TeamMember& member) {
     auto first = member.share(panels).first;

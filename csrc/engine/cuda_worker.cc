@@ -35,6 +35,10 @@ CudaWorker::CudaWorker(const EngineConfig& config, const ModelConfig& model, con
     fail(ErrorCode::kUnsupported, "exchange_chunks=", config.exchange_chunks,
          ": on CUDA devices exchanges go whole");
   }
+  if (config.weight_compression == "lossless") {
+    fail(ErrorCode::kUnsupported,
+         "weight_compression=\"lossless\": there are no kernels for it on CUDA devices");
+  }
   cuda::use_device(device_);
   stream_ = std::make_unique<cuda::DeviceStream>();
   WeightLoader loader(config.model, model, share, team_, progress);
@@ -90,7 +94,7 @@ KvInfo CudaWorker::kv_info() const {
 
 WeightsInfo CudaWorker::weights_info() const {
   const CudaWeights& weights = decoder_->weights();
-  WeightsInfo info{weights.dtype, parameters_, weights.bytes()};
+  WeightsInfo info{weights.dtype, false, parameters_, weights.bytes()};
   count_matrices(weights.layers, info);
   return info;
 }

@@ -15,6 +15,10 @@ void EngineConfig::validate() const {
   check_argument(dtype == "auto" || dtype == "float32" || dtype == "bfloat16" || dtype == "int8",
                  "dtype=\"", dtype,
                  "\" is unknown; use \"auto\", \"float32\", \"bfloat16\" or \"int8\"");
+  check_argument(weight_compression == "auto" || weight_compression == "lossless" ||
+                     weight_compression == "none",
+                 "weight_compression=\"", weight_compression,
+                 "\" is unknown; use \"auto\", \"lossless\" or \"none\"");
   check_argument(tensor_parallel_size >= 1, "tensor_parallel_size must be at least 1, got ",
                  tensor_parallel_size);
   if (!emulated_link.empty()) parse_link_model(emulated_link);

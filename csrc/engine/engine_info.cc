@@ -28,6 +28,7 @@ ModelInfo describe_model(const EngineConfig& config, const ModelConfig& model, R
   const WeightsInfo weights = worker.weights_info();
   info.architecture = model.model_type;
   info.dtype = dtype_name(weights.dtype);
+  info.weight_compression = weights.compressed ? "lossless" : "none";
   info.isa = isa_name(worker.kernels().isa);
   info.num_layers = model.num_layers;
   info.hidden_size = model.hidden_size;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/check.h"
 #include "base/cpu_features.h"
 #include "comm/link_model.h"
 #include "engine/calibration.h"
@@ -57,6 +58,19 @@ DType weight_type(const EngineConfig& config, const ModelConfig& model) {
   return resolve_dtype(config.dtype, open_weights(config.model, model), model);
 }
 
+cpu::WeightFormat weight_format(const EngineConfig& config, DType dtype,
+                                const cpu::KernelTable& kernels) {
+  const bool asked = config.weight_compression == "lossless";
+  check_argument(!asked || dtype == DType::kBFloat16, "weight_compression=\"lossless\" is of ",
+                 "bfloat16 weights; these are ", dtype_name(dtype));
+  const bool able = dtype == DType::kBFloat16 && kernels.panel_gemm_compressed != nullptr;
+  if (asked && !able) {
+    fail(ErrorCode::kUnsupported, "weight_compression=\"lossless\": there are no kernels for it ",
+         "in ", isa_name(kernels.isa), " (avx512_bf16 has them)");
+  }
+  return {dtype, able && config.weight_compression != "none"};
+}
+
 Machine measure_machine(const EngineConfig& config, const ModelConfig& model, int threads) {
   const int size = config.tensor_parallel_size;
   Machine machine;
@@ -65,8 +79,9 @@ Machine measure_machine(const EngineConfig& config, const ModelConfig& model, in
     machine.hardware = parse_hardware("h100");
   } else {
     machine.link = measure_local_link(size);
-    machine.hardware =
-        measure_hardware(cpu::kernels_for(select_isa()), weight_type(config, model), size, threads);
+    const cpu::KernelTable& kernels = cpu::kernels_for(select_isa());
+    machine.hardware = measure_hardware(
+        kernels, weight_format(config, weight_type(config, model), kernels), size, threads);
   }
   if (!config.emulated_link.empty()) {  // takes its time besides that of the real one
     machine.hardware.exchange_s = machine.link.latency_s;

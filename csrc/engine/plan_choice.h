@@ -5,6 +5,8 @@
 
 #include "deinfer/engine.h"
 #include "deinfer/tensor.h"
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/packing.h"
 #include "model/model_config.h"
 #include "plan/cost_model.h"
 #include "plan/rank_share.h"
@@ -25,6 +27,11 @@ struct Machine {
 
 /// The type of the weights, which a device may decide. Throws as resolve_dtype().
 DType weight_type(const EngineConfig& config, const ModelConfig& model);
+
+/// How weights of type `dtype` are stored for the kernels of a CPU. Throws kInvalidArgument or
+/// kUnsupported where config.weight_compression asks for what they cannot be.
+cpu::WeightFormat weight_format(const EngineConfig& config, DType dtype,
+                                const cpu::KernelTable& kernels);
 
 /// This machine, measured in some tenths of a second, and the link that is emulated, or also
 /// measured. `threads` per rank.

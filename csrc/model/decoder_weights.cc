@@ -151,12 +151,14 @@ bool rotates_tiles(const ModelConfig& config) {
   return config.positions == PositionKind::kRotary && config.qk_norm == QkNormKind::kNone;
 }
 
-DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,
-                            const std::vector<KvForms>& kv_forms, WeightLoader& loader) {
+DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share,
+                            cpu::WeightFormat format, const std::vector<KvForms>& kv_forms,
+                            WeightLoader& loader) {
   DecoderWeights weights;
+  const DType dtype = format.dtype;
   weights.dtype = dtype;
   weights.activations = dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-  loader.set_dtype(dtype);
+  loader.set_format(format);
   const ModuleNames& names = config.names;
   cpu::PackedMatrix embedding =
       loader.embedding(config.tie_word_embeddings ? dtype : weights.activations,

@@ -68,8 +68,9 @@ Norm load_head_norm(const ModelConfig& config, const std::string& prefix, const 
 
 /// Loads the weights of `config` in `dtype` (set on the loader). `kv_forms` of every layer, or none
 /// for dense ones; latents only of linears that are low-rank and whose whole z every rank has.
-DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share, DType dtype,
-                            const std::vector<KvForms>& kv_forms, WeightLoader& loader);
+DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share,
+                            cpu::WeightFormat format, const std::vector<KvForms>& kv_forms,
+                            WeightLoader& loader);
 
 /// Computes LowRankLinear::norm_terms where the plan divides what linears read by columns. All
 /// ranks must call it, once all have loaded their weights.

@@ -61,11 +61,14 @@ cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
       static_cast<int>(row_map.empty() ? static_cast<std::size_t>(part.rows) : row_map.size());
   if (packed_rows == 0) return {};
   bool free_choice = row_map.empty() && dtype != DType::kInt8;
+  bool compressed = format_.compressed && dtype == DType::kBFloat16;
   int panel_rows =
-      free_choice ? cpu::choose_panel_rows(packed_rows, team_.size()) : cpu::kPanelRows;
+      free_choice ? cpu::choose_panel_rows(packed_rows, team_.size(), compressed) : cpu::kPanelRows;
+  compressed = compressed && panel_rows == cpu::kPanelRows;
   // A factor of which this rank has no column is zero: one column of padding.
   int cols = std::max(static_cast<int>(part.cols), 1);
-  cpu::PackedMatrix packed = cpu::allocate_packed(dtype, packed_rows, cols, panel_rows, &arena_);
+  cpu::PackedMatrix packed =
+      cpu::allocate_packed(dtype, packed_rows, cols, panel_rows, &arena_, compressed);
   if (part.cols == 0) return packed;
   team_.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
@@ -198,16 +201,17 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   if (part.exchanges_output()) linear.y_map = row_map;
   if (part.multiplied_out) {
     const std::vector<float> values = product(part, n, k);
-    linear.w = pack_part(dtype_,
+    linear.w = pack_part(format_.dtype,
                          {values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
                           place.u_cols.size()},
                          packed_map);
   } else if (tensors.rank > 0) {
     linear.rank = tensors.rank;
-    linear.v = pack(dtype_, tensors.v, tensors.rank, k, place.v_rows, place.v_cols, {});
-    linear.u = pack(dtype_, tensors.u, n, tensors.rank, place.u_rows, place.u_cols, packed_map);
+    linear.v = pack(format_.dtype, tensors.v, tensors.rank, k, place.v_rows, place.v_cols, {});
+    linear.u =
+        pack(format_.dtype, tensors.u, n, tensors.rank, place.u_rows, place.u_cols, packed_map);
   } else {
-    linear.w = pack(dtype_, tensors.w, n, k, place.u_rows, place.u_cols, packed_map);
+    linear.w = pack(format_.dtype, tensors.w, n, k, place.u_rows, place.u_cols, packed_map);
   }
   if (!tensors.bias.empty()) {
     const std::vector<float> values = bias(part, n, row_map);

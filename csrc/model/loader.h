@@ -62,8 +62,9 @@ class WeightLoader {
 
   const io::WeightSource& source() const { return source_; }
   ThreadTeam& team() const { return team_; }
-  /// The type of packed matrices: fp32, bf16 or int8 (weights only).
-  void set_dtype(DType dtype) { dtype_ = dtype; }
+  /// How matrices are packed: fp32, bf16 (all of them in 12 bits where that is asked for), or int8
+  /// (weights only).
+  void set_format(cpu::WeightFormat format) { format_ = format; }
 
   /// The linear called `name`[n, k]: `name`.weight, or `name`.v.weight [r, k] and `name`.u.weight
   /// [n, r]; optional bias `name`.bias or `name`.u.bias. `row_map` gives the packed order of output
@@ -111,7 +112,7 @@ class WeightLoader {
   const RankShare& share_;
   ThreadTeam& team_;
   Progress progress_;
-  DType dtype_ = DType::kFloat32;
+  cpu::WeightFormat format_;
   BufferArena arena_;
   std::set<std::string> used_;
   std::uint64_t parameters_ = 0;

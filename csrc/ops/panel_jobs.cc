@@ -8,6 +8,7 @@ namespace {
 /// Where the columns from `k` on of a panel begin; null behind the last.
 const void* columns_of(const cpu::PackedMatrix& matrix, int panel, Range k) {
   if (panel >= matrix.num_panels()) return nullptr;
+  if (matrix.is_compressed(panel)) return matrix.panel(panel);
   return static_cast<const std::byte*>(matrix.panel(panel)) +
          std::ptrdiff_t{k.begin} * matrix.rows_of(panel) *
              static_cast<std::ptrdiff_t>(dtype_size(matrix.dtype));
@@ -85,7 +86,11 @@ void multiply_panel(const cpu::KernelTable& kernels, const cpu::PackedMatrix& ma
   const Activations from = x.columns_from(k.begin);
   const int rows = matrix.rows_of(panel);
   const std::ptrdiff_t first = std::ptrdiff_t{k.begin} * rows;
-  if (matrix.dtype == DType::kInt8) {
+  if (matrix.is_compressed(panel)) {
+    kernels.panel_gemm_compressed(from.b16(), x.ld, m,
+                                  static_cast<const std::byte*>(matrix.panel(panel)), matrix.k_pad,
+                                  k.begin, k.end, next, tile);
+  } else if (matrix.dtype == DType::kInt8) {
     auto* gemm = k.begin == 0 ? kernels.panel_gemm_int8 : kernels.panel_gemm_add_int8;
     const float* scales = matrix.scales.data() + panel * matrix.panel_rows;
     gemm(from.b16(), x.ld, m, static_cast<const std::int8_t*>(matrix.panel(panel)) + first,

@@ -31,6 +31,12 @@ struct PartOfK {
   float* sums = nullptr;  // [panels][m][kPanelRows], of the first matrix, then of the second
 };
 
+/// Bytes of so many columns of a panel, about.
+inline std::int64_t bytes_of(const cpu::PackedMatrix& matrix, int columns) {
+  if (matrix.empty()) return 0;
+  return static_cast<std::int64_t>(matrix.panel_stride()) * columns / matrix.k_pad;
+}
+
 /// The product of one matrix, or of two with the same number of rows (gate and up), with x.
 struct PanelJob {
   const cpu::PackedMatrix* matrix = nullptr;
@@ -44,9 +50,9 @@ struct PanelJob {
   int first_panel() const { return panels.begin; }
   int num_panels() const { return panels.size() > 0 ? panels.size() : matrix->num_panels(); }
   std::int64_t panel_bytes() const {
-    std::int64_t elements = matrix->k_pad + (second == nullptr ? 0 : second->k_pad);
-    if (part) elements = part->k.size() + part->second_k.size();
-    return elements * matrix->panel_rows * static_cast<std::int64_t>(dtype_size(matrix->dtype));
+    std::int64_t bytes = bytes_of(*matrix, part ? part->k.size() : matrix->k_pad);
+    if (second == nullptr) return bytes;
+    return bytes + bytes_of(*second, part ? part->second_k.size() : second->k_pad);
   }
 };
 

@@ -135,6 +135,7 @@ void bind_outputs(py::module_& m) {
   py::class_<ModelInfo>(m, "ModelInfo")
       .def_readonly("architecture", &ModelInfo::architecture)
       .def_readonly("dtype", &ModelInfo::dtype)
+      .def_readonly("weight_compression", &ModelInfo::weight_compression)
       .def_readonly("isa", &ModelInfo::isa)
       .def_readonly("num_layers", &ModelInfo::num_layers)
       .def_readonly("hidden_size", &ModelInfo::hidden_size)

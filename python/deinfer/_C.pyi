@@ -63,6 +63,7 @@ class EngineConfig:
         model: str,
         device: str = "cpu",
         dtype: str = "auto",
+        weight_compression: str = "auto",
         tensor_parallel_size: int = 1,
         tensor_parallel_plan: str = "auto",
         emulated_link: str = "",
@@ -98,6 +99,7 @@ class EngineConfig:
     model: str
     device: str
     dtype: str
+    weight_compression: str
     tensor_parallel_size: int
     tensor_parallel_plan: str
     emulated_link: str
@@ -162,6 +164,7 @@ class KvLayerInfo:
 class ModelInfo:
     architecture: str
     dtype: str
+    weight_compression: str
     isa: str
     num_layers: int
     hidden_size: int

@@ -47,7 +47,7 @@ class LLM:
             `deinfer.perception.PREDICTORS`, the path of an artifact's JSON file, or several of
             these.
         **engine_args: Fields of the engine's configuration: `device`, `dtype`,
-            `tensor_parallel_size`, `tensor_parallel_plan`, `emulated_link`,
+            `weight_compression`, `tensor_parallel_size`, `tensor_parallel_plan`, `emulated_link`,
             `exchange_chunks`, `num_threads`, `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `num_kv_blocks`, `kv_cache_bytes`,
             `kv_cache`, `kv_latents`, `scheduling_policy`, `admission`, `safety`, `kv_watermark`,

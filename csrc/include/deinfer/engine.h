@@ -20,16 +20,20 @@ inline namespace DEINFER_ABI {
 using RequestId = std::uint64_t;
 
 struct DEINFER_API EngineConfig {
-  std::string model;             // directory: config.json and *.safetensors
-  std::string device = "cpu";    // "cpu", "cuda" (the first device, or round robin over all of them
-                                 // for several ranks), "cuda:N" (all ranks there), or "auto": as
-                                 // "cuda" where there is a device that serves, else the CPU. On
-                                 // CUDA: bfloat16 or int8, at most 8 ranks
-  std::string dtype = "auto";    // "float32", "bfloat16"; "int8": weights rounded to 8 bits with a
-                                 // scale per row, all else bfloat16; auto: bfloat16 for bf16
-                                 // checkpoints, else float32 (so that no weight loses bits; on
-                                 // CUDA bfloat16, too)
-  int tensor_parallel_size = 1;  // rank threads in this process
+  std::string model;           // directory: config.json and *.safetensors
+  std::string device = "cpu";  // "cpu", "cuda" (the first device, or round robin over all of them
+                               // for several ranks), "cuda:N" (all ranks there), or "auto": as
+                               // "cuda" where there is a device that serves, else the CPU. On
+                               // CUDA: bfloat16 or int8, at most 8 ranks
+  std::string dtype = "auto";  // "float32", "bfloat16"; "int8": weights rounded to 8 bits with a
+                               // scale per row, all else bfloat16; auto: bfloat16 for bf16
+                               // checkpoints, else float32 (so that no weight loses bits; on
+                               // CUDA bfloat16, too)
+  std::string weight_compression = "auto";  // of bfloat16 weights in memory: "lossless": 12 bits
+                                            // each, and the same results; "none": 16 bits; "auto":
+                                            // lossless where there are kernels for it (CPUs with
+                                            // AVX-512-BF16)
+  int tensor_parallel_size = 1;             // rank threads in this process
   std::string tensor_parallel_plan = "auto";
   std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s":
                               // the ranks' exchanges take as long as over such a link
@@ -141,6 +145,7 @@ struct KvLayerInfo {
 struct ModelInfo {
   std::string architecture;  // model_type of config.json
   std::string dtype;
+  std::string weight_compression;  // of most of the weights: "lossless" or "none"
   std::string isa;
   int num_layers = 0;
   int hidden_size = 0;

@@ -43,6 +43,7 @@ void visit_fields(EngineConfig*, Visitor&& visitor) {
   visitor("model", &T::model);
   visitor("device", &T::device);
   visitor("dtype", &T::dtype);
+  visitor("weight_compression", &T::weight_compression);
   visitor("tensor_parallel_size", &T::tensor_parallel_size);
   visitor("tensor_parallel_plan", &T::tensor_parallel_plan);
   visitor("emulated_link", &T::emulated_link);

@@ -4,6 +4,7 @@
 // clang-format off: the vectors come before the kernels
 #include "kernels/cpu/simd_avx512_bf16.h"
 #include "kernels/cpu/table_impl.h"
+#include "kernels/cpu/compressed_impl.h"
 // clang-format on
 
 namespace deinfer::cpu {
@@ -15,6 +16,12 @@ void amx_scaled_product(const bf16* x, std::ptrdiff_t ldx, int m, const std::int
                         const float* scale, int k_pad, const void*, float* c) {
   kProduct(x, ldx, m, panel, k_pad, c);
   if (scale != nullptr) scale_columns(scale, m, c);
+}
+
+constexpr KernelTable make_bf16_table() {
+  KernelTable table = make_table(Isa::kAvx512Bf16);
+  table.panel_gemm_compressed = panel_gemm_compressed;
+  return table;
 }
 
 constexpr KernelTable make_amx_table() {
@@ -29,7 +36,7 @@ constexpr KernelTable make_amx_table() {
 
 }  // namespace
 
-constinit const KernelTable kAvx512Bf16Kernels = make_table(Isa::kAvx512Bf16);
+constinit const KernelTable kAvx512Bf16Kernels = make_bf16_table();
 constinit const KernelTable kAmxBf16Kernels = make_amx_table();
 
 }  // namespace deinfer::cpu

@@ -147,6 +147,13 @@ struct KernelTable {
   void (*panel_gemm_add_int8)(const bf16* x, std::ptrdiff_t ldx, int m, const std::int8_t* panel,
                               const float* scale, int k_pad, const void* next, float* c);
 
+  /// The product of the columns [k_begin, k_end) of a compressed panel (compressed_panel.h) of 32
+  /// rows and k_pad columns, from zero where k_begin is 0, else on top of c; x begins at column
+  /// k_begin. Both are multiples of 32 but for k_end = k_pad. Has the bits of panel_gemm_bf16. Null
+  /// where expanding the weights would take longer than it saves, or was not built.
+  void (*panel_gemm_compressed)(const bf16* x, std::ptrdiff_t ldx, int m, const std::byte* panel,
+                                int k_pad, int k_begin, int k_end, const void* next, float* c);
+
   // --- epilogues: tiles c[m, kPanelRows] to rows of memory ---------------------------------------
   // cols in [1, 32] columns are written. bias[cols] may be null.
   void (*store_f32)(const float* c, int m, int cols, const float* bias, float* out,

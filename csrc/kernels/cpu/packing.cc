@@ -7,6 +7,7 @@
 
 #include "base/bf16.h"
 #include "base/check.h"
+#include "kernels/cpu/compressed_panel.h"
 #include "kernels/cpu/kernel_table.h"
 
 namespace deinfer::cpu {
@@ -125,13 +126,41 @@ int PackedMatrix::rows_of(int panel) const {
 }
 
 const void* PackedMatrix::panel(int panel) const {
-  auto elements = static_cast<std::size_t>(panel) * static_cast<std::size_t>(panel_rows) *
-                  static_cast<std::size_t>(k_pad);
-  return data.as<std::byte>() + elements * dtype_size(dtype);
+  if (compressed && plain[static_cast<std::size_t>(panel)].size() > 0) {
+    return plain[static_cast<std::size_t>(panel)].as<std::byte>();
+  }
+  return data.as<std::byte>() + static_cast<std::size_t>(panel) * panel_stride();
+}
+
+bool PackedMatrix::is_compressed(int panel) const {
+  return compressed && rows_of(panel) == kPanelRows &&
+         plain[static_cast<std::size_t>(panel)].size() == 0;
+}
+
+std::size_t PackedMatrix::panel_stride() const {
+  if (compressed) return compressed_panel_bytes(k_pad);
+  return static_cast<std::size_t>(panel_rows) * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
+}
+
+std::size_t PackedMatrix::panel_bytes() const {
+  const auto full = static_cast<std::size_t>(n_pad / panel_rows);
+  const auto left = static_cast<std::size_t>(n_pad % panel_rows);  // never compressed
+  return full * panel_stride() + left * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
+}
+
+std::size_t PackedMatrix::bytes() const {
+  std::size_t total = data.size() + scales.size() * sizeof(float);
+  for (const Buffer& panel : plain) total += panel.size();
+  return total;
 }
 
 void PackedMatrix::read_row(int row, float* out) const {
   const int index = row / panel_rows;
+  if (is_compressed(index)) {
+    read_compressed_row(static_cast<const std::byte*>(panel(index)), k_pad, row % panel_rows, k,
+                        out);
+    return;
+  }
   if (dtype == DType::kInt8) {
     const auto* bytes = static_cast<const std::uint8_t*>(panel(index));
     const float scale = scales[static_cast<std::size_t>(row)];
@@ -147,14 +176,18 @@ void PackedMatrix::read_row(int row, float* out) const {
   }
 }
 
-PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows) {
+PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows, bool compressed) {
   bool int8 = dtype == DType::kInt8;
   check_argument(dtype == DType::kFloat32 || dtype == DType::kBFloat16 || int8,
                  "packed weights must be float32, bfloat16 or int8, not ", dtype_name(dtype));
   check_argument(n > 0 && k > 0, "packed weights need n > 0 and k > 0, not n=", n, " k=", k);
   check_argument(panel_rows == kPanelRows || (panel_rows == kLanes && !int8), "panel_rows must be ",
                  int8 ? "32" : "32 or 16", ", not ", panel_rows);
+  check_argument(!compressed || (dtype == DType::kBFloat16 && panel_rows == kPanelRows),
+                 "only bfloat16 in panels of 32 can be compressed, not ", dtype_name(dtype),
+                 " in panels of ", panel_rows);
   PackedMatrix packed;
+  packed.compressed = compressed;
   packed.dtype = dtype;
   packed.n = n;
   packed.k = k;
@@ -164,15 +197,22 @@ PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows) {
   return packed;
 }
 
-PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferArena* arena) {
-  PackedMatrix packed = packed_shape(dtype, n, k, panel_rows);
+PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferArena* arena,
+                             bool compressed) {
+  PackedMatrix packed = packed_shape(dtype, n, k, panel_rows, compressed);
   std::size_t bytes = packed.panel_bytes();
   packed.data = arena == nullptr ? Buffer(bytes) : arena->allocate(bytes);
   if (dtype == DType::kInt8) packed.scales.resize(static_cast<std::size_t>(packed.n_pad));
+  if (compressed) packed.plain.resize(static_cast<std::size_t>(packed.num_panels()));
   return packed;
 }
 
-int choose_panel_rows(int n, int threads) {
+int choose_panel_rows(int n, int threads, bool compressed) {
+  auto of_busiest = [&](int rows) {
+    const int panels = (n + rows - 1) / rows;
+    return (panels + threads - 1) / threads * rows;
+  };
+  if (compressed) return of_busiest(kPanelRows) * 3 > of_busiest(kLanes) * 4 ? kLanes : kPanelRows;
   int panels = (n + kPanelRows - 1) / kPanelRows;
   int busiest = (panels + threads - 1) / threads;
   return busiest * threads * 10 > panels * 11 ? kLanes : kPanelRows;
@@ -190,15 +230,21 @@ void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, 
   check_argument(0 <= first_panel && last_panel <= packed.num_panels(), "panels [", first_panel,
                  ", ", last_panel, ") of ", packed.num_panels());
   constexpr int kChunk = 128;  // of k: a panel's chunk stays in L1 while its rows are written
+  std::vector<bf16> uncompressed;
   for (int index = first_panel; index < last_panel; ++index) {
     const int rows = packed.rows_of(index);
     const int first_row = index * packed.panel_rows;
     const int num_rows = std::min(rows, packed.n - first_row);
-    auto* panel = const_cast<void*>(packed.panel(index));
+    const bool compress = packed.compressed && rows == kPanelRows;
+    const auto weights = static_cast<std::size_t>(rows) * static_cast<std::size_t>(packed.k_pad);
+    if (compress) {
+      uncompressed.resize(weights);
+      packed.plain[static_cast<std::size_t>(index)] = {};
+    }
+    auto* slot = const_cast<void*>(packed.panel(index));
+    void* panel = compress ? uncompressed.data() : slot;
     // Padding and rows without a source; also the first touch by this thread.
-    std::memset(panel, 0,
-                static_cast<std::size_t>(rows) * static_cast<std::size_t>(packed.k_pad) *
-                    dtype_size(packed.dtype));
+    std::memset(panel, 0, weights * dtype_size(packed.dtype));
     for (int row = 0; row < num_rows && packed.dtype == DType::kInt8; ++row) {
       std::int64_t from = source_row(row_map, first_row + row, source.rows);
       if (from < 0) continue;
@@ -224,6 +270,12 @@ void pack_rows(const TensorView& source, std::span<const std::int32_t> row_map, 
           }
         });
       }
+    }
+    if (compress &&
+        !compress_panel(uncompressed.data(), packed.k_pad, static_cast<std::byte*>(slot))) {
+      Buffer plain(weights * sizeof(bf16));
+      std::memcpy(plain.as<std::byte>(), panel, plain.size());
+      packed.plain[static_cast<std::size_t>(index)] = std::move(plain);
     }
   }
 }

@@ -10,25 +10,33 @@
 
 namespace deinfer::cpu {
 
+/// How weights are stored.
+struct WeightFormat {
+  DType dtype = DType::kFloat32;
+  bool compressed = false;  // bf16 in 12 bits, without loss (compressed_panel.h)
+};
+
 /// A weight matrix W[n, k] packed for panel_gemm. Movable, not copyable.
 struct PackedMatrix {
   DType dtype = DType::kFloat32;  // kFloat32, kBFloat16 or kInt8
   int n = 0;                      // rows in the packed order, before padding
   int k = 0;
-  int n_pad = 0;       // multiple of 8 (int8: 32)
-  int k_pad = 0;       // multiple of 2
-  int panel_rows = 0;  // 32 or 16; the last panel may have fewer
+  int n_pad = 0;            // multiple of 8 (int8: 32)
+  int k_pad = 0;            // multiple of 2
+  int panel_rows = 0;       // 32 or 16; the last panel may have fewer
+  bool compressed = false;  // bf16 panels of 32 rows are stored as compressed_panel.h says
   Buffer data;
   std::vector<float> scales;  // [n_pad] of int8 rows, else empty
+  std::vector<Buffer> plain;  // [num_panels] if compressed: those that cannot be, as bf16
 
   bool empty() const { return n == 0; }
   int num_panels() const { return empty() ? 0 : (n_pad + panel_rows - 1) / panel_rows; }
   int rows_of(int panel) const;        // 8, 16, 24 or 32
   const void* panel(int panel) const;  // its first byte
-  std::size_t panel_bytes() const {    // that `data` needs
-    return static_cast<std::size_t>(n_pad) * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
-  }
-  std::size_t bytes() const { return data.size() + scales.size() * sizeof(float); }
+  bool is_compressed(int panel) const;
+  std::size_t panel_stride() const;  // bytes from one panel to the next
+  std::size_t panel_bytes() const;   // that `data` needs
+  std::size_t bytes() const;
   /// out[k] = row `row` (packed order) as fp32, for embedding look-ups.
   void read_row(int row, float* out) const;
 };
@@ -46,16 +54,16 @@ std::uint8_t to_int8(float value, float scale);
 float from_int8(std::uint8_t q);
 
 /// A packed matrix for W[n, k] without memory.
-PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows);
+PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows, bool compressed = false);
 
 /// Allocates the packed matrix (zeros) for W[n, k], from `arena` if there is one; fill it with
-/// pack_rows. int8 panels have 32 rows.
+/// pack_rows. int8 panels have 32 rows, as those of bf16 that are compressed.
 PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows,
-                             BufferArena* arena = nullptr);
+                             BufferArena* arena = nullptr, bool compressed = false);
 
-/// Rows per panel of n rows that `threads` threads share: panels of 32 stream best; 16 where 32
-/// would leave threads idle.
-int choose_panel_rows(int n, int threads);
+/// Rows per panel of n rows that `threads` threads share: panels of 32 stream best, and only they
+/// can be compressed; 16 where 32 would leave threads idle for longer than that saves.
+int choose_panel_rows(int n, int threads, bool compressed = false);
 
 /// Writes the panels [first_panel, last_panel) of `packed` from `source` (fp32, bf16 or fp16, any
 /// row stride): packed row i comes from source row row_map[i], or is zero when row_map[i] < 0.

@@ -73,5 +73,41 @@ inline void expand_int8(const std::int8_t* p, bf16* out) {
   _mm512_storeu_si512(out + kPanelRows, reinterpret_cast<__m512i>(pairs[1]));
 }
 
+/// The 16 exponents of a compressed panel (compressed_panel.h), twice, as only the upper bits of an
+/// index are ignored.
+using Exponents = __m512i;
+inline Exponents load_exponents(const std::uint16_t* p) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+/// The four vectors of a unit.
+inline void load_compressed(const std::byte* unit, Exponents exponents, Pairs (&out)[4]) {
+  const __m512i kept[2] = {_mm512_loadu_si512(unit), _mm512_loadu_si512(unit + 64)};
+  const __m512i codes = _mm512_loadu_si512(unit + 128);
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x807f807f));
+  auto join = [&](__m512i code, __m512i rest) {
+    constexpr int kAOrBAndC = 0xf8;
+    const __m512i exponent = _mm512_permutexvar_epi16(code, exponents);
+    return reinterpret_cast<Pairs>(_mm512_ternarylogic_epi32(exponent, rest, mask, kAOrBAndC));
+  };
+  out[0] = join(codes, kept[0]);
+  out[1] = join(_mm512_srli_epi16(codes, 4), _mm512_rol_epi32(kept[0], 8));
+  out[2] = join(_mm512_srli_epi16(codes, 8), kept[1]);
+  out[3] = join(_mm512_srli_epi16(codes, 12), _mm512_rol_epi32(kept[1], 8));
+}
+/// Sets weight `place` of the 128.
+inline void replace_weight(Pairs (&pairs)[4], std::uint32_t place, std::uint16_t bits) {
+  const __m512i value = _mm512_set1_epi16(static_cast<short>(bits));
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    const auto mask = static_cast<__mmask32>(place / 32 == i ? 1u << place % 32 : 0u);
+    pairs[i] = reinterpret_cast<Pairs>(
+        _mm512_mask_mov_epi16(reinterpret_cast<__m512i>(pairs[i]), mask, value));
+  }
+}
+inline void store_pairs(bf16* out, const Pairs (&pairs)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(out + i * kPanelRows, reinterpret_cast<__m512i>(pairs[i]));
+  }
+}
+
 }  // namespace
 }  // namespace deinfer::cpu

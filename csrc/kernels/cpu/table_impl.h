@@ -24,6 +24,7 @@ constexpr KernelTable make_table(Isa isa) {
       .panel_gemm_add_f32 = panel_gemm<DotF32, true>,
       .panel_gemm_add_bf16 = panel_gemm<DotBf16, true>,
       .panel_gemm_add_int8 = panel_gemm_int8<true>,
+      .panel_gemm_compressed = nullptr,
       .store_f32 = store_tile<float>,
       .store_bf16 = store_tile<bf16>,
       .add_f32 = add_tile,

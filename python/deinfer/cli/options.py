@@ -90,6 +90,12 @@ _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
         "auto, float32 (not on CUDA), bfloat16 or int8 weights (default: auto, what the checkpoint "
         "has; on CUDA bfloat16)",
     ),
+    (
+        "weight_compression",
+        str,
+        "of bfloat16 weights in memory, with the same results: lossless (12 bits each), none or "
+        "auto (default: auto, lossless on CPUs with AVX-512-BF16)",
+    ),
     ("tensor_parallel_size", int, "rank threads (default: 1)"),
     (
         "tensor_parallel_plan",
