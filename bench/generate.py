@@ -3,9 +3,10 @@
 Two sets of models. `smollm2`: the real SmolLM2-135M-Instruct and its decomposed copy, deinfer
 against transformers. `1b`: random weights in the shape of TinyLlama-1.1B, dense, at keep 0.5 and
 int8, deinfer against itself and against the memory bandwidth. "16 bits" keeps bf16 weights as they
-are, which deinfer otherwise stores in 12 bits, without loss, where it has kernels for that. Every contestant on real weights is
-verified first; then all are timed in interleaved rounds with random prompts, end-of-sequence
-ignored. Prefill: tokens/s of the prompts. Decode at batch B: B (T - 1) / (t(T) - t(1)).
+are, which deinfer otherwise stores in 12 bits, without loss, where it has kernels for that. Every
+contestant on real weights is verified first; then all are timed in interleaved rounds with random
+prompts, end-of-sequence ignored. Prefill: tokens/s of the prompts. Decode at batch B:
+B (T - 1) / (t(T) - t(1)).
 """
 
 from __future__ import annotations
