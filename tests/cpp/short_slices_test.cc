@@ -4,6 +4,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <stdexcept>
+
+#include "base/thread_team.h"
+
 namespace deinfer {
 namespace {
 
@@ -32,6 +37,16 @@ TEST(ShortSlices, LastAsLongAsTheOutermost) {
     }
     EXPECT_EQ(slice(), inside);
   }
+  EXPECT_EQ(slice(), before);
+}
+
+TEST(ShortSlices, OfATeamLeaveItsCallerAsItWas) {
+  unsigned long before = slice();
+  WaitPlace::avoid_yields(std::chrono::milliseconds(0));  // otherwise it does not even change
+  ThreadTeam team(2);
+  team.run([&](TeamMember&) { EXPECT_LE(slice(), before); });
+  EXPECT_THROW(team.run([](TeamMember&) { throw std::runtime_error("fails"); }),
+               std::runtime_error);
   EXPECT_EQ(slice(), before);
 }
 
