@@ -1,25 +1,26 @@
 #include "base/thread_team.h"
 
 #include <algorithm>
+#include <optional>
 #include <system_error>
 
 #include "base/check.h"
+#include "base/short_slices.h"
 
 namespace deinfer {
 
-void SpinBarrier::wait() {
+void TeamBarrier::wait() {
   std::uint32_t generation = generation_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
     arrived_.store(0, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_release);
+    generation_.fetch_add(1);
+    wake();
     return;
   }
-  for (SpinWait spin; generation_.load(std::memory_order_acquire) == generation; spin.once()) {
-    if (aborted_.load(std::memory_order_acquire)) throw TeamAborted{};
-  }
+  wait_until([&] { return generation_.load() != generation; });
 }
 
-void SpinBarrier::reset() {
+void TeamBarrier::reset() {
   arrived_.store(0, std::memory_order_relaxed);
   aborted_.store(false, std::memory_order_release);
 }
@@ -44,8 +45,8 @@ ThreadTeam::~ThreadTeam() { stop(); }
 
 void ThreadTeam::stop() {
   stop_.store(true, std::memory_order_release);
-  epoch_.fetch_add(1, std::memory_order_release);
-  epoch_.notify_all();
+  epoch_.fetch_add(1);
+  idle_.wake();
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -62,20 +63,17 @@ void ThreadTeam::execute(int id) {
 }
 
 void ThreadTeam::work(int id) {
+  ShortSlices slices;
   std::uint32_t seen = 0;
+  WaitManner manner;
+  manner.spins = std::min(waits_before_sleep_, WaitManner::kSpins);
+  manner.yields = waits_before_sleep_ - manner.spins;
   while (true) {
-    SpinWait spin;
-    for (int waits = 0; epoch_.load(std::memory_order_acquire) == seen; ++waits) {
-      if (waits < waits_before_sleep_) {
-        spin.once();
-      } else {
-        epoch_.wait(seen, std::memory_order_acquire);
-      }
-    }
+    idle_.wait([&] { return epoch_.load() != seen; }, manner);
     ++seen;
     if (stop_.load(std::memory_order_acquire)) return;
     execute(id);
-    running_.fetch_sub(1, std::memory_order_acq_rel);
+    if (running_.fetch_sub(1) == 1) done_.wake();
   }
 }
 
@@ -83,11 +81,16 @@ void ThreadTeam::run(const std::function<void(TeamMember&)>& fn) {
   task_ = &fn;
   running_.store(size_ - 1, std::memory_order_relaxed);
   if (size_ > 1) {
-    epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
+    epoch_.fetch_add(1);
+    idle_.wake();
   }
-  execute(0);
-  for (SpinWait spin; running_.load(std::memory_order_acquire) != 0;) spin.once();
+  {
+    std::optional<ShortSlices> slices;
+    // It takes microseconds.
+    if (size_ > 1 && WaitPlace::yields_were_long()) slices.emplace();
+    execute(0);
+    done_.wait([&] { return running_.load() == 0; });
+  }
   task_ = nullptr;
   std::exception_ptr first;
   for (std::exception_ptr& error : errors_) {

@@ -10,21 +10,35 @@
 #include <utility>
 #include <vector>
 
-#include "base/spin_wait.h"
+#include "base/wait_place.h"
 
 namespace deinfer {
 
 /// Thrown out of TeamMember::barrier() in the other members when one has failed.
 struct TeamAborted {};
 
-/// A barrier among a fixed number of threads: spins, then yields.
-class SpinBarrier {
+/// A barrier among a fixed number of threads.
+class TeamBarrier {
  public:
-  explicit SpinBarrier(int count) : count_(count) {}
+  explicit TeamBarrier(int count) : count_(count) {}
   /// Throws TeamAborted when abort() was called.
   void wait();
-  void abort() { aborted_.store(true, std::memory_order_release); }
-  bool aborted() const { return aborted_.load(std::memory_order_acquire); }
+  void abort() {
+    aborted_.store(true);
+    wake();
+  }
+  /// Waits for something else, which the others tell by wake(); see WaitPlace. Throws as wait().
+  template <typename Ready>
+  void wait_until(Ready ready, WaitManner manner = {}) {
+    place_.wait(
+        [&] {
+          if (ready()) return true;
+          if (aborted_.load()) throw TeamAborted{};
+          return false;
+        },
+        manner);
+  }
+  void wake() { place_.wake(); }
   void reset();
 
  private:
@@ -32,6 +46,7 @@ class SpinBarrier {
   std::atomic<bool> aborted_{false};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<std::uint32_t> generation_{0};
+  WaitPlace place_;
 };
 
 /// A member's part [begin, end) of some work: it takes items from the front, others from the back.
@@ -71,7 +86,7 @@ class WorkQueue {
 /// What a function running on a team knows about its place in it.
 class TeamMember {
  public:
-  TeamMember(int id, int size, SpinBarrier& barrier, WorkQueue* queues)
+  TeamMember(int id, int size, TeamBarrier& barrier, WorkQueue* queues)
       : id_(id), size_(size), barrier_(barrier), queues_(queues) {}
   int id() const { return id_; }
   int size() const { return size_; }
@@ -79,10 +94,13 @@ class TeamMember {
   void barrier() {
     if (size_ > 1) barrier_.wait();
   }
-  /// Throws TeamAborted when another member has failed; for waits other than barrier().
-  void check_abort() const {
-    if (barrier_.aborted()) throw TeamAborted{};
+  /// Returns when ready() holds, which other members make true and then call wake_others(); memory
+  /// orders as for WaitPlace::wait().
+  template <typename Ready>
+  void wait_until(Ready ready, WaitManner manner = {}) const {
+    barrier_.wait_until(ready, manner);
   }
+  void wake_others() const { barrier_.wake(); }
   /// This member's part [first, last) of n equal items.
   std::pair<int, int> share(int n) const {
     return {static_cast<int>(std::int64_t{n} * id_ / size_),
@@ -109,17 +127,17 @@ class TeamMember {
  private:
   int id_;
   int size_;
-  SpinBarrier& barrier_;
+  TeamBarrier& barrier_;
   WorkQueue* queues_;  // one per member
 };
 
-/// `size` threads: the caller of run() is member 0, the others wait (spinning, then asleep)
-/// between calls. One thread at a time may call run().
+/// `size` threads: the caller of run() is member 0, the others wait (awake, then asleep) between
+/// calls. One thread at a time may call run().
 class ThreadTeam {
  public:
   /// A team between two steps of a busy engine waits microseconds; an idle one must not burn a
   /// core.
-  static constexpr int kWaitsBeforeSleep = SpinWait::kSpinsBeforeYield + 2000;
+  static constexpr int kWaitsBeforeSleep = WaitManner::kSpins + 2000;
 
   /// A thread that has nothing to do looks `waits_before_sleep` times before it sleeps. Throws
   /// kInvalidArgument when size < 1, kOutOfMemory when the OS gives no more threads.
@@ -140,11 +158,13 @@ class ThreadTeam {
 
   const int size_;
   const int waits_before_sleep_;
-  SpinBarrier barrier_;
+  TeamBarrier barrier_;
   std::vector<WorkQueue> queues_;
   const std::function<void(TeamMember&)>* task_ = nullptr;
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
+  WaitPlace idle_;
   alignas(64) std::atomic<int> running_{0};
+  WaitPlace done_;
   std::atomic<bool> stop_{false};
   std::vector<std::exception_ptr> errors_;
   std::vector<std::thread> threads_;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -55,6 +56,8 @@ class Communicator {
   static constexpr int kMaxRanks = 64;
   /// Exchanges that may be started and not finished.
   static constexpr int kMaxInFlight = 4;
+  /// Waits look by themselves so often: exchanges use no costlier memory order than release.
+  static constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::milliseconds(1);
 
   virtual ~Communicator() = default;
   virtual int rank() const = 0;

@@ -21,7 +21,6 @@ using std::chrono::nanoseconds;
 
 // Sleeping threads wake up to 50 us (the kernel's timer slack) and a context switch late.
 constexpr nanoseconds kSleepUntilBefore = std::chrono::microseconds(100);
-constexpr nanoseconds kLongestSleep = std::chrono::milliseconds(1);  // until abort() is noticed
 
 /// What every contribution begins with.
 struct Header {

@@ -9,7 +9,8 @@
 
 #include "base/buffer.h"
 #include "base/check.h"
-#include "base/spin_wait.h"
+#include "base/short_slices.h"
+#include "base/wait_place.h"
 #include "comm/epoch_protocol.h"
 #include "comm/exchange_sequence.h"
 
@@ -20,10 +21,17 @@ constexpr int kRing = Communicator::kMaxInFlight;
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kMostBytes = std::numeric_limits<std::size_t>::max() / (4 * kRing);
 
-/// A rank that spins on a core another rank needs only delays itself.
-int spins_for(int ranks) {
+/// A rank that spins on a core another rank needs only delays itself. A yield hands the core on for
+/// less than it takes to sleep and be woken, and with short slices loses it to other programs for
+/// no longer than is fair.
+WaitManner manner_for(int ranks) {
   auto cores = static_cast<int>(std::thread::hardware_concurrency());
-  return ranks <= cores ? SpinWait::kSpinsBeforeYield : SpinWait::kSpinsBeforeYield / 100;
+  WaitManner manner;
+  manner.longest_sleep = Communicator::kLongestSleep;
+  if (ranks <= cores) return manner;
+  manner.spins /= 100;
+  manner.through_long_yields = ShortSlices::known();
+  return manner;
 }
 
 }  // namespace
@@ -33,7 +41,7 @@ struct LocalGroup::State {
       : size(ranks),
         max_bytes(bytes),
         slot_bytes((bytes + kAlignment - 1) / kAlignment * kAlignment),
-        spins(spins_for(ranks)),
+        manner(manner_for(ranks)),
         protocol(ranks, kRing),
         taken(static_cast<std::size_t>(ranks)) {
     for (int rank = 0; rank < ranks; ++rank) rings.emplace_back(kRing * slot_bytes);
@@ -44,29 +52,44 @@ struct LocalGroup::State {
   }
 
   void check_abort() const {
-    if (aborted.load(std::memory_order_acquire)) throw CommunicatorAborted{};
+    if (aborted.load()) throw CommunicatorAborted{};
+  }
+  void abort() {
+    aborted.store(true);
+    place.wake();
   }
 
   /// Returns when ready(rank) holds for every rank.
   template <typename Ready>
-  void wait_for_all(Ready ready) const {
-    check_abort();
-    SpinWait spin(spins);
+  void wait_for_all(Ready ready) {
+    int rank = 0;
+    place.wait(
+        [&] {
+          check_abort();
+          while (rank < size && ready(rank)) ++rank;
+          return rank == size;
+        },
+        manner);
+  }
+  /// To follow a store that may make ready(rank) true. Of ranks that come one after the other, the
+  /// last wakes the sleepers; those that come at once may not see each other (kLongestSleep).
+  template <typename Ready>
+  void wake_if_all(Ready ready) {
+    if (!place.has_sleepers()) return;
     for (int rank = 0; rank < size; ++rank) {
-      while (!ready(rank)) {
-        spin.once();
-        check_abort();
-      }
+      if (!ready(rank)) return;
     }
+    place.wake();
   }
 
   const int size;
   const std::size_t max_bytes;
   const std::size_t slot_bytes;
-  const int spins;
+  const WaitManner manner;
   std::vector<Buffer> rings;  // of each rank
   EpochProtocol<> protocol;
   alignas(128) std::atomic<bool> aborted{false};  // read by all, written once
+  WaitPlace place;
   std::mutex mutex;
   std::vector<bool> taken;  // under the mutex
 };
@@ -95,6 +118,7 @@ class LocalCommunicator final : public Communicator {
     Ticket ticket = sequence_.start(bytes);
     count(kind, bytes);
     state_->protocol.start(rank_, ticket);
+    state_->wake_if_all([&](int rank) { return state_->protocol.has_started(rank, ticket); });
     return ticket;
   }
 
@@ -113,9 +137,11 @@ class LocalCommunicator final : public Communicator {
   void finish(Ticket ticket) override {
     sequence_.finish(ticket);
     state_->protocol.finish(rank_, ticket);
+    state_->wake_if_all(
+        [&](int rank) { return state_->protocol.slot_is_free(rank, ticket + kRing); });
   }
 
-  void abort() override { state_->aborted.store(true, std::memory_order_release); }
+  void abort() override { state_->abort(); }
 
  private:
   std::shared_ptr<LocalGroup::State> state_;
@@ -145,6 +171,6 @@ std::unique_ptr<Communicator> LocalGroup::communicator(int rank) {
   return std::make_unique<LocalCommunicator>(state_, rank);
 }
 
-void LocalGroup::abort() { state_->aborted.store(true, std::memory_order_release); }
+void LocalGroup::abort() { state_->abort(); }
 
 }  // namespace deinfer

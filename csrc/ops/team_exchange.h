@@ -3,7 +3,6 @@
 
 #include <atomic>
 
-#include "base/spin_wait.h"
 #include "base/thread_team.h"
 #include "comm/communicator.h"
 
@@ -30,6 +29,7 @@ class TeamExchange {
     if (member.id() == 0 && sendable_.load(std::memory_order_relaxed) <= ticket) {
       slot_ = communicator_.contribution(communicator_.max_bytes());
       sendable_.store(ticket + 1, std::memory_order_release);
+      member.wake_others();
     }
     wait_beyond(sendable_, member, ticket);
     return slot_;
@@ -41,6 +41,7 @@ class TeamExchange {
     if (member.id() != 0) return;
     Ticket ticket = communicator_.start(kind, bytes);
     started_.store(ticket + 1, std::memory_order_release);
+    member.wake_others();
   }
 
   /// Returns when all ranks have started the exchange.
@@ -63,9 +64,9 @@ class TeamExchange {
  private:
   static void wait_beyond(const std::atomic<Ticket>& count, const TeamMember& member,
                           Ticket ticket) {
-    for (SpinWait spin; count.load(std::memory_order_acquire) <= ticket; spin.once()) {
-      member.check_abort();
-    }
+    WaitManner manner;
+    manner.longest_sleep = Communicator::kLongestSleep;
+    member.wait_until([&] { return count.load(std::memory_order_acquire) > ticket; }, manner);
   }
 
   Communicator& communicator_;
