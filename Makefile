@@ -46,8 +46,10 @@ test-cpp: build
 	cmake --build --preset cpu
 	ctest --preset cpu
 
+# NumPy's matrices are small in tests, where its threads mostly wait, and do so by spinning.
+test-python: export OPENBLAS_NUM_THREADS := 1
 test-python: build $(MODEL)
-	$(PY) -m pytest -n 2 --dist loadfile tests/python
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/python
 
 bench: build $(MODEL)
 	$(PY) bench/kernels_cpu.py

@@ -147,6 +147,13 @@ def write_model(
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, so that no worker is left alone with one at the end."""
+    long = ("test_tensor_parallel", "test_smollm2", "test_cli", "test_torch_contract")
+    place = {f"{name}.py": i for i, name in enumerate(long)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model directory with a tokenizer and a chat template."""

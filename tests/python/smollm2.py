@@ -33,10 +33,22 @@ def chat_prompts(questions: Sequence[str]) -> list[list[int]]:
     ]
 
 
+def truncated_svd(
+    weight: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, s and V^T by the Gram matrix: a third of the time, and exact enough here."""
+    if weight.shape[0] > weight.shape[1]:
+        v, s, uh = truncated_svd(weight.T, rank)
+        return uh.T, s, v.T
+    squares, u = torch.linalg.eigh(weight @ weight.T)
+    u, s = u[:, -rank:], squares[-rank:].clamp_min(1e-12).sqrt()
+    return u, s, (u.T @ weight) / s[:, None]
+
+
 def write_decomposed(
     path: Path, *, keep: float | None, which: Callable[[int, str], bool] = lambda index, name: True
 ) -> Path:
-    """Decompose the linears of which `which(index, name)` holds, by a quick truncated SVD.
+    """Decompose the linears of which `which(index, name)` holds, by a truncated SVD.
 
     `keep`: the share of the parameters that stays; None: all but a few singular values, which
     hardly changes the model. Ranks are odd and even.
@@ -50,12 +62,9 @@ def write_decomposed(
         weight = tensors[f"{name}.weight"].float()
         n, k = weight.shape
         if keep is None:
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-            rank = len(s) - 7 - i % 5
-            u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+            u, s, vh = truncated_svd(weight, min(n, k) - 7 - i % 5)
         else:
-            u, s, v = torch.svd_lowrank(weight, q=int(keep * n * k / (n + k)), niter=1)
-            vh = v.T
+            u, s, vh = truncated_svd(weight, int(keep * n * k / (n + k)))
         root = s.sqrt()
         factors[name] = Factors(u=u * root, v=root[:, None] * vh)
     write_checkpoint(MODEL, path, factors, {"method": "svd"})

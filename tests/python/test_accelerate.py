@@ -252,7 +252,8 @@ def test_compiled_model(tiny: Any) -> None:
     torch._dynamo.reset()
     model = accelerate(copy.deepcopy(tiny))
     ids = torch.tensor([[5, 17, 90, 4]])
-    compiled = torch.compile(model, fullgraph=True)
+    # What inductor makes of the ops is test_compiled_module's.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         wanted = tiny(ids, use_cache=False).logits
         torch.testing.assert_close(
@@ -267,11 +268,12 @@ def test_compiled_model(tiny: Any) -> None:
 def test_smollm2_says_the_same(tmp_path: Path) -> None:
     path = MODEL.with_name(f"{MODEL.name}-keep0.8")  # of `make demo`
     if not (path / "config.json").is_file():
-        path = write_decomposed(tmp_path / "decomposed", keep=None)
+        path = write_decomposed(
+            tmp_path / "decomposed", keep=None, which=lambda i, name: i % 3 == 0
+        )
     prompts = chat_prompts(["What is the capital of France?", "Count to ten."])
     ours = load_reference(path)
+    wanted = [generate(ours, prompt, 16) for prompt in prompts]
     for layout in ("ours", "svd_llm", "asvd"):
-        model = in_layout(ours, layout)
-        wanted = [generate(model, prompt) for prompt in prompts]
-        accelerate(model)
-        assert [generate(model, prompt) for prompt in prompts] == wanted, layout
+        model = accelerate(in_layout(ours, layout))
+        assert [generate(model, prompt, 16) for prompt in prompts] == wanted, layout

@@ -16,8 +16,9 @@ from deinfer.perception.head import LengthHead
 from deinfer.perception.metrics import kendall_tau, long_as_short, pinball, point_metrics
 from deinfer.perception.prompt import PromptModel
 from deinfer.perception.ridge import fit_ridge
-from deinfer.perception.train import train_head
+from deinfer.perception.train import TrainOptions, train_head
 
+QUICK = TrainOptions(folds=2)
 HIDDEN, CAP, EVERY = 24, 256, 16
 
 
@@ -55,12 +56,12 @@ def planted(n: int = 160, samples: int = 2, seed: int = 0) -> Collection:
 
 
 def test_a_planted_direction_is_found_and_beats_the_baselines() -> None:
-    result = evaluate(planted(), folds=3)
+    result = evaluate(planted(), folds=2, options=QUICK)
     ours, text = result.prompt_time["hidden_state"], result.prompt_time["tfidf_ridge"]
     assert ours["mae"] < 0.7 * text["mae"]
     assert ours["mae"] < 0.7 * result.prompt_time["constant"]["mae"]
     assert ours["tau"] > text["tau"] + 0.3
-    assert result.layers == {"1": 3}
+    assert result.layers == {"1": 2}
     assert 0.8 < result.calibration["coverage_q90"] < 0.97
     assert 0.4 < result.calibration["coverage_q50"] < 0.75
     assert set(result.cross_source) == {"a", "b"}
@@ -75,10 +76,10 @@ def test_a_planted_direction_is_found_and_beats_the_baselines() -> None:
 
 
 def test_states_without_a_direction_give_no_skill() -> None:
-    collection = planted()
+    collection = replace(planted(), sources=[""] * 160)
     numbers = np.random.default_rng(9)
     noise = numbers.standard_normal(collection.prompt_states.shape).astype(np.float32)
-    result = evaluate(replace(collection, prompt_states=noise), folds=3)
+    result = evaluate(replace(collection, prompt_states=noise), folds=2, options=QUICK)
     assert abs(result.prompt_time["hidden_state"]["tau"]) < 0.15
 
 

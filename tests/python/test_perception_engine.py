@@ -44,6 +44,11 @@ def collected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path / "data"
 
 
+@pytest.fixture(scope="module")
+def trained(collected: Path) -> LengthHead:
+    return train_head(read_collection(collected))
+
+
 def test_collections_go_on_and_hold_what_the_engine_says(collected: Path, tiny_model: Path) -> None:
     collection = read_collection(collected)
     assert len(set(collection.ids)) == len(collection.ids) == 44
@@ -101,9 +106,11 @@ def test_the_commands_train_and_evaluate(
         assert message in capsys.readouterr().err
 
 
-def test_predictors_change_no_token(collected: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_predictors_change_no_token(
+    collected: Path, trained: LengthHead, tiny_model: Path, tmp_path: Path
+) -> None:
     collection = read_collection(collected)
-    head = train_head(collection).save(tmp_path)
+    head = trained.save(tmp_path)
     from deinfer.perception.prompt import PromptModel
 
     prompt = PromptModel.fit(collection.prompts, collection.lengths, 40).save(tmp_path)
@@ -123,9 +130,8 @@ def test_predictors_change_no_token(collected: Path, tiny_model: Path, tmp_path:
         assert (llm.stats.length_predictions > 0) == (str(head) in predictor)
 
 
-def test_bad_heads_are_refused(collected: Path, tiny_model: Path, tmp_path: Path) -> None:
-    head = train_head(read_collection(collected))
-    path = head.save(tmp_path)
+def test_bad_heads_are_refused(trained: LengthHead, tiny_model: Path, tmp_path: Path) -> None:
+    path = trained.save(tmp_path)
     entry = json.loads(path.read_text())
     for field, value, message in (
         ("hidden_size", 32, "was trained for hidden_size=32"),

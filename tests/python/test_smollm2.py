@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,64 +50,66 @@ def prompts() -> list[list[int]]:
     return chat_prompts(QUESTIONS)
 
 
-@pytest.fixture(scope="module")
-def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of the matrices, near their full rank."""
-    path = tmp_path_factory.mktemp("decomposed") / "model"
-    return write_decomposed(path, keep=None, which=lambda i, name: i % 2 == 0)
+@dataclass
+class Reference:
+    """A model and what transformers gives in float32, computed once."""
+
+    path: Path
+    model: Any
+    logits: list[np.ndarray]
 
 
-def check_float32(path: Path, prompts: list[list[int]]) -> None:
+@pytest.fixture(scope="module", params=["dense", "decomposed"])
+def reference(
+    request: pytest.FixtureRequest,
+    prompts: list[list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Reference:
+    path = MODEL
+    if request.param == "decomposed":  # half of the matrices, near their full rank
+        path = write_decomposed(
+            tmp_path_factory.mktemp("decomposed") / "model",
+            keep=None,
+            which=lambda i, name: i % 2 == 0,
+        )
     model = load_reference(path, torch.float32)
-    llm = LLM(str(path), dtype="float32", num_kv_blocks=1024)
-    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    with torch.no_grad():
+        logits = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
+    return Reference(path, model, logits)
+
+
+def test_float32(reference: Reference, prompts: list[list[int]]) -> None:
+    llm = LLM(str(reference.path), dtype="float32", num_kv_blocks=1024)
+    params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
     answers = llm.generate(prompts, params, use_tqdm=False)
     errors = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompt])).logits[0].numpy()
+    for prompt, answer, expected in zip(prompts, answers, reference.logits, strict=True):
         tokens = answer.outputs[0].token_ids
-        assert len(tokens) == 64
-        assert tokens == greedy_tokens(model, prompt, tokens)
+        assert len(tokens) == 32
+        assert tokens == greedy_tokens(reference.model, prompt, tokens)
         errors.append(relative_error(llm.prompt_logits(prompt), expected))
     assert max(errors) < 2e-4
 
 
-def check_bfloat16(path: Path, prompts: list[list[int]]) -> None:
-    exact_model = load_reference(path, torch.float32)
-    bf16_model = load_reference(path, torch.bfloat16)
-    llm = LLM(str(path), dtype="bfloat16", num_kv_blocks=1024)
+def test_bfloat16(reference: Reference, prompts: list[list[int]]) -> None:
+    # Seconds a prompt where the CPU has no bf16 products for torch.
+    count = 8
+    bf16_model = load_reference(reference.path, torch.bfloat16)
+    llm = LLM(str(reference.path), dtype="bfloat16", num_kv_blocks=1024)
     ours, theirs = [], []
-    for prompt in prompts:
+    for prompt, exact in zip(prompts[:count], reference.logits, strict=False):
         with torch.no_grad():
-            exact = exact_model(torch.tensor([prompt])).logits[0].numpy()
             rounded = bf16_model(torch.tensor([prompt])).logits[0].float().numpy()
         ours.append(relative_error(llm.prompt_logits(prompt), exact))
         theirs.append(relative_error(rounded, exact))
     assert np.mean(ours) <= np.mean(theirs)
-    assert sum(o <= t for o, t in zip(ours, theirs, strict=True)) >= 18
-
-
-def test_dense_float32(prompts: list[list[int]]) -> None:
-    check_float32(MODEL, prompts)
-
-
-def test_dense_bfloat16(prompts: list[list[int]]) -> None:
-    check_bfloat16(MODEL, prompts)
-
-
-def test_decomposed_float32(prompts: list[list[int]], decomposed: Path) -> None:
-    check_float32(decomposed, prompts)
-
-
-def test_decomposed_bfloat16(prompts: list[list[int]], decomposed: Path) -> None:
-    check_bfloat16(decomposed, prompts)
+    assert sum(o <= t for o, t in zip(ours, theirs, strict=True)) >= count - 1
 
 
 def test_int8_perplexity_is_within_a_percent_of_bfloat16() -> None:
-    text = (resources.files("deinfer") / "data" / "heldout.txt").read_text()
+    text = (resources.files("deinfer") / "data" / "heldout.txt").read_text()[:5000]
     measured = {}
     for dtype in ("bfloat16", "int8"):
         llm = LLM(str(MODEL), dtype=dtype, num_kv_blocks=1024)
-        measured[dtype] = perplexity(llm, text).perplexity
+        measured[dtype] = perplexity(llm, text, window=512).perplexity
     assert measured["int8"] <= 1.01 * measured["bfloat16"]

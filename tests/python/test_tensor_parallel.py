@@ -25,6 +25,7 @@ PLANS = [
     "two_collective",
     "token_sharded",
 ]
+TOKENS = 16
 QUESTIONS = ["What is the capital of France?", "Give three tips.", "Who wrote Hamlet?"]
 
 
@@ -57,7 +58,7 @@ def answers(decomposed: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
     return [list(r.outputs[0].token_ids) for r in llm.generate(prompts, params, use_tqdm=False)]
 
 
@@ -66,7 +67,7 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 def test_float32_greedy_tokens(
     decomposed: Path, prompts: list[list[int]], answers: list[list[int]], plan: str, size: int
 ) -> None:
-    assert all(len(answer) == 64 for answer in answers)
+    assert all(len(answer) == TOKENS for answer in answers)
     assert generate(load(decomposed, plan, size, "float32"), prompts) == answers
 
 

@@ -1,1 +1,0 @@
-// Nothing: CMake compiles the header that tests share along with it.
