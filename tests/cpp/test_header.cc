@@ -1,0 +1,1 @@
+// Nothing: CMake compiles the header that tests share along with it.
