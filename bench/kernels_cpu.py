@@ -303,20 +303,23 @@ class Bench:
             if not torch.equal(*results):
                 raise SystemExit(f"{shape} m={m}: compressed weights give another result")
 
+        sets = [tuple(weight.clone() for weight in weights) for _ in linears["bfloat16"]]
+
         def measure(team: native.Team) -> None:
             for m in COMPRESSED_TOKENS:
                 x = random_inputs(m, shape.k)
                 limits = Limits(team, self.stream, linears["compressed"][0].bytes, shape.flops(m))
                 ours = {name: native.Rotation(team, each, x).run for name, each in linears.items()}
-                samples = self.interleave({**limits.runs, **ours})
+                samples = self.interleave({**limits.runs, **ours, "torch": torch_run(x, sets)})
                 ratios = limits.ratios(samples, "compressed")
                 ratios["bf16"] = round_ratios(samples["bfloat16"], samples["compressed"])
+                ratios["torch"] = round_ratios(samples["compressed"], samples["torch"])
                 case = {
                     "shape": [shape.n, shape.k, shape.r],
                     "m": m,
                     "threads": team.threads,
                     "ratios": ratios,
-                    "seconds": {name: summary(samples[name]) for name in linears},
+                    "seconds": {name: summary(samples[name]) for name in (*linears, "torch")},
                 }
                 self.keep("compressed", case, compressed_checks(case))
 

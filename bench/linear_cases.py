@@ -65,7 +65,7 @@ QUICK_SHAPES = [Shape(2048, 2048), TORCH_SHAPE]
 RAGGED_SHAPES = [Shape(4096, 4096, r) for r in (751, 114, 1228)]
 RAGGED_TOKENS = [1, 128]
 INT8_SHAPES = [Shape(4096, 4096), TORCH_SHAPE]
-COMPRESSED_TOKENS = [1, 8, 16, 32, 128]
+COMPRESSED_TOKENS = list(TORCH_TARGETS)
 
 
 def tokens_of(shape: Shape, quick: bool) -> list[int]:
@@ -116,11 +116,17 @@ def int8_checks(case: dict[str, Any]) -> list[Check]:
 
 
 def compressed_checks(case: dict[str, Any]) -> list[Check]:
-    """The target of bf16 in 12 bits against 16, where memory is what limits."""
-    if case["m"] > 1:
-        return []
-    at = where(Shape(*case["shape"]), case["m"], case["threads"])
-    return [Check(f"16 / 12 bits, time: {at}", case["ratios"]["bf16"]["median"], COMPRESSED_TARGET)]
+    """The targets of bf16 in 12 bits: against 16, where memory limits, and against torch."""
+    shape, m = Shape(*case["shape"]), case["m"]
+    at = where(shape, m, case["threads"])
+    ratios = {name: ratio["median"] for name, ratio in case["ratios"].items()}
+    checks = []
+    if m == 1:
+        checks.append(Check(f"16 / 12 bits, time: {at}", ratios["bf16"], COMPRESSED_TARGET))
+    if shape == TORCH_SHAPE:
+        target = TORCH_TARGETS[m]
+        checks.append(Check(f"12 bits, time / torch: {at}", ratios["torch"], target, False))
+    return checks
 
 
 def limit_check(cases: list[dict[str, Any]]) -> Check:
