@@ -15,7 +15,7 @@ inline int unit_of(const Outlier& outlier) {
   return static_cast<int>(outlier.place / kUnitWeights);
 }
 
-/// What a pass does besides: nothing, fetch what comes later, or write the weights as bf16.
+/// What a pass does besides: nothing, fetch what comes later, or that and write the weights as bf16.
 enum class Aside { kNothing, kPrefetch, kKeep };
 
 /// kTokens tokens times the units [begin, end), of which `unit` is the first, as micro_kernel;
@@ -35,7 +35,7 @@ template <int kTokens, Aside kAside>
   }
   for (int index = begin; index < end; ++index, unit += kUnitBytes, x += kUnitColumns) {
     asm volatile("" : "+r"(x) : : "memory");  // as add_step
-    if constexpr (kAside == Aside::kPrefetch) {
+    if constexpr (kAside != Aside::kNothing) {
 #pragma GCC unroll 3
       for (int line = 0; line < kUnitLines; ++line) {
         __builtin_prefetch(unit + kPrefetchAhead + line * kLineBytes, 0, 2);
