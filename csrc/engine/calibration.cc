@@ -119,8 +119,14 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
   const DType dtype = format.dtype;
   const std::size_t plain = std::size_t{cpu::kPanelRows} * kColumns * dtype_size(dtype);
   const std::size_t panel = format.compressed ? cpu::compressed_panel_bytes(kColumns) : plain;
-  auto panels = static_cast<int>(kStreamBytes / plain);
-  Buffer weights(static_cast<std::size_t>(panels) * plain);
+  const auto panels = static_cast<int>(kStreamBytes / panel);
+  const std::size_t stream_bytes = static_cast<std::size_t>(panels) * panel;
+  Buffer weights(stream_bytes);
+  const Buffer zeros(plain);
+  Buffer one(panel);
+  if (format.compressed) {
+    cpu::compress_panel(zeros.as<bf16>(), kColumns, one.as<std::byte>());
+  }
   std::vector<Buffer> inputs;
   std::vector<Buffer> tiles;
   for (int i = 0; i < team.size(); ++i) {
@@ -155,16 +161,11 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
   };
   timed(team, [&](TeamMember& member) {  // takes the pages, where they are read later
     auto [begin, end] = member.share(panels);
-    std::memset(weights.as<std::byte>() + static_cast<std::size_t>(begin) * plain, 0,
-                static_cast<std::size_t>(end - begin) * plain);
-  });
-  if (format.compressed) {
-    const std::vector<bf16> zeros(std::size_t{cpu::kPanelRows} * kColumns);
-    for (int i = 0; i < panels; ++i) {
-      cpu::compress_panel(zeros.data(), kColumns,
-                          weights.as<std::byte>() + static_cast<std::size_t>(i) * panel);
+    for (int i = begin; i < end; ++i) {
+      std::memcpy(weights.as<std::byte>() + static_cast<std::size_t>(i) * panel,
+                  one.as<std::byte>(), panel);
     }
-  }
+  });
   double stream_seconds = std::min(timed(team, stream), timed(team, stream));
   auto compute = [&](TeamMember& member) {
     auto first = member.share(panels).first;
@@ -191,12 +192,12 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
 
   Hardware hardware;
   hardware.name = "this machine, 1 of " + std::to_string(ranks) + " ranks";
-  hardware.memory_bytes_per_s = static_cast<double>(kStreamBytes) / stream_seconds / ranks;
+  hardware.memory_bytes_per_s = panels * static_cast<double>(plain) / stream_seconds / ranks;
   hardware.flops_per_s = 2.0 * kTokens * cpu::kPanelRows * kColumns * kProducts *
                          static_cast<double>(threads) / compute_seconds;
   hardware.rebuild_flops_per_s = 2.0 * kKvBlock * cpu::kPanelRows * kRebuiltRank * kRebuilds *
                                  static_cast<double>(threads) / rebuild_seconds;
-  AttentionProbe probe(kernels, dtype, weights, kStreamBytes, team.size());
+  AttentionProbe probe(kernels, dtype, weights, stream_bytes, team.size());
   auto decode = [&](TeamMember& member) {
     auto [begin, end] = member.share(probe.splits());
     for (int split = begin; split < end; ++split) probe.run(member, split, 1);

@@ -2,13 +2,18 @@
 
 #include <algorithm>
 
+#include "kernels/cpu/compressed_panel.h"
+
 namespace deinfer {
 namespace {
 
 /// Where the columns from `k` on of a panel begin; null behind the last.
 const void* columns_of(const cpu::PackedMatrix& matrix, int panel, Range k) {
   if (panel >= matrix.num_panels()) return nullptr;
-  if (matrix.is_compressed(panel)) return matrix.panel(panel);
+  if (matrix.is_compressed(panel)) {
+    const auto* first = static_cast<const std::byte*>(matrix.panel(panel));
+    return first + (k.begin == 0 ? 0 : cpu::compressed_offset(matrix.k_pad, k.begin));
+  }
   return static_cast<const std::byte*>(matrix.panel(panel)) +
          std::ptrdiff_t{k.begin} * matrix.rows_of(panel) *
              static_cast<std::ptrdiff_t>(dtype_size(matrix.dtype));

@@ -15,7 +15,8 @@ inline int unit_of(const Outlier& outlier) {
   return static_cast<int>(outlier.place / kUnitWeights);
 }
 
-/// What a pass does besides: nothing, fetch what comes later, or that and write the weights as bf16.
+/// What a pass does besides: nothing, fetch what comes later, or that and write the weights as
+/// bf16.
 enum class Aside { kNothing, kPrefetch, kKeep };
 
 /// kTokens tokens times the units [begin, end), of which `unit` is the first, as micro_kernel;
@@ -24,15 +25,9 @@ template <int kTokens, Aside kAside>
 [[gnu::noinline]] void compressed_kernel(const bf16* x, std::ptrdiff_t ldx, const std::byte* unit,
                                          const std::uint16_t* exponents, const Outlier* outlier,
                                          int begin, int end, bf16* kept, float* c) {
-  const bool first = begin == 0;
   const Exponents table = load_exponents(exponents);
   Sums<kPanelHalves, kTokens> sums;
-#pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) {
-    const float* row = c + i * kPanelRows;
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) sums.vec[i][j] = first ? zero() : load(row + j * kLanes);
-  }
+  load_sums(c, begin == 0, sums);
   for (int index = begin; index < end; ++index, unit += kUnitBytes, x += kUnitColumns) {
     asm volatile("" : "+r"(x) : : "memory");  // as add_step
     if constexpr (kAside != Aside::kNothing) {
@@ -64,12 +59,7 @@ template <int kTokens, Aside kAside>
       }
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) {
-    float* row = c + i * kPanelRows;
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) store(row + j * kLanes, sums.vec[i][j]);
-  }
+  store_sums(sums, c);
 }
 
 template <bool kKeep, int kTokens = kGemmTokensBf16>
@@ -102,11 +92,10 @@ inline void multiply_kept(const bf16* x, std::ptrdiff_t ldx, int m, const bf16* 
 inline void panel_gemm_compressed(const bf16* x, std::ptrdiff_t ldx, int m, const std::byte* panel,
                                   int k_pad, int k_begin, int k_end, const void* next, float* c) {
   const auto* header = reinterpret_cast<const PanelHeader*>(panel);
-  const std::byte* unit = panel + compressed_header_bytes(k_pad);
+  const std::byte* unit = panel + compressed_offset(k_pad, k_begin);
   const Outlier* outlier = header->outliers();
   int begin = k_begin / kUnitColumns;
   const int end = k_end / kUnitColumns;  // two columns may be left
-  unit += std::ptrdiff_t{begin} * kUnitBytes;
   auto advance = [&](int to) {
     unit += std::ptrdiff_t{to - begin} * kUnitBytes;
     x += std::ptrdiff_t{to - begin} * kUnitColumns;

@@ -50,6 +50,11 @@ struct PanelHeader {
   return static_cast<std::ptrdiff_t>((bytes + 63) / 64 * 64);
 }
 
+/// Where the unit of column k, a multiple of kUnitColumns, begins in a panel, bytes.
+[[gnu::always_inline]] inline std::ptrdiff_t compressed_offset(int k_pad, int k) {
+  return compressed_header_bytes(k_pad) + std::ptrdiff_t{k / kUnitColumns} * kUnitBytes;
+}
+
 /// Bytes of a panel, a multiple of 64.
 std::size_t compressed_panel_bytes(int k_pad);
 

@@ -103,6 +103,33 @@ struct Sums {
   Half half[kTokens];
 };
 
+/// The sums in c[kTokens, kPanelRows]; zeros if `first`.
+template <int kHalves, int kTokens>
+[[gnu::always_inline]] inline void load_sums(const float* c, bool first,
+                                             Sums<kHalves, kTokens>& sums) {
+  constexpr int kVecs = kHalves / 2;
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+    const float* row = c + i * kPanelRows;
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = first ? zero() : load(row + j * kLanes);
+    if constexpr (kHalves % 2 == 1) {
+      sums.half[i] = first ? low_half(zero()) : load_half(row + kVecs * kLanes);
+    }
+  }
+}
+template <int kHalves, int kTokens>
+[[gnu::always_inline]] inline void store_sums(const Sums<kHalves, kTokens>& sums, float* c) {
+  constexpr int kVecs = kHalves / 2;
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+    float* row = c + i * kPanelRows;
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) store(row + j * kLanes, sums.vec[i][j]);
+    if constexpr (kHalves % 2 == 1) store_half(row + kVecs * kLanes, sums.half[i]);
+  }
+}
+
 /// One phase of one step; w is at its weights, x at its input of token 0.
 template <typename Dot, int kPhase, int kHalves, int kTokens>
 [[gnu::always_inline]] inline void add_phase(const typename Dot::Element* x, std::ptrdiff_t ldx,
@@ -154,17 +181,8 @@ template <typename Dot, int kHalves, int kTokens, int kPrefetch>
 [[gnu::noinline]] void micro_kernel(const typename Dot::Element* x, std::ptrdiff_t ldx,
                                     const typename Dot::Weight* w, int steps, bool first,
                                     const char* prefetch, float* c) {
-  constexpr int kVecs = kHalves / 2;
   Sums<kHalves, kTokens> sums;
-#pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) {
-    const float* row = c + i * kPanelRows;
-#pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = first ? zero() : load(row + j * kLanes);
-    if constexpr (kHalves % 2 == 1) {
-      sums.half[i] = first ? low_half(zero()) : load_half(row + kVecs * kLanes);
-    }
-  }
+  load_sums(c, first, sums);
   constexpr int kWeights = kStepWeights<Dot, kHalves>;
   int step = 0;
   for (; step + kStepUnroll <= steps; step += kStepUnroll) {
@@ -177,13 +195,7 @@ template <typename Dot, int kHalves, int kTokens, int kPrefetch>
     prefetch += kStepUnroll * kPrefetch * kLineBytes;
   }
   for (; step < steps; ++step, w += kWeights) add_step<Dot, 0>(x, ldx, w, nullptr, sums);
-#pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) {
-    float* row = c + i * kPanelRows;
-#pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) store(row + j * kLanes, sums.vec[i][j]);
-    if constexpr (kHalves % 2 == 1) store_half(row + kVecs * kLanes, sums.half[i]);
-  }
+  store_sums(sums, c);
 }
 
 /// The kernel for `tokens` tokens, of 1 to kTokens, and `lines` lines of prefetch, of 0 to 2.
