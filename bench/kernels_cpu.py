@@ -31,7 +31,7 @@ from linear_cases import (
     limit_check,
     linear_checks,
     next_multiple,
-    ragged_check,
+    ragged_checks,
     round_ratios,
     tokens_of,
     where,
@@ -146,15 +146,30 @@ class Bench:
         """The contestants in this run's rounds."""
         return interleave(runs, self.rounds, self.seconds)
 
-    def keep(self, section: str, case: dict[str, Any], checks: list[Check]) -> None:
-        """Prints a case and keeps it."""
-        self.results.setdefault(section, []).append(case)
-        self.checks += checks
-        values = {name: ratio["median"] for name, ratio in case["ratios"].items()}
+    def keep(
+        self,
+        section: str,
+        checks_of: Callable[[dict[str, Any]], list[Check]],
+        case: tuple[Shape, int, int],
+        ratios: dict[str, Any],
+        samples: Samples,
+    ) -> None:
+        """Prints a case (shape, m, threads) and keeps it; samples but for those of limits."""
+        shape, m, threads = case
+        result = {
+            "shape": [shape.n, shape.k, shape.r],
+            "m": m,
+            "threads": threads,
+            "ratios": ratios,
+            "seconds": {n: summary(t) for n, t in samples.items() if n not in ("stream", "peak")},
+        }
+        self.results.setdefault(section, []).append(result)
+        self.checks += checks_of(result)
+        values = {name: ratio["median"] for name, ratio in ratios.items()}
         text = "".join(f"  {name} {value:.3f}" for name, value in values.items())
-        times = {name: t["median"] for name, t in case["seconds"].items()}
+        times = {name: t["median"] for name, t in result["seconds"].items()}
         text += "".join(f"  {name} {value * 1e3:.3f} ms" for name, value in times.items())
-        print(f"{where(Shape(*case['shape']), case['m'], case['threads']):38}{text}", flush=True)
+        print(f"{where(*case):38}{text}", flush=True)
 
     # --- sections -------------------------------------------------------------------------------
 
@@ -211,14 +226,7 @@ class Bench:
                 samples = self.interleave(runs)
                 ratios = limits.ratios(samples, "ours")
                 ratios["torch"] = round_ratios(samples["ours"], samples["torch"])
-                case = {
-                    "shape": [shape.n, shape.k, shape.r],
-                    "m": m,
-                    "threads": team.threads,
-                    "ratios": ratios,
-                    "seconds": {name: summary(samples[name]) for name in ("ours", "torch")},
-                }
-                self.keep("linears", case, linear_checks(case))
+                self.keep("linears", linear_checks, (shape, m, team.threads), ratios, samples)
 
         self.on_each_team(measure)
 
@@ -241,24 +249,24 @@ class Bench:
                     [t / shape.parameters for t in samples["ragged"]],
                     [t / even.parameters for t in samples["even"]],
                 )
-                case = {
-                    "shape": [shape.n, shape.k, shape.r],
-                    "m": m,
-                    "threads": team.threads,
-                    "ratios": {"per_parameter": per_parameter},
-                    "seconds": {name: summary(times) for name, times in samples.items()},
-                }
-                self.keep("ragged", case, [ragged_check(case)])
+                self.keep(
+                    "ragged",
+                    ragged_checks,
+                    (shape, m, team.threads),
+                    {"per_parameter": per_parameter},
+                    samples,
+                )
 
         self.on_each_team(measure)
 
-    def int8_refusal(self) -> str | None:
-        """Why weights cannot be int8, if they cannot."""
+    def can_be(self, dtype: str) -> bool:
+        """Whether weights can have this type here; says why not."""
         try:
-            native.Linear(self.packers, "int8", random_weights(Shape(32, 64)))
+            native.Linear(self.packers, dtype, random_weights(Shape(32, 64)))
         except RuntimeError as error:
-            return str(error)
-        return None
+            print(f"{dtype} is left out: {error}")
+            return False
+        return True
 
     def int8(self, shape: Shape) -> None:
         """int8 weights with bf16 activations against our own bf16 weights, m = 1."""
@@ -282,14 +290,7 @@ class Bench:
             samples = self.interleave({**limits.runs, **ours})
             ratios = limits.ratios(samples, "int8")
             ratios["bf16"] = round_ratios(samples["bfloat16"], samples["int8"])
-            case = {
-                "shape": [shape.n, shape.k, shape.r],
-                "m": 1,
-                "threads": team.threads,
-                "ratios": ratios,
-                "seconds": {name: summary(samples[name]) for name in linears},
-            }
-            self.keep("int8", case, int8_checks(case))
+            self.keep("int8", int8_checks, (shape, 1, team.threads), ratios, samples)
 
         self.on_each_team(measure)
 
@@ -314,14 +315,9 @@ class Bench:
                 ratios = limits.ratios(samples, "compressed")
                 ratios["bf16"] = round_ratios(samples["bfloat16"], samples["compressed"])
                 ratios["torch"] = round_ratios(samples["compressed"], samples["torch"])
-                case = {
-                    "shape": [shape.n, shape.k, shape.r],
-                    "m": m,
-                    "threads": team.threads,
-                    "ratios": ratios,
-                    "seconds": {name: summary(samples[name]) for name in (*linears, "torch")},
-                }
-                self.keep("compressed", case, compressed_checks(case))
+                self.keep(
+                    "compressed", compressed_checks, (shape, m, team.threads), ratios, samples
+                )
 
         self.on_each_team(measure)
 
@@ -332,15 +328,10 @@ class Bench:
             self.linears(shape)
         for shape in RAGGED_SHAPES[:1] if self.quick else RAGGED_SHAPES:
             self.ragged(shape)
-        refusal = self.int8_refusal()
-        if refusal is None:
-            for shape in INT8_SHAPES:
-                self.int8(shape)
-        else:
-            print(f"int8 is left out: {refusal}")
-        if native.isa() == "avx512_bf16":
-            for shape in INT8_SHAPES:
-                self.compressed(shape)
+        for dtype, section in (("int8", self.int8), ("compressed", self.compressed)):
+            if self.can_be(dtype):
+                for shape in INT8_SHAPES:
+                    section(shape)
         sections = ("linears", "int8", "compressed")
         cases = [case for section in sections for case in self.results.get(section, [])]
         self.checks.append(limit_check(cases))

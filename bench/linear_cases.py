@@ -99,11 +99,11 @@ def linear_checks(case: dict[str, Any]) -> list[Check]:
     return checks
 
 
-def ragged_check(case: dict[str, Any]) -> Check:
+def ragged_checks(case: dict[str, Any]) -> list[Check]:
     """The target of a ragged rank's case, whose ratio "per_parameter" is to the even rank."""
     at = where(Shape(*case["shape"]), case["m"], case["threads"])
     value = case["ratios"]["per_parameter"]["median"]
-    return Check(f"ragged / even: {at}", value, RAGGED_TARGET, at_least=False)
+    return [Check(f"ragged / even: {at}", value, RAGGED_TARGET, at_least=False)]
 
 
 def int8_checks(case: dict[str, Any]) -> list[Check]:

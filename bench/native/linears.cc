@@ -69,6 +69,10 @@ BENCH_API LowRankLinear* bench_linear_create(Team* team, const char* dtype, cons
   return guarded<LowRankLinear*>(nullptr, [&] {
     DType from = bench::dtype_of(source);
     const bool compressed = std::string_view(dtype) == "compressed";
+    if (compressed && team->kernels.panel_gemm_compressed == nullptr) {
+      fail(ErrorCode::kUnsupported, "there are no kernels for compressed weights in ",
+           isa_name(team->kernels.isa));
+    }
     DType to = compressed ? DType::kBFloat16 : bench::dtype_of(dtype);
     auto linear = std::make_unique<LowRankLinear>();
     if (r == 0) {

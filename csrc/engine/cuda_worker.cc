@@ -94,7 +94,7 @@ KvInfo CudaWorker::kv_info() const {
 
 WeightsInfo CudaWorker::weights_info() const {
   const CudaWeights& weights = decoder_->weights();
-  WeightsInfo info{weights.dtype, false, parameters_, weights.bytes()};
+  WeightsInfo info{{weights.dtype}, parameters_, weights.bytes()};
   count_matrices(weights.layers, info);
   return info;
 }

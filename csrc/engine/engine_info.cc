@@ -27,8 +27,8 @@ ModelInfo describe_model(const EngineConfig& config, const ModelConfig& model, R
   ModelInfo info;
   const WeightsInfo weights = worker.weights_info();
   info.architecture = model.model_type;
-  info.dtype = dtype_name(weights.dtype);
-  info.weight_compression = weights.compressed ? "lossless" : "none";
+  info.dtype = dtype_name(weights.format.dtype);
+  info.weight_compression = weights.format.compressed ? "lossless" : "none";
   info.isa = isa_name(worker.kernels().isa);
   info.num_layers = model.num_layers;
   info.hidden_size = model.hidden_size;

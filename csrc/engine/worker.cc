@@ -36,7 +36,6 @@ CpuWorker::CpuWorker(const EngineConfig& config, const ModelConfig& model, const
   const DType dtype = resolve_dtype(config.dtype, loader.source(), model);
   const cpu::WeightFormat format = weight_format(config, dtype, kernels_);
   DecoderWeights weights = load_decoder(model, share, format, kv_forms, loader);
-  compressed_ = format.compressed;
   parameters_ = loader.parameters();
   // Every sequence samples at most once in a batch.
   BatchLimits limits{config.max_num_batched_tokens, max_model_len, config.hidden_state_layers,
@@ -87,7 +86,7 @@ KvInfo CpuWorker::kv_info() const {
 
 WeightsInfo CpuWorker::weights_info() const {
   const DecoderWeights& weights = decoder_->weights();
-  WeightsInfo info{weights.dtype, compressed_, parameters_, weights.bytes()};
+  WeightsInfo info{weights.format, parameters_, weights.bytes()};
   count_matrices(weights.layers, info);
   return info;
 }

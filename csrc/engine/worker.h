@@ -16,8 +16,7 @@ namespace deinfer {
 
 /// Of the weights that a rank holds.
 struct WeightsInfo {
-  DType dtype = DType::kFloat32;
-  bool compressed = false;
+  cpu::WeightFormat format;
   std::uint64_t parameters = 0;  // of the whole checkpoint
   std::uint64_t bytes = 0;
   int lowrank_matrices = 0;
@@ -138,7 +137,6 @@ class CpuWorker final : public Worker {
   TeamExchange exchange_;
   std::array<ResidualLayout, kNumStepKinds> residual_;
   ThreadTeam team_;
-  bool compressed_ = false;
   std::uint64_t parameters_ = 0;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<KvCache> cache_;

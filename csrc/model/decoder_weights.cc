@@ -156,7 +156,7 @@ DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share,
                             WeightLoader& loader) {
   DecoderWeights weights;
   const DType dtype = format.dtype;
-  weights.dtype = dtype;
+  weights.format = format;
   weights.activations = dtype == DType::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
   loader.set_format(format);
   const ModuleNames& names = config.names;

@@ -30,7 +30,7 @@ struct DecoderLayer {
 };
 
 struct DecoderWeights {
-  DType dtype = DType::kFloat32;        // of the matrices; int8 stands for weights only
+  cpu::WeightFormat format;             // of the matrices; int8 stands for weights only
   DType activations = DType::kFloat32;  // fp32 for fp32 weights, else bf16
   cpu::PackedMatrix embedding;  // [vocab, hidden]; empty when tied: then the head serves for both
   cpu::PackedMatrix positions;  // [position_offset + max_position, hidden]; empty when rotary
@@ -66,8 +66,8 @@ Norm load_norm(const ModelConfig& config, const std::string& prefix, const std::
 Norm load_head_norm(const ModelConfig& config, const std::string& prefix, const std::string& name,
                     int heads, Range own, WeightLoader& loader);
 
-/// Loads the weights of `config` in `dtype` (set on the loader). `kv_forms` of every layer, or none
-/// for dense ones; latents only of linears that are low-rank and whose whole z every rank has.
+/// Loads the weights of `config` in `format` (set on the loader). `kv_forms` of every layer, or
+/// none for dense ones; latents only of linears that are low-rank and whose whole z every rank has.
 DecoderWeights load_decoder(const ModelConfig& config, const RankShare& share,
                             cpu::WeightFormat format, const std::vector<KvForms>& kv_forms,
                             WeightLoader& loader);

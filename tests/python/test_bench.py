@@ -80,10 +80,16 @@ def test_targets_apply_where_they_belong() -> None:
     }
     assert {m: len(checks) for m, checks in found.items()} == {1: 2, 8: 1, 32: 1, 128: 2, 512: 2}
     assert [checks[-1].ok for checks in found.values()] == [False, False, True, True, True]
-    assert cases.ragged_check(case(cases.RAGGED_SHAPES[0], 1, per_parameter=1.04)).ok
-    assert not cases.ragged_check(case(cases.RAGGED_SHAPES[0], 1, per_parameter=1.06)).ok
+    assert cases.ragged_checks(case(cases.RAGGED_SHAPES[0], 1, per_parameter=1.04))[0].ok
+    assert not cases.ragged_checks(case(cases.RAGGED_SHAPES[0], 1, per_parameter=1.06))[0].ok
     assert [check.ok for check in cases.int8_checks(case(dense, 1, bf16=1.69))] == [False]
     assert cases.int8_checks(case(cases.TORCH_SHAPE, 1, bf16=1.0)) == []
+    (fewer_bits,) = cases.compressed_checks(case(dense, 1, bf16=1.19, torch=0.5))
+    assert (fewer_bits.target, fewer_bits.ok) == (1.2, False)
+    assert cases.compressed_checks(case(dense, 8, bf16=0.9, torch=0.5)) == []
+    assert [
+        c.ok for c in cases.compressed_checks(case(cases.TORCH_SHAPE, 8, bf16=1, torch=0.35))
+    ] == [True]
 
 
 def test_a_case_beyond_the_machine_is_noticed() -> None:

@@ -106,7 +106,8 @@ def _latents(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory(report: dict[str, Any]) -> str:
     context = report["kv_bytes_per_token"] * report["max_model_len"]
     weights = report["memory_bytes"]
-    return f"{weights / 1e6:,.1f} MB of weights, {context / 1e6:,.1f} MB of KV for a full context"
+    bits = " in 16 bits (12 with AVX-512-BF16)" if report["runs_as"] == "bfloat16" else ""
+    return f"{weights / 1e6:,.1f} MB of weights{bits}, {context / 1e6:,.1f} MB of KV for a full context"
 
 
 def _print_ranks(ranks: dict[str, int | None]) -> None:
