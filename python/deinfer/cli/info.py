@@ -107,7 +107,8 @@ def _memory(report: dict[str, Any]) -> str:
     context = report["kv_bytes_per_token"] * report["max_model_len"]
     weights = report["memory_bytes"]
     bits = " in 16 bits (12 with AVX-512-BF16)" if report["runs_as"] == "bfloat16" else ""
-    return f"{weights / 1e6:,.1f} MB of weights{bits}, {context / 1e6:,.1f} MB of KV for a full context"
+    kv = f"{context / 1e6:,.1f} MB of KV for a full context"
+    return f"{weights / 1e6:,.1f} MB of weights{bits}, {kv}"
 
 
 def _print_ranks(ranks: dict[str, int | None]) -> None:
