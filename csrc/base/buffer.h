@@ -25,6 +25,14 @@ class Buffer {
     buffer.size_ = bytes;
     return buffer;
   }
+  /// Its memory from byte `offset` on, which lives as long as one of the two.
+  Buffer from(std::size_t offset) const {
+    Buffer rest;
+    rest.data_ = static_cast<std::byte*>(data_) + offset;
+    rest.size_ = size_ - offset;
+    rest.mapping_ = mapping_;
+    return rest;
+  }
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     swap(other);
@@ -54,7 +62,7 @@ class Buffer {
 
   void* data_ = nullptr;
   std::size_t size_ = 0;
-  std::shared_ptr<void> mapping_;  // shared by the buffers of an arena
+  std::shared_ptr<void> mapping_;  // shared by the buffers of an arena, and by from()
 };
 
 /// Asks the OS for huge pages behind memory that has not been touched yet; advice only.

@@ -1,6 +1,7 @@
 #include "model/decoder_weights.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "base/check.h"
 #include "ops/latent_kv.h"
@@ -70,9 +71,11 @@ DecoderLayer load_layer(const ModelConfig& config, const RankShare& share,
   layer.attention_output_norm = norm(names.attention_output_norm);
   layer.mlp_norm = norm(names.mlp_norm);
   if (is_gated(config.mlp)) {
-    layer.gate = loader.linear(prefix + names.gate, LinearRole::kGate, inner, hidden);
+    std::tie(layer.gate, layer.up) =
+        loader.gate_and_up(prefix + names.gate, prefix + names.up, inner, hidden);
+  } else {
+    layer.up = loader.linear(prefix + names.up, LinearRole::kUp, inner, hidden);
   }
-  layer.up = loader.linear(prefix + names.up, LinearRole::kUp, inner, hidden);
   layer.down = loader.linear(prefix + names.down, LinearRole::kDown, hidden, inner);
   layer.mlp_output_norm = norm(names.mlp_output_norm);
   return layer;

@@ -56,7 +56,8 @@ void WeightLoader::used(const std::string& tensor, std::uint64_t elements) {
 }
 
 cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
-                                          const std::vector<std::int32_t>& row_map) {
+                                          const std::vector<std::int32_t>& row_map,
+                                          BufferArena* arena) {
   int packed_rows =
       static_cast<int>(row_map.empty() ? static_cast<std::size_t>(part.rows) : row_map.size());
   if (packed_rows == 0) return {};
@@ -68,7 +69,7 @@ cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
   // A factor of which this rank has no column is zero: one column of padding.
   int cols = std::max(static_cast<int>(part.cols), 1);
   cpu::PackedMatrix packed =
-      cpu::allocate_packed(dtype, packed_rows, cols, panel_rows, &arena_, compressed);
+      cpu::allocate_packed(dtype, packed_rows, cols, panel_rows, arena, compressed);
   if (part.cols == 0) return packed;
   team_.run([&](TeamMember& member) {
     auto [first, last] = member.share(packed.num_panels());
@@ -79,9 +80,9 @@ cpu::PackedMatrix WeightLoader::pack_part(DType dtype, const TensorView& part,
 
 cpu::PackedMatrix WeightLoader::pack(DType dtype, const std::string& tensor, int n, int k,
                                      Range rows, Range cols,
-                                     const std::vector<std::int32_t>& row_map) {
+                                     const std::vector<std::int32_t>& row_map, BufferArena* arena) {
   TensorView whole = source_.matrix(tensor, n, k);
-  cpu::PackedMatrix packed = pack_part(dtype, part_of(whole, rows, cols), row_map);
+  cpu::PackedMatrix packed = pack_part(dtype, part_of(whole, rows, cols), row_map, arena);
   used(tensor, static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(k));
   return packed;
 }
@@ -199,19 +200,24 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   const std::vector<std::int32_t> in_order;
   const std::vector<std::int32_t>& packed_map = part.exchanges_output() ? in_order : row_map;
   if (part.exchanges_output()) linear.y_map = row_map;
+  // Gate and up move once both are there.
+  const bool moves =
+      is_gated(config_.mlp) && (role == LinearRole::kGate || role == LinearRole::kUp);
+  BufferArena* arena = moves && !part.exchanges_output() ? nullptr : &arena_;
   if (part.multiplied_out) {
     const std::vector<float> values = product(part, n, k);
     linear.w = pack_part(format_.dtype,
                          {values.data(), DType::kFloat32, place.u_rows.size(), place.u_cols.size(),
                           place.u_cols.size()},
-                         packed_map);
+                         packed_map, arena);
   } else if (tensors.rank > 0) {
     linear.rank = tensors.rank;
-    linear.v = pack(format_.dtype, tensors.v, tensors.rank, k, place.v_rows, place.v_cols, {});
-    linear.u =
-        pack(format_.dtype, tensors.u, n, tensors.rank, place.u_rows, place.u_cols, packed_map);
+    linear.v =
+        pack(format_.dtype, tensors.v, tensors.rank, k, place.v_rows, place.v_cols, {}, &arena_);
+    linear.u = pack(format_.dtype, tensors.u, n, tensors.rank, place.u_rows, place.u_cols,
+                    packed_map, arena);
   } else {
-    linear.w = pack(format_.dtype, tensors.w, n, k, place.u_rows, place.u_cols, packed_map);
+    linear.w = pack(format_.dtype, tensors.w, n, k, place.u_rows, place.u_cols, packed_map, arena);
   }
   if (!tensors.bias.empty()) {
     const std::vector<float> values = bias(part, n, row_map);
@@ -221,14 +227,25 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   return linear;
 }
 
+std::pair<LowRankLinear, LowRankLinear> WeightLoader::gate_and_up(const std::string& gate,
+                                                                  const std::string& up, int n,
+                                                                  int k) {
+  std::pair linears{linear(gate, LinearRole::kGate, n, k), linear(up, LinearRole::kUp, n, k)};
+  auto& [first, second] = linears;
+  if (first.exchange(StepKind::kDecode).after_u == Exchange::kNone) {
+    cpu::interleave_panels(first.output_factor(), second.output_factor(), arena_, team_);
+  }
+  return linears;
+}
+
 cpu::PackedMatrix WeightLoader::embedding(DType dtype, const std::string& name, int n, int k) {
-  return pack(dtype, name, n, k, share_.vocabulary(), {0, k}, {});
+  return pack(dtype, name, n, k, share_.vocabulary(), {0, k}, {}, &arena_);
 }
 
 cpu::PackedMatrix WeightLoader::positions(DType dtype, const std::string& name, int n, int k) {
   Range cols{0, k};
   if (!share_.hidden.empty()) cols = share_.hidden[static_cast<std::size_t>(share_.rank)];
-  return pack(dtype, name, n, k, {0, n}, cols, {});
+  return pack(dtype, name, n, k, {0, n}, cols, {}, &arena_);
 }
 
 std::vector<float> WeightLoader::vector(const std::string& name, int n) {

@@ -73,6 +73,10 @@ class WeightLoader {
   LowRankLinear linear(const std::string& name, LinearRole role, int n, int k,
                        const std::vector<std::int32_t>& row_map = {}, bool all_heads = false);
 
+  /// Gate and up, whose output factors lie as they are read, panel by panel.
+  std::pair<LowRankLinear, LowRankLinear> gate_and_up(const std::string& gate,
+                                                      const std::string& up, int n, int k);
+
   /// What of it is this rank's, checked as linear() says.
   LinearPart part(const std::string& name, LinearRole role, int n, int k,
                   bool all_heads = false) const;
@@ -102,10 +106,11 @@ class WeightLoader {
 
  private:
   LinearTensors linear_tensors(const std::string& name, int k) const;
+  /// From `arena`, or by itself where that is null.
   cpu::PackedMatrix pack_part(DType dtype, const TensorView& part,
-                              const std::vector<std::int32_t>& row_map);
+                              const std::vector<std::int32_t>& row_map, BufferArena* arena);
   cpu::PackedMatrix pack(DType dtype, const std::string& tensor, int n, int k, Range rows,
-                         Range cols, const std::vector<std::int32_t>& row_map);
+                         Range cols, const std::vector<std::int32_t>& row_map, BufferArena* arena);
 
   io::WeightSource source_;
   const ModelConfig& config_;

@@ -45,6 +45,7 @@ struct LowRankLinear {
   /// Also where this rank's parts of both factors are empty.
   bool is_low_rank() const { return rank > 0 || !v.empty() || !u.empty(); }
   const cpu::PackedMatrix& output_factor() const { return is_low_rank() ? u : w; }
+  cpu::PackedMatrix& output_factor() { return is_low_rank() ? u : w; }
   const LinearExchanges& exchange(StepKind kind) const {
     return exchanges[static_cast<std::size_t>(kind)];
   }

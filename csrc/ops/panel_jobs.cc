@@ -44,7 +44,7 @@ void run_panel(ExecutionContext& ctx, const PanelJob& job, int row, int m, int b
   }
   if (second_k.size() > 0) {
     multiply_panel(ctx.kernels, *job.second, second_k, job.second_x.rows_from(row + begin), count,
-                   panel, columns_of(*job.second, panel + 1, second_k), second);
+                   panel, columns_of(matrix, panel + 1, k), second);
   }
   if (job.part && !job.part->last) return;
   job.epilogue->apply(ctx.kernels, tile, second, row + begin, count, panel * matrix.panel_rows,

@@ -34,7 +34,7 @@ struct PartOfK {
 /// Bytes of so many columns of a panel, about.
 inline std::int64_t bytes_of(const cpu::PackedMatrix& matrix, int columns) {
   if (matrix.empty()) return 0;
-  return static_cast<std::int64_t>(matrix.panel_stride()) * columns / matrix.k_pad;
+  return static_cast<std::int64_t>(matrix.full_panel_bytes()) * columns / matrix.k_pad;
 }
 
 /// The product of one matrix, or of two with the same number of rows (gate and up), with x.

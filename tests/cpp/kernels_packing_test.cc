@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "base/thread_team.h"
 #include "deinfer/error.h"
 #include "reference.h"
 
@@ -191,6 +192,44 @@ TEST(Packing, LastPanelHasTheRowsThatAreLeft) {
     EXPECT_EQ(packed.rows_of(0), 32);
     EXPECT_EQ(packed.rows_of(1), left);
   }
+}
+
+TEST(Packing, InterleavedPanelsLieByTurnsAndKeepTheirRows) {
+  ThreadTeam team(2);
+  BufferArena arena;
+  for (auto [dtype, compressed] : {std::pair{DType::kBFloat16, true},
+                                   {DType::kBFloat16, false},
+                                   {DType::kFloat32, false},
+                                   {DType::kInt8, false}}) {
+    SCOPED_TRACE(testing::Message() << dtype_name(dtype) << (compressed ? " in 12 bits" : ""));
+    std::vector<cpu::PackedMatrix> matrices;
+    std::vector<std::vector<float>> rows;
+    for (int k : {70, 18}) {
+      Source source(DType::kFloat32, 72, k, k);
+      matrices.push_back(cpu::allocate_packed(dtype, 72, k, 32, nullptr, compressed));
+      cpu::pack_rows(source.view, {}, 0, 3, matrices.back());
+    }
+    auto read = [&](const cpu::PackedMatrix& matrix) {
+      std::vector<float> values(static_cast<std::size_t>(72 * matrix.k));
+      for (int i = 0; i < 72; ++i) matrix.read_row(i, values.data() + i * matrix.k);
+      return values;
+    };
+    for (const auto& matrix : matrices) rows.push_back(read(matrix));
+    cpu::PackedMatrix& first = matrices[0];
+    cpu::PackedMatrix& second = matrices[1];
+    const std::size_t bytes = first.bytes() + second.bytes();
+    cpu::interleave_panels(first, second, arena, team);
+    EXPECT_EQ(first.bytes() + second.bytes(), bytes);
+    EXPECT_EQ(second.slot(0), first.slot(0) + first.full_panel_bytes());
+    EXPECT_EQ(first.slot(1), second.slot(0) + second.full_panel_bytes());
+    EXPECT_EQ(read(first), rows[0]);
+    EXPECT_EQ(read(second), rows[1]);
+    matrices[0] = {};
+    EXPECT_EQ(read(matrices[1]), rows[1]) << "in memory that both own";
+  }
+  cpu::PackedMatrix small = cpu::allocate_packed(DType::kFloat32, 32, 8, 32);
+  cpu::PackedMatrix large = cpu::allocate_packed(DType::kFloat32, 33, 8, 32);
+  EXPECT_THROW(cpu::interleave_panels(small, large, arena, team), Error);
 }
 
 TEST(Packing, RoundsToNearestEven) {

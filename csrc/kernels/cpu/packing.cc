@@ -7,6 +7,7 @@
 
 #include "base/bf16.h"
 #include "base/check.h"
+#include "base/thread_team.h"
 #include "kernels/cpu/compressed_panel.h"
 #include "kernels/cpu/kernel_table.h"
 
@@ -129,7 +130,7 @@ const void* PackedMatrix::panel(int panel) const {
   if (compressed && plain[static_cast<std::size_t>(panel)].size() > 0) {
     return plain[static_cast<std::size_t>(panel)].as<std::byte>();
   }
-  return data.as<std::byte>() + static_cast<std::size_t>(panel) * panel_stride();
+  return slot(panel);
 }
 
 bool PackedMatrix::is_compressed(int panel) const {
@@ -137,19 +138,25 @@ bool PackedMatrix::is_compressed(int panel) const {
          plain[static_cast<std::size_t>(panel)].size() == 0;
 }
 
-std::size_t PackedMatrix::panel_stride() const {
+std::size_t PackedMatrix::bytes_of(int panel) const {
+  const int rows = rows_of(panel);
+  if (rows == panel_rows) return full_panel_bytes();
+  return static_cast<std::size_t>(rows) * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
+}
+
+std::size_t PackedMatrix::full_panel_bytes() const {
   if (compressed) return compressed_panel_bytes(k_pad);
   return static_cast<std::size_t>(panel_rows) * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
 }
 
 std::size_t PackedMatrix::panel_bytes() const {
-  const auto full = static_cast<std::size_t>(n_pad / panel_rows);
-  const auto left = static_cast<std::size_t>(n_pad % panel_rows);  // never compressed
-  return full * panel_stride() + left * static_cast<std::size_t>(k_pad) * dtype_size(dtype);
+  if (empty()) return 0;
+  const int last = num_panels() - 1;
+  return static_cast<std::size_t>(last) * full_panel_bytes() + bytes_of(last);
 }
 
 std::size_t PackedMatrix::bytes() const {
-  std::size_t total = data.size() + scales.size() * sizeof(float);
+  std::size_t total = panel_bytes() + scales.size() * sizeof(float);
   for (const Buffer& panel : plain) total += panel.size();
   return total;
 }
@@ -194,6 +201,7 @@ PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows, bool compre
   packed.n_pad = round_up(n, int8 ? kPanelRows : kRowMultiple);
   packed.k_pad = round_up(k, kKMultiple);
   packed.panel_rows = panel_rows;
+  packed.stride = packed.full_panel_bytes();
   return packed;
 }
 
@@ -205,6 +213,26 @@ PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows, BufferAr
   if (dtype == DType::kInt8) packed.scales.resize(static_cast<std::size_t>(packed.n_pad));
   if (compressed) packed.plain.resize(static_cast<std::size_t>(packed.num_panels()));
   return packed;
+}
+
+void interleave_panels(PackedMatrix& first, PackedMatrix& second, BufferArena& arena,
+                       ThreadTeam& team) {
+  check_argument(first.num_panels() == second.num_panels(), "matrices of ", first.num_panels(),
+                 " and ", second.num_panels(), " panels cannot lie by turns");
+  const std::size_t offset = first.full_panel_bytes();
+  const std::size_t stride = offset + second.full_panel_bytes();
+  Buffer memory = arena.allocate(static_cast<std::size_t>(first.num_panels()) * stride);
+  team.run([&](TeamMember& member) {
+    auto [begin, end] = member.share(first.num_panels());
+    for (int panel = begin; panel < end; ++panel) {
+      std::byte* to = memory.as<std::byte>() + static_cast<std::size_t>(panel) * stride;
+      std::memcpy(to, first.slot(panel), first.bytes_of(panel));
+      std::memcpy(to + offset, second.slot(panel), second.bytes_of(panel));
+    }
+  });
+  second.data = memory.from(offset);
+  first.data = std::move(memory);
+  first.stride = second.stride = stride;
 }
 
 int choose_panel_rows(int n, int threads, bool compressed) {

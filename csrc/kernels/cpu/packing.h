@@ -8,6 +8,10 @@
 #include "base/buffer.h"
 #include "deinfer/tensor.h"
 
+namespace deinfer {
+class ThreadTeam;
+}
+
 namespace deinfer::cpu {
 
 /// How weights are stored.
@@ -25,6 +29,7 @@ struct PackedMatrix {
   int k_pad = 0;            // multiple of 2
   int panel_rows = 0;       // 32 or 16; the last panel may have fewer
   bool compressed = false;  // bf16 panels of 32 rows are stored as compressed_panel.h says
+  std::size_t stride = 0;   // bytes from one panel to the next
   Buffer data;
   std::vector<float> scales;  // [n_pad] of int8 rows, else empty
   std::vector<Buffer> plain;  // [num_panels] if compressed: those that cannot be, as bf16
@@ -34,8 +39,12 @@ struct PackedMatrix {
   int rows_of(int panel) const;        // 8, 16, 24 or 32
   const void* panel(int panel) const;  // its first byte
   bool is_compressed(int panel) const;
-  std::size_t panel_stride() const;  // bytes from one panel to the next
-  std::size_t panel_bytes() const;   // that `data` needs
+  const std::byte* slot(int panel) const {  // its place in `data`
+    return data.as<std::byte>() + static_cast<std::size_t>(panel) * stride;
+  }
+  std::size_t bytes_of(int panel) const;  // in `data`
+  std::size_t full_panel_bytes() const;   // of one of panel_rows rows
+  std::size_t panel_bytes() const;        // of all in `data`
   std::size_t bytes() const;
   /// out[k] = row `row` (packed order) as fp32, for embedding look-ups.
   void read_row(int row, float* out) const;
@@ -60,6 +69,12 @@ PackedMatrix packed_shape(DType dtype, int n, int k, int panel_rows, bool compre
 /// pack_rows. int8 panels have 32 rows, as those of bf16 that are compressed.
 PackedMatrix allocate_packed(DType dtype, int n, int k, int panel_rows,
                              BufferArena* arena = nullptr, bool compressed = false);
+
+/// Moves two matrices with as many panels into memory where these lie by turns, as an operation
+/// that combines both reads them: one stream, where the hardware would have to find another with
+/// every panel (of panels of 36 KB, those of a U of rank 750, a core reads 19 % more per second).
+void interleave_panels(PackedMatrix& first, PackedMatrix& second, BufferArena& arena,
+                       ThreadTeam& team);
 
 /// Rows per panel of n rows that `threads` threads share: panels of 32 stream best, and only they
 /// can be compressed; 16 where 32 would leave threads idle for longer than that saves.
