@@ -31,7 +31,7 @@ def test_parts_add_up(
     file = tmp_path / "results.json"
     common = ["decompose.py", "--model", str(tiny_model), "--build", str(tmp_path / "build")]
     common += ["--calibration-tokens", "400", "--text-tokens", "300", "--json", str(file)]
-    monkeypatch.setattr(recovery, "_SAMPLING_ROUND", 200)
+    monkeypatch.setattr(recovery, "_ROUND_TOKENS", 200)
     for parts in (["grid", "--keeps", "0.7"], ["kinds"], ["recover", "--minutes", "0.005"]):
         monkeypatch.setattr(sys, "argv", [*common, "--parts", *parts])
         bench.main()

@@ -17,6 +17,7 @@ from checkpoints import write_model  # noqa: E402
 from decompose_helpers import tiny_llama  # noqa: E402
 from deinfer.decompose import decompose_model, load_reference  # noqa: E402
 from deinfer.decompose import recover as recover_module  # noqa: E402
+from deinfer.decompose.examples import Example, ExampleSampler, run_examples  # noqa: E402
 from deinfer.decompose.recover import STEP_TOKENS, batches, recover  # noqa: E402
 from deinfer.decompose.reference import install_factors  # noqa: E402
 from deinfer.decompose.source import SourceCheckpoint  # noqa: E402
@@ -30,20 +31,58 @@ def sampler(prompts: list[str]) -> list[list[int]]:
     return (SEQUENCES * (1 + len(prompts) // len(SEQUENCES)))[: len(prompts)]
 
 
-def test_batches_cover_the_sequences_in_order_of_the_seed() -> None:
+def test_batches_use_all_text_once_and_then_ask_for_more() -> None:
     lengths = [40 + i * i % 90 for i in range(70)]
-    groups = list(itertools.islice(batches(lengths, seed=3), 80))
-    taken = [i for group in groups for i in group]
-    for first in range(0, len(taken) - len(lengths), len(lengths)):
-        assert sorted(taken[first : first + len(lengths)]) == list(range(len(lengths)))
+    states = torch.zeros(1, 4)
+    rounds = [[Example([r, i] * (n // 2), states) for i, n in enumerate(lengths)] for r in range(3)]
+    nothing = Example([7, 7], states[:0])
+
+    def groups(seed: int) -> list[list[Example]]:
+        made = iter(rounds)
+        groups = batches(lambda: [nothing, *next(made)], seed)
+        return list(itertools.islice(groups, 12))
+
+    taken = [example.ids[:2] for group in groups(3) for example in group]
+    for r in range(len(taken) // len(lengths)):
+        part = taken[r * len(lengths) : (r + 1) * len(lengths)]
+        assert sorted(part) == [[r, i] for i in range(len(lengths))]
+    assert len(taken) > len(lengths)
     valid = padded = 0
-    for group in groups:
-        assert sum(lengths[i] for i in group) <= STEP_TOKENS
-        valid += sum(lengths[i] for i in group)
-        padded += len(group) * max(lengths[i] for i in group)
+    for group in groups(3):
+        assert sum(map(len, group)) <= STEP_TOKENS
+        valid += sum(map(len, group))
+        padded += len(group) * max(map(len, group))
     assert valid > 0.85 * padded
-    assert groups == list(itertools.islice(batches(lengths, seed=3), 80))
-    assert groups != list(itertools.islice(batches(lengths, seed=4), 80))
+    order = [[example.ids for example in group] for group in groups(3)]
+    assert order == [[example.ids for example in group] for group in groups(3)]
+    assert order != [[example.ids for example in group] for group in groups(4)]
+    with pytest.raises(ValueError, match="no text"):
+        next(batches(lambda: [nothing], 0))
+
+
+def test_an_example_is_cut_with_its_states() -> None:
+    example = Example([5, 6, 7, 8, 9], torch.arange(3.0)[:, None])  # of 7, 8 and 9
+    for tokens, states in ((5, 3), (4, 2), (3, 1), (2, 0), (1, 0)):
+        cut = example[:tokens]
+        assert cut.ids == [5, 6, 7, 8, 9][:tokens]
+        assert cut.states.flatten().tolist() == [0.0, 1.0, 2.0][:states]
+
+
+def test_the_runtime_s_states_are_those_of_the_dense_model(tiny_model: Path) -> None:
+    model = StreamedModel(SourceCheckpoint(tiny_model), torch.float32)
+    sampler = ExampleSampler(tiny_model, len(model.prefixes), seed=3, progress=False)
+    examples = sampler.sample(1500, seed=1)
+    assert 0.9 * 1500 <= sum(map(len, examples)) <= 1500
+    whole = run_examples(model, [example.ids for example in examples])
+    answered = 0
+    for example, want in zip(examples, whole, strict=True):
+        assert len(example.states) <= len(example)
+        want = want.states[len(want) - len(example.states) :]
+        # The runtime's weights and sums are bf16's.
+        distance = torch.linalg.vector_norm(example.states - want)
+        assert distance <= 0.02 * torch.linalg.vector_norm(want) + 1e-9
+        answered += len(example.states)
+    assert answered > 0.5 * sum(map(len, examples))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
@@ -62,17 +101,19 @@ def test_gradient_is_that_of_the_divergence(
         weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.requires_grad_()
     sequences = [s[:n] for s, n in zip(SEQUENCES, (50, 60, 23), strict=False)]
-    streams = teacher.run(teacher.embed_all(sequences))
-    ids, valid = recover_module._padded(sequences)
+    examples = run_examples(teacher, sequences)
+    examples[1] = Example(sequences[1], examples[1].states[-20:])
+    ids, valid = recover_module._padded(examples)
     with teacher.ends():
-        got = recover_module._follow(student, teacher.logits, ids, valid, torch.cat(streams))
+        target = torch.cat([example.states for example in examples])
+        got = recover_module._follow(student, teacher.head, ids, valid, target)
     gradient, weight.grad = weight.grad, None
     want = torch.zeros(())
-    for sequence in sequences:
-        tokens = torch.tensor([sequence])
-        p, q = (model(tokens).logits[0].log_softmax(-1) for model in (dense, student))
+    for example in examples:
+        tokens, rows = torch.tensor([example.ids]), len(example.states)
+        p, q = (model(tokens).logits[0, -rows:].log_softmax(-1) for model in (dense, student))
         want = want + (p.exp() * (p - q)).sum()
-    want = want / sum(map(len, sequences))
+    want = want / len(target)
     want.backward()
     assert got == pytest.approx(want.item(), rel=1e-4)
     torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)
@@ -124,25 +165,30 @@ def test_minutes_end_when_they_are_over(tmp_path: Path) -> None:
     student = load_reference(source)
     install_factors(student, {name: Factors(torch.randn(80, 4), torch.randn(4, 48))}, torch.float32)
     teacher = StreamedModel(SourceCheckpoint(source), torch.float32)
-    streams = teacher.run(teacher.embed_all(SEQUENCES))
+    examples, asked = run_examples(teacher, SEQUENCES), []
+
+    def text(tokens: int) -> list[Example]:
+        asked.append(tokens)
+        return examples[:16]
+
     with teacher.ends():
         made = recover(
             student,
-            teacher.logits,
-            SEQUENCES,
-            streams,
+            teacher.head,
+            text,
             seconds=10.0,
             progress=False,
             clock=iter(range(100)).__next__,
         )
-    assert 8 <= made.steps <= 10
+    assert 4 <= made.steps <= 10
+    assert len(asked) >= 2 and asked[-1] < asked[1]  # less is wanted as the time runs out
     assert set(made.factors) == {name} and "model.norm.weight" in made.weights
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
     for changes in ({}, {"steps": 3, "seconds": 1.0}, {"steps": -1}):
         with pytest.raises(ValueError, match="recovery needs steps"):
-            recover(None, lambda rows: rows, SEQUENCES, [], **changes)
+            recover(None, lambda rows: rows, lambda tokens: [], **changes)
     source = tiny_llama(tmp_path / "dense")
     for changes, message in (
         ({"recover_steps": -1}, "-1 steps"),

@@ -7,11 +7,12 @@ makes the gradient moments those of the true Fisher information rather than of s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from deinfer.decompose.texts import SEQUENCE_TOKENS
 
@@ -35,6 +36,19 @@ class PlainSampler(Protocol):
         """Return the tokens of each opener followed by a sampled continuation."""
 
 
+class Cuttable(Protocol):
+    """Something with a length in tokens, of which slices take the first."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+
+    def __getitem__(self, part: slice, /) -> Any:
+        """Take the first tokens, the same kind of thing."""
+
+
+T = TypeVar("T", bound=Cuttable)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Calibration sequences.
@@ -53,13 +67,15 @@ class Calibration:
         return sum(len(s) for s in self.sequences)
 
 
-class RuntimeSampler:
-    """Samples with the native runtime, `deinfer.LLM`.
+class RuntimeText(Generic[T]):
+    """Text that the native runtime samples, `deinfer.LLM`; what is made of it, subclasses say.
 
     Args:
         model: Checkpoint directory of the dense model.
         seed: Seed of the first prompt; each further prompt and call gets another one.
         progress: Show progress bars.
+        engine: Further arguments of `deinfer.LLM`.
+        sampling: Further arguments of `deinfer.SamplingParams`.
     """
 
     def __init__(
@@ -68,28 +84,36 @@ class RuntimeSampler:
         *,
         seed: int = 0,
         progress: bool = False,
+        engine: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         """Load the model."""
         import deinfer
 
         # The package exports LLM lazily, which a type checker cannot see from here.
         runtime: Any = deinfer
-        self._llm = runtime.LLM(str(model), use_tqdm_on_load=progress)
-        self._params = runtime.SamplingParams
+        self._llm = runtime.LLM(str(model), use_tqdm_on_load=progress, **(engine or {}))
+        self._params = partial(runtime.SamplingParams, **(sampling or {}))
         self._seed = seed
         self._progress = progress
 
-    def __call__(self, prompts: list[str]) -> list[list[int]]:
+    def __call__(self, prompts: list[str]) -> list[T]:
         """Answer user prompts; see `Sampler`."""
         conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
         params = self._sampling(len(prompts), _ANSWER_TOKENS, [(0.7, 1.0), (1.0, 0.9)])
-        return self._tokens(self._llm.chat(conversations, params, use_tqdm=self._progress))
+        outputs = self._llm.chat(conversations, params, use_tqdm=self._progress)
+        return [self._made(output) for output in outputs]
 
-    def continue_text(self, openers: list[str]) -> list[list[int]]:
+    def continue_text(self, openers: list[str]) -> list[T]:
         """Continue plain text; see `PlainSampler`."""
         # At T = 1 the text is the model's true distribution: cooler samples made prose worse.
         params = self._sampling(len(openers), _PROSE_TOKENS, [(1.0, 1.0)])
-        return self._tokens(self._llm.generate(openers, params, use_tqdm=self._progress))
+        outputs = self._llm.generate(openers, params, use_tqdm=self._progress)
+        return [self._made(output) for output in outputs]
+
+    def _made(self, output: Any) -> T:
+        """Make what is wanted of a request's output."""
+        raise NotImplementedError
 
     def _sampling(self, count: int, max_tokens: int, kinds: list[tuple[float, float]]) -> list[Any]:
         """Parameters for `count` requests that take turns at (temperature, top_p)."""
@@ -105,9 +129,12 @@ class RuntimeSampler:
         self._seed += count
         return params
 
-    @staticmethod
-    def _tokens(outputs: list[Any]) -> list[list[int]]:
-        return [[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs]
+
+class RuntimeSampler(RuntimeText[list[int]]):
+    """A `PlainSampler`: token ids of prompts and answers."""
+
+    def _made(self, output: Any) -> list[int]:
+        return [*output.prompt_token_ids, *output.outputs[0].token_ids]
 
 
 def packaged_lines(name: str) -> list[str]:
@@ -140,21 +167,44 @@ def sample_calibration(sampler: Sampler, tokens: int, seed: int = 0) -> Calibrat
     Raises:
         ValueError: `tokens` is too small, or the sampler's answers are malformed or too short.
     """
+    plain = sampler.continue_text if isinstance(sampler, PlainSampler) else None
+    return Calibration(sample_mix(sampler, plain, tokens, seed), "self-sampled")
+
+
+def sample_mix(
+    answer: Callable[[list[str]], list[T]],
+    continue_text: Callable[[list[str]], list[T]] | None,
+    tokens: int,
+    seed: int,
+) -> list[T]:
+    """Sample answers and, where that is possible, as much plain prose; see `sample_calibration`.
+
+    Args:
+        answer: Answers user prompts.
+        continue_text: Continues openers of plain prose.
+        tokens: Tokens wanted.
+        seed: Order of the prompts.
+
+    Returns:
+        Sequences of at most `SEQUENCE_TOKENS`.
+
+    Raises:
+        ValueError: `tokens` is too small, or the answers are malformed or too short.
+    """
     if tokens < 2:
         raise ValueError(f"calibration_tokens {tokens} is too small")
-    plain = isinstance(sampler, PlainSampler)
-    wanted = int(tokens * _PLAIN_SHARE) if plain else 0
-    sequences = _sample(sampler, "calibration_prompts.txt", tokens - wanted, seed)
-    if isinstance(sampler, PlainSampler) and wanted >= 2:
-        sequences += _sample(sampler.continue_text, "calibration_openers.txt", wanted, seed)
-    return Calibration(sequences, "self-sampled")
+    wanted = int(tokens * _PLAIN_SHARE) if continue_text is not None else 0
+    sequences = _sample(answer, "calibration_prompts.txt", tokens - wanted, seed)
+    if continue_text is not None and wanted >= 2:
+        sequences += _sample(continue_text, "calibration_openers.txt", wanted, seed)
+    return sequences
 
 
-def _sample(sampler: Sampler, file: str, tokens: int, seed: int) -> list[list[int]]:
+def _sample(sampler: Callable[[list[str]], list[T]], file: str, tokens: int, seed: int) -> list[T]:
     """Sample from a shuffled list of prompts, again and again until there are enough tokens."""
     prompts = packaged_lines(file)
     random.Random(seed).shuffle(prompts)
-    kept: list[list[int]] = []
+    kept: list[T] = []
     rest = tokens
     while rest >= 2:
         batch = prompts[: max(8, rest // _TYPICAL_TOKENS)]

@@ -3,9 +3,8 @@
 Each step takes a few sequences and follows the gradient of KL(dense || decomposed) at every
 position (distillation, arXiv 1503.02531). All weights of the blocks move: factors, norms, and the
 matrices that stayed dense, which make good what the others lost; embedding, head and biases stay.
-The dense model runs once over the text, before: what it says at a position is made again from its
-last residual stream, and its head and the other's run over few positions at a time, with the
-gradient.
+What the dense model says at a position is made again from its last state, which is known before;
+its head and the other's run over few positions at a time, with the gradient.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deinfer.decompose.checkpoint import Factors
+from deinfer.decompose.examples import Example
 from deinfer.decompose.master_weights import MasterWeights
 from deinfer.decompose.reference import LowRankLinear
 from deinfer.decompose.streaming import bf16_is_native
@@ -31,9 +31,11 @@ STEP_TOKENS = 1088
 """Tokens of an optimizer step, about."""
 _LEARNING_RATE = 1.4e-4
 _WARMUP_STEPS = 4
+_FASTEST = 1000.0  # tokens a second, a guess before the first step
 _HEAD_ROWS = 128  # positions whose logits are in memory
-_LENGTH_MULTIPLE = 32  # of padded sequences: few sizes, for which torch prepares products once
-_SORTED = 64  # sequences that are sorted by length together, so that steps have little padding
+_CACHED_ROWS = 8  # whose distributions stay in the CPU's caches while they are compared
+_LENGTH_MULTIPLE = 8  # of padded sequences: few sizes, for which torch prepares products once
+_SORTED = 128  # sequences that are sorted by length together, so that steps have little padding
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,8 @@ class Recovered:
 
 def recover(
     decomposed: Any,
-    teacher: Callable[[Tensor], Tensor],
-    sequences: Sequence[Sequence[int]],
-    streams: Sequence[Tensor],
+    head: Callable[[Tensor], Tensor],
+    text: Callable[[int], Sequence[Example]],
     *,
     steps: int = 0,
     seconds: float = 0.0,
@@ -74,12 +75,12 @@ def recover(
     Args:
         decomposed: Model of transformers with `LowRankLinear` layers in float32; changed in place,
             and where the CPU multiplies bf16, to that.
-        teacher: Makes the dense model's logits [rows, vocabulary] of rows of `streams`.
-        sequences: Token ids to train on, at most 512 each, used over and over.
-        streams: The dense model's residual stream after the last block [tokens, hidden] for each.
+        head: Makes the dense model's logits [rows, vocabulary], before a soft cap, of states.
+        text: Makes what to train on next, given how many tokens are wanted at most; asked whenever
+            all that it made has been used once.
         steps: Optimizer steps of about 1,100 tokens each; or
         seconds: Time to train for, whose end the learning rate reaches at zero.
-        seed: Order of the sequences.
+        seed: Order of the examples.
         progress: Show a progress bar with the loss in nats per token.
         clock: Tells the time in seconds.
 
@@ -87,7 +88,8 @@ def recover(
         What has changed. With `steps` it is deterministic.
 
     Raises:
-        ValueError: Not exactly one of `steps` and `seconds` is positive.
+        ValueError: Not exactly one of `steps` and `seconds` is positive, or `text` makes nothing to
+            train on.
         RuntimeError: The loss is not finite.
     """
     if (steps > 0) == (seconds > 0) or steps < 0 or seconds < 0:
@@ -102,17 +104,28 @@ def recover(
     start = clock()
     losses: list[float] = []
     tokens = 0
+
+    def wanted() -> int:
+        """Tokens that the rest of the training takes, about."""
+        if steps:
+            return (steps - len(losses)) * STEP_TOKENS
+        elapsed = max(clock() - start, 1e-9)
+        rest = (seconds - elapsed) * tokens / elapsed if tokens else seconds * _FASTEST
+        return max(int(rest), STEP_TOKENS)
+
     bar = progress_bar(progress, desc="recover", unit="step" if steps else "s", total=steps or None)
-    for step, members in enumerate(batches([len(s) for s in sequences], seed)):
-        elapsed = clock() - start
+    groups = batches(lambda: text(wanted()), seed)
+    while True:
+        step, elapsed = len(losses), clock() - start
         done = step / steps if steps else elapsed / seconds
         # A step that would end later than half of its time after the end is not begun.
         if done >= 1 or (seconds and step and elapsed + 0.5 * elapsed / step > seconds):
             break
         rate = min((step + 1) / _WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * done)))
-        ids, valid = _padded([sequences[i] for i in members])
-        target = torch.cat([streams[i] for i in members])
-        losses.append(_follow(decomposed, teacher, ids, valid, target))
+        members = next(groups)
+        ids, valid = _padded(members)
+        target = torch.cat([example.states for example in members])
+        losses.append(_follow(decomposed, head, ids, valid, target))
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"recovery diverged in step {step}: loss {losses[-1]}")
         master.step(_LEARNING_RATE * rate)
@@ -143,7 +156,7 @@ def _moves(name: str) -> bool:
 
 def _follow(
     decomposed: Any,
-    teacher: Callable[[Tensor], Tensor],
+    dense_head: Callable[[Tensor], Tensor],
     ids: Tensor,
     valid: Tensor,
     target: Tensor,
@@ -158,19 +171,42 @@ def _follow(
     for first in range(0, len(target), _HEAD_ROWS):
         rows = hidden[first : first + _HEAD_ROWS].detach().requires_grad_()
         count = len(rows)
-        logits = head(_whole(rows, _HEAD_ROWS))[:count].float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = head(_whole(rows, _HEAD_ROWS))
+        gradient = torch.empty_like(logits)
+        gradient[count:] = 0
         with torch.no_grad():
-            wanted = _whole(target[first : first + _HEAD_ROWS], _HEAD_ROWS)
-            log_p = teacher(wanted)[:count].float().log_softmax(-1)
-            log_q = logits.log_softmax(-1)
-            p = log_p.exp()
-            total += float(torch.dot(p.flatten(), log_p.sub_(log_q).flatten()))
-            gradient = log_q.exp_().sub_(p)  # of KL by the logits
+            wanted = dense_head(_whole(target[first : first + _HEAD_ROWS], _HEAD_ROWS))
+            for part in range(0, count, _CACHED_ROWS):
+                among = slice(part, min(part + _CACHED_ROWS, count))
+                total += _divergence(wanted[among], logits[among], cap, gradient[among])
         gradients.append(torch.autograd.grad(logits, rows, gradient)[0])
     hidden.backward(torch.cat(gradients) / len(target))
     return total / len(target)
+
+
+def _divergence(wanted: Tensor, logits: Tensor, cap: float | None, gradient: Tensor) -> float:
+    """Compute the KL of two rows' distributions, summed over rows.
+
+    Args:
+        wanted: The dense model's logits [rows, vocabulary], before the soft cap.
+        logits: The decomposed model's, likewise.
+        cap: The soft cap, if there is one.
+        gradient: Becomes the gradient by `logits`.
+
+    Returns:
+        KL(wanted || logits) in nats.
+    """
+    dense, capped = wanted.float(), logits.float()
+    if cap is not None:
+        dense, capped = (cap * torch.tanh(x / cap) for x in (dense, capped))
+    log_p, log_q = dense.log_softmax(-1), capped.log_softmax(-1)
+    p = log_p.exp()
+    total = float(torch.dot(p.flatten(), log_p.sub_(log_q).flatten()))
+    slope = log_q.exp_().sub_(p)
+    if cap is not None:
+        slope *= 1 - (capped / cap).square()
+    gradient.copy_(slope)
+    return total
 
 
 def _whole(rows: Tensor, count: int) -> Tensor:
@@ -184,42 +220,47 @@ def _soft_cap(model: Any) -> float | None:
     return cap
 
 
-def batches(lengths: Sequence[int], seed: int) -> Iterator[list[int]]:
-    """Group sequences of like length into steps of about 1,100 tokens, over and over.
+def batches(text: Callable[[], Sequence[Example]], seed: int) -> Iterator[list[Example]]:
+    """Group examples of like length into steps of about 1,100 tokens.
 
     Args:
-        lengths: Tokens of the sequences.
+        text: Makes examples; asked again when all of them have been yielded.
         seed: Of the order.
 
     Yields:
-        Indices of sequences, per step; each comes once in every round.
+        Examples per step.
+
+    Raises:
+        ValueError: `text` makes no example with a state.
     """
     numbers = random.Random(seed)
     while True:
-        order = list(range(len(lengths)))
-        numbers.shuffle(order)
-        groups: list[list[int]] = []
-        for first in range(0, len(order), _SORTED):
+        examples = [example for example in text() if len(example.states)]
+        if not examples:
+            raise ValueError("there is no text to train on")
+        numbers.shuffle(examples)
+        groups: list[list[Example]] = []
+        for first in range(0, len(examples), _SORTED):
             tokens = STEP_TOKENS
-            for i in sorted(order[first : first + _SORTED], key=lengths.__getitem__):
-                if tokens + lengths[i] > STEP_TOKENS:
+            for example in sorted(examples[first : first + _SORTED], key=len):
+                if tokens + len(example) > STEP_TOKENS:
                     groups.append([])
                     tokens = 0
-                groups[-1].append(i)
-                tokens += lengths[i]
+                groups[-1].append(example)
+                tokens += len(example)
         numbers.shuffle(groups)
         yield from groups
 
 
-def _padded(group: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and which of them count [batch, longest, rounded up].
+def _padded(group: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Token ids and which of them have states [batch, longest, rounded up].
 
     Right of a sequence stands padding, which causal attention keeps out of what comes before.
     """
     longest = -(-max(map(len, group)) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     ids = torch.zeros(len(group), longest, dtype=torch.int64)
     valid = torch.zeros(len(group), longest, dtype=torch.bool)
-    for i, sequence in enumerate(group):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        valid[i, : len(sequence)] = True
+    for i, example in enumerate(group):
+        ids[i, : len(example)] = torch.tensor(example.ids)
+        valid[i, len(example) - len(example.states) : len(example)] = True
     return ids, valid

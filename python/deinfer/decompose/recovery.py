@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deinfer.architectures import attention_implementation
-from deinfer.decompose.calibration import (
-    Calibration,
-    RuntimeSampler,
-    Sampler,
-    sample_calibration,
-)
+from deinfer.decompose.calibration import Calibration, Sampler, sample_calibration
+from deinfer.decompose.examples import Example, ExampleSampler, end_examples, run_examples
 from deinfer.decompose.options import Options
-from deinfer.decompose.recover import STEP_TOKENS, recover
+from deinfer.decompose.recover import recover
 from deinfer.decompose.reference import install_factors
 from deinfer.decompose.source import SourceCheckpoint
 from deinfer.decompose.streaming import StreamedModel
@@ -28,8 +24,7 @@ from deinfer.decompose.workdir import (
     write_factors,
 )
 
-_SAMPLING_SHARE = 0.1  # of the minutes; the rest is training
-_SAMPLING_ROUND = 8192  # tokens
+_ROUND_TOKENS = 16384  # sampled at a time
 
 
 class Recovery:
@@ -81,18 +76,12 @@ class Recovery:
     def _train(self, calibration: Calibration) -> dict[str, float]:
         seconds = 60 * self._options.recover_minutes
         start = time.monotonic()
-        sampled = self._sampled(calibration, seconds)
-        sequences = calibration.sequences + sampled
-        streams = self._streams(calibration)
-        if sampled:
-            streams += self._model.run(self._model.embed_all(sampled))
         student = self._student()
         with self._model.ends():
             made = recover(
                 student,
-                self._model.logits,
-                sequences,
-                streams,
+                self._model.head,
+                self._text(calibration),
                 steps=self._options.recover_steps,
                 seconds=max(seconds - (time.monotonic() - start), 1.0) if seconds else 0.0,
                 seed=self._options.seed,
@@ -114,33 +103,44 @@ class Recovery:
             "last_loss": made.last_loss,
         }
 
-    def _streams(self, calibration: Calibration) -> list[Tensor]:
-        """The dense model's residual streams after the last block, of the calibration text."""
+    def _text(self, calibration: Calibration) -> Callable[[int], list[Example]]:
+        """What to train on: the calibration text, then text that was never seen.
+
+        What was seen before is learnt by heart: training on self-sampled text over and over lowers
+        the loss there alone. A text that was given is all there is.
+        """
+        options, model = self._options, self._model
+        seed = options.seed + 10**6
+        if options.calibration is not None:
+            given = self._calibration(calibration)
+            return lambda tokens: given
+        sampler: ExampleSampler | None = None
+
+        def text(tokens: int) -> list[Example]:
+            nonlocal sampler, seed
+            seed += 1
+            tokens = min(tokens, _ROUND_TOKENS)
+            if self._sampler is not None:
+                sampled = sample_calibration(self._sampler, tokens, seed).sequences
+                return run_examples(model, sampled)
+            if sampler is None:
+                layers = len(model.prefixes)
+                sampler = ExampleSampler(
+                    self._source.path, layers, seed=seed, progress=self._progress
+                )
+            return sampler.sample(tokens, seed)
+
+        return text
+
+    def _calibration(self, calibration: Calibration) -> list[Example]:
+        """The calibration text with the dense model's states."""
         model, count = self._model, len(self._model.prefixes)
         if not self._work.has("inputs", count):
-            return model.run(model.embed_all(calibration.sequences))
+            return run_examples(model, calibration.sequences)
         with open(self._work.file("inputs", count), "rb") as file:
             rows = RowReader(file, model.hidden_size, model.dtype)
-            return [rows.read(len(sequence)) for sequence in calibration.sequences]
-
-    def _sampled(self, calibration: Calibration, seconds: float) -> list[list[int]]:
-        """More text to train on, where the model samples its own."""
-        options = self._options
-        tokens = options.recover_steps * STEP_TOKENS - calibration.tokens
-        if options.calibration is not None or (options.recover_steps and tokens < 2):
-            return []
-        seed = options.seed + 1
-        sampler = self._sampler or RuntimeSampler(
-            self._source.path, seed=options.seed + 10**6, progress=self._progress
-        )
-        if options.recover_steps:
-            return sample_calibration(sampler, tokens, seed).sequences
-        start, sequences = time.monotonic(), []
-        while True:
-            sequences += sample_calibration(sampler, _SAMPLING_ROUND, seed).sequences
-            seed += 1
-            if time.monotonic() - start > _SAMPLING_SHARE * seconds:
-                return sequences
+            streams = [rows.read(len(sequence)) for sequence in calibration.sequences]
+        return end_examples(model, calibration.sequences, streams)
 
     def _student(self) -> Any:
         """The decomposed model, float32."""

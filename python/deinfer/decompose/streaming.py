@@ -30,11 +30,13 @@ class _Pass:
     Attributes:
         last_output: What the last block returns; None passes its input on.
         first_input: What the first block got.
+        states: What the head gets.
         arguments: Keyword arguments of every block.
     """
 
     last_output: Tensor | None
     first_input: Tensor | None = None
+    states: Tensor | None = None
     arguments: list[dict[str, Any]] | None = None
 
 
@@ -98,7 +100,10 @@ class StreamedModel:
 
     @contextmanager
     def ends(self) -> Iterator[None]:
-        """Hold the embedding and the output head in memory."""
+        """Hold the embedding and the output head in memory; within another `ends`, go on to."""
+        if not self._ends[0].weight.is_meta:
+            yield
+            return
         tied = bool(self._model.config.tie_word_embeddings)
         self._assign(self._model, self._end_names[:1] if tied else self._end_names, "")
         if tied:
@@ -134,6 +139,31 @@ class StreamedModel:
         outputs: list[Tensor] = []
         self._run(hidden[None], outputs)
         return outputs[0][0]
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm, and what else a model does before its head.
+
+        Args:
+            hidden: Residual stream [tokens, hidden] after the last block.
+
+        Returns:
+            What the head is given [tokens, hidden], without gradients.
+        """
+        made = self._run(hidden[None])
+        assert made.states is not None
+        return made.states[0]
+
+    def head(self, states: Tensor) -> Tensor:
+        """Apply the head to what `states` gives; within `ends`.
+
+        Args:
+            states: [tokens, hidden].
+
+        Returns:
+            Logits [tokens, vocabulary], before a soft cap.
+        """
+        logits: Tensor = self._ends[1](states.to(self.dtype))
+        return logits
 
     def run(self, streams: Sequence[Tensor], change: Change | None = None) -> list[Tensor]:
         """Run all blocks on several sequences, without gradients.
@@ -244,7 +274,7 @@ class StreamedModel:
         try:
             if logits is None:
                 with torch.no_grad():
-                    self._model.get_decoder()(**given)
+                    made.states = self._model.get_decoder()(**given).last_hidden_state
             else:
                 logits.append(self._model(**given).logits)
         finally:
