@@ -160,7 +160,6 @@ def grid(arguments: argparse.Namespace, results: dict[str, Any]) -> list[Check]:
             row[f"{keep:g}"] = entry
             print(f"  keep {keep:g}: {entry}", flush=True)
             save(arguments, results)
-    plot(results, arguments)
     return grid_checks(results)
 
 
@@ -343,6 +342,8 @@ def main() -> None:
         before = environment()
         checks |= {check.name: check for check in PARTS[part](arguments, results)}
         results.setdefault("environment", {})[part] = before
+    if "grid" in results:
+        plot(results, arguments)
     finish("decompose", results, list(checks.values()), arguments.json, arguments.check)
 
 

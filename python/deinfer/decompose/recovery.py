@@ -104,10 +104,9 @@ class Recovery:
         }
 
     def _text(self, calibration: Calibration) -> Callable[[int], list[Example]]:
-        """What to train on: the calibration text, then text that was never seen.
+        """What to train on: text that neither calibration nor training saw, or the one given.
 
-        What was seen before is learnt by heart: training on self-sampled text over and over lowers
-        the loss there alone. A text that was given is all there is.
+        What comes again is learnt by heart: the loss on it falls far more than that on other text.
         """
         options, model = self._options, self._model
         seed = options.seed + 10**6
