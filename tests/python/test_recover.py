@@ -70,7 +70,7 @@ def test_an_example_is_cut_with_its_states() -> None:
 
 def test_the_runtime_s_states_are_those_of_the_dense_model(tiny_model: Path) -> None:
     model = StreamedModel(SourceCheckpoint(tiny_model), torch.float32)
-    sampler = ExampleSampler(tiny_model, len(model.prefixes), seed=3, progress=False)
+    sampler = ExampleSampler(tiny_model, len(model.prefixes), seed=3)
     examples = sampler.sample(1500, seed=1)
     assert 0.9 * 1500 <= sum(map(len, examples)) <= 1500
     whole = run_examples(model, [example.ids for example in examples])

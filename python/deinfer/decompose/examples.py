@@ -47,15 +47,13 @@ class ExampleSampler(RuntimeText[Example]):
         model: Checkpoint directory of the dense model.
         layers: Blocks of the model.
         seed: Seed of the first prompt.
-        progress: Show progress bars.
     """
 
-    def __init__(self, model: Path, layers: int, *, seed: int, progress: bool) -> None:
+    def __init__(self, model: Path, layers: int, *, seed: int) -> None:
         """Load the model."""
         super().__init__(
             model,
             seed=seed,
-            progress=progress,
             engine={"hidden_state_layers": [layers]},
             sampling={"hidden_states": 1, "detokenize": False},
         )

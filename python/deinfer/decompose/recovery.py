@@ -123,10 +123,7 @@ class Recovery:
                 sampled = sample_calibration(self._sampler, tokens, seed).sequences
                 return run_examples(model, sampled)
             if sampler is None:
-                layers = len(model.prefixes)
-                sampler = ExampleSampler(
-                    self._source.path, layers, seed=seed, progress=self._progress
-                )
+                sampler = ExampleSampler(self._source.path, len(model.prefixes), seed=seed)
             return sampler.sample(tokens, seed)
 
         return text
