@@ -99,7 +99,8 @@ def add_parser(commands: Commands) -> None:
         default=0.0,
         metavar="MINUTES",
         help="then train all weights of the blocks, factors and what stayed dense, on the dense "
-        "model's outputs for so long; holds 20 bytes of memory for each of them (default: 0)",
+        "model's outputs for so long, on text that it samples meanwhile or on --calibration; holds "
+        "20 bytes of memory for each of them, and the dense model once more to sample (default: 0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampled text (default: 0)")
     parser.add_argument(
