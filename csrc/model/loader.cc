@@ -188,7 +188,12 @@ std::vector<float> WeightLoader::bias(const LinearPart& part, int n,
 
 LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int n, int k,
                                    const std::vector<std::int32_t>& row_map, bool all_heads) {
-  const LinearPart part = this->part(name, role, n, k, all_heads);
+  return pack_linear(part(name, role, n, k, all_heads), name, n, k, row_map, &arena_);
+}
+
+LowRankLinear WeightLoader::pack_linear(const LinearPart& part, const std::string& name, int n,
+                                        int k, const std::vector<std::int32_t>& row_map,
+                                        BufferArena* arena) {
   const LinearTensors& tensors = part.tensors;
   const LinearPlacement& place = part.place;
   LowRankLinear linear;
@@ -200,10 +205,6 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
   const std::vector<std::int32_t> in_order;
   const std::vector<std::int32_t>& packed_map = part.exchanges_output() ? in_order : row_map;
   if (part.exchanges_output()) linear.y_map = row_map;
-  // Gate and up move once both are there.
-  const bool moves =
-      is_gated(config_.mlp) && (role == LinearRole::kGate || role == LinearRole::kUp);
-  BufferArena* arena = moves && !part.exchanges_output() ? nullptr : &arena_;
   if (part.multiplied_out) {
     const std::vector<float> values = product(part, n, k);
     linear.w = pack_part(format_.dtype,
@@ -230,10 +231,15 @@ LowRankLinear WeightLoader::linear(const std::string& name, LinearRole role, int
 std::pair<LowRankLinear, LowRankLinear> WeightLoader::gate_and_up(const std::string& gate,
                                                                   const std::string& up, int n,
                                                                   int k) {
-  std::pair linears{linear(gate, LinearRole::kGate, n, k), linear(up, LinearRole::kUp, n, k)};
-  auto& [first, second] = linears;
-  if (first.exchange(StepKind::kDecode).after_u == Exchange::kNone) {
-    cpu::interleave_panels(first.output_factor(), second.output_factor(), arena_, team_);
+  const LinearPart gate_part = part(gate, LinearRole::kGate, n, k);
+  const LinearPart up_part = part(up, LinearRole::kUp, n, k);
+  const bool combined = !gate_part.exchanges_output();  // else they are not read together
+  BufferArena* arena = combined ? nullptr : &arena_;    // for where they stay
+  std::pair linears{pack_linear(gate_part, gate, n, k, {}, arena),
+                    pack_linear(up_part, up, n, k, {}, arena)};
+  if (combined) {
+    cpu::interleave_panels(linears.first.output_factor(), linears.second.output_factor(), arena_,
+                           team_);
   }
   return linears;
 }

@@ -106,7 +106,10 @@ class WeightLoader {
 
  private:
   LinearTensors linear_tensors(const std::string& name, int k) const;
-  /// From `arena`, or by itself where that is null.
+  /// The output factor's memory is from `arena`, or by itself where that is null.
+  LowRankLinear pack_linear(const LinearPart& part, const std::string& name, int n, int k,
+                            const std::vector<std::int32_t>& row_map, BufferArena* arena);
+  /// Likewise.
   cpu::PackedMatrix pack_part(DType dtype, const TensorView& part,
                               const std::vector<std::int32_t>& row_map, BufferArena* arena);
   cpu::PackedMatrix pack(DType dtype, const std::string& tensor, int n, int k, Range rows,

@@ -56,7 +56,7 @@ def test_batches_use_all_text_once_and_then_ask_for_more() -> None:
     order = [[example.ids for example in group] for group in groups(3)]
     assert order == [[example.ids for example in group] for group in groups(3)]
     assert order != [[example.ids for example in group] for group in groups(4)]
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="none of 1 sequences"):
         next(batches(lambda: [nothing], 0))
 
 

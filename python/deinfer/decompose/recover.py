@@ -235,9 +235,10 @@ def batches(text: Callable[[], Sequence[Example]], seed: int) -> Iterator[list[E
     """
     numbers = random.Random(seed)
     while True:
-        examples = [example for example in text() if len(example.states)]
+        made = text()
+        examples = [example for example in made if len(example.states)]
         if not examples:
-            raise ValueError("there is no text to train on")
+            raise ValueError(f"none of {len(made)} sequences to train on has a state")
         numbers.shuffle(examples)
         groups: list[list[Example]] = []
         for first in range(0, len(examples), _SORTED):
