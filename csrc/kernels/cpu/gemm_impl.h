@@ -1,7 +1,7 @@
 // Tokens times one panel of packed weights. Include a simd_*.h before.
 //
 // A step is a vector of weights per 16 rows, and half a vector for 8 rows left: one k of fp32, or a
-// pair of k of bf16 or int8.
+// pair of k of bf16 or int8. Sums of 8 rows left are half a vector too, so two tokens share one.
 // Every output is one accumulator that takes the steps in ascending order, whatever m, the pass or
 // the chunk, so its bits depend on its own inputs only.
 #pragma once
@@ -13,13 +13,12 @@ struct DotF32 {
   using Element = float;
   using Weight = float;
   using Operand = Vec;
-  using HalfOperand = Half;
   static constexpr int kElements = 1;  // of k per step
   static constexpr int kMaxTokens = kGemmTokensF32;
   static constexpr int kPhases = 1;  // multiply-adds per step and vector
   template <int kPhase>
-  static Half half_weights(const float* w) {
-    return load_half(w);
+  static Vec half_weights(const float* w) {
+    return load_halves(w, w);
   }
   template <int kPhase, int kVecs>
   static void weights(const float* w, Vec (&out)[kVecs]) {
@@ -30,23 +29,19 @@ struct DotF32 {
   static Vec input(const float* x) {
     return broadcast(*x);
   }
-  template <typename V>
-  static V dot(V acc, const V& w, const V& x) {
-    return fma(w, x, acc);
-  }
+  static Vec dot(const Vec& acc, const Vec& w, const Vec& x) { return fma(w, x, acc); }
 };
 
 struct DotBf16 {
   using Element = bf16;
   using Weight = bf16;
   using Operand = Pairs;
-  using HalfOperand = HalfPairs;
   static constexpr int kElements = 2;
   static constexpr int kMaxTokens = kGemmTokensBf16;
   static constexpr int kPhases = kPairPhases;
   template <int kPhase>
-  static HalfPairs half_weights(const bf16* w) {
-    return load_half_pairs<kPhase>(w);
+  static Pairs half_weights(const bf16* w) {
+    return load_pairs_twice<kPhase>(w);
   }
   template <int kPhase, int kVecs>
   static void weights(const bf16* w, Pairs (&out)[kVecs]) {
@@ -57,10 +52,7 @@ struct DotBf16 {
   static Pairs input(const bf16* x) {
     return broadcast_pair<kPhase>(x);
   }
-  template <typename V, typename P>
-  static V dot(V acc, const P& w, const P& x) {
-    return pair_dot(acc, w, x);
-  }
+  static Vec dot(const Vec& acc, const Pairs& w, const Pairs& x) { return pair_dot(acc, w, x); }
 };
 
 /// Expands the weights in registers; the products are those of DotBf16, bit for bit.
@@ -72,7 +64,6 @@ struct DotInt8 : DotBf16 {
   }
 };
 
-inline constexpr int kHalfLanes = kLanes / 2;
 inline constexpr int kPanelHalves = kPanelRows / kHalfLanes;
 inline constexpr int kStepUnroll = 4;
 inline constexpr int kChunkSteps = 512;  // 64 KiB of a panel, which the passes read from L2
@@ -100,7 +91,7 @@ template <int kHalves, int kTokens>
 struct Sums {
   static constexpr int kVecs = kHalves / 2;
   Vec vec[kTokens][kVecs == 0 ? 1 : kVecs];
-  Half half[kTokens];
+  Vec halves[(kTokens + 1) / 2];  // of tokens 2i and 2i + 1; the last of an odd number is alone
 };
 
 /// The sums in c[kTokens, kPanelRows]; zeros if `first`.
@@ -113,8 +104,10 @@ template <int kHalves, int kTokens>
     const float* row = c + i * kPanelRows;
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = first ? zero() : load(row + j * kLanes);
-    if constexpr (kHalves % 2 == 1) {
-      sums.half[i] = first ? low_half(zero()) : load_half(row + kVecs * kLanes);
+    if (kHalves % 2 == 1 && i % 2 == 0) {
+      const float* low = row + kVecs * kLanes;
+      const float* high = i + 1 < kTokens ? low + kPanelRows : low;
+      sums.halves[i / 2] = first ? zero() : load_halves(low, high);
     }
   }
 }
@@ -126,7 +119,11 @@ template <int kHalves, int kTokens>
     float* row = c + i * kPanelRows;
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) store(row + j * kLanes, sums.vec[i][j]);
-    if constexpr (kHalves % 2 == 1) store_half(row + kVecs * kLanes, sums.half[i]);
+    if constexpr (kHalves % 2 == 1) {
+      float* half = row + kVecs * kLanes;
+      i % 2 == 0 ? store_low_half(half, sums.halves[i / 2])
+                 : store_high_half(half, sums.halves[i / 2]);
+    }
   }
 }
 
@@ -136,20 +133,24 @@ template <typename Dot, int kPhase, int kHalves, int kTokens>
                                              const typename Dot::Weight* w,
                                              Sums<kHalves, kTokens>& sums) {
   constexpr int kVecs = kHalves / 2;
-  typename Dot::Operand weights[kVecs == 0 ? 1 : kVecs];
-  typename Dot::HalfOperand half_weights;
+  using Operand = typename Dot::Operand;
+  Operand weights[kVecs == 0 ? 1 : kVecs];
+  Operand half_weights;
   if constexpr (kVecs > 0) Dot::template weights<kPhase>(w, weights);
   if constexpr (kHalves % 2 == 1) {
     half_weights = Dot::template half_weights<kPhase>(w + kVecs * kLanes * Dot::kElements);
   }
+  Operand before;  // of the token before
 #pragma GCC unroll 8
   for (int i = 0; i < kTokens; ++i) {
-    auto input = Dot::template input<kPhase>(x + i * ldx);
+    const Operand input = Dot::template input<kPhase>(x + i * ldx);
 #pragma GCC unroll 2
     for (int j = 0; j < kVecs; ++j) sums.vec[i][j] = Dot::dot(sums.vec[i][j], weights[j], input);
-    if constexpr (kHalves % 2 == 1) {
-      sums.half[i] = Dot::dot(sums.half[i], half_weights, low_half(input));
+    if (kHalves % 2 == 1 && (i % 2 == 1 || i + 1 == kTokens)) {
+      const Operand both = i % 2 == 1 ? join_halves(before, input) : input;
+      sums.halves[i / 2] = Dot::dot(sums.halves[i / 2], half_weights, both);
     }
+    before = input;
   }
 }
 

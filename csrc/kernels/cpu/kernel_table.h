@@ -26,6 +26,7 @@
 namespace deinfer::cpu {
 
 inline constexpr int kLanes = 16;
+inline constexpr int kHalfLanes = kLanes / 2;
 inline constexpr int kPanelRows = 32;
 /// KV positions that share one step of the online softmax; tiles are aligned to it.
 inline constexpr int kKvTile = 64;

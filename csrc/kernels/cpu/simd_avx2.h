@@ -171,11 +171,12 @@ inline float reduce_max(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 
-using Half = __m256;
-inline Half low_half(const Vec& v) { return v.lo; }
-inline Half load_half(const float* p) { return _mm256_loadu_ps(p); }
-inline void store_half(float* p, Half v) { _mm256_storeu_ps(p, v); }
-inline Half fma(Half a, Half b, Half c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec load_halves(const float* low, const float* high) {
+  return {_mm256_loadu_ps(low), _mm256_loadu_ps(high)};
+}
+inline Vec join_halves(const Vec& low, const Vec& high) { return {low.lo, high.hi}; }
+inline void store_low_half(float* p, const Vec& v) { _mm256_storeu_ps(p, v.lo); }
+inline void store_high_half(float* p, const Vec& v) { _mm256_storeu_ps(p, v.hi); }
 
 using Pairs = Vec;
 inline constexpr int kPairPhases = 2;
@@ -200,12 +201,11 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
 
-using HalfPairs = Half;
 template <int kPhase>
-inline HalfPairs load_half_pairs(const bf16* p) {
-  return elements_of<kPhase>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline Pairs load_pairs_twice(const bf16* p) {
+  __m256 element = elements_of<kPhase>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {element, element};
 }
-inline Half pair_dot(Half acc, HalfPairs w, HalfPairs x) { return fma(w, x, acc); }
 
 // A byte's sign goes to bit 31 and its magnitude m to the top mantissa bits of 128 + m, so that
 // subtracting 128 leaves m exactly.

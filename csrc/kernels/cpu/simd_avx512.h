@@ -54,11 +54,17 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 
-using Half = __m256;
-inline Half low_half(Vec v) { return _mm512_castps512_ps256(v); }
-inline Half load_half(const float* p) { return _mm256_loadu_ps(p); }
-inline void store_half(float* p, Half v) { _mm256_storeu_ps(p, v); }
-inline Half fma(Half a, Half b, Half c) { return _mm256_fmadd_ps(a, b, c); }
+inline constexpr __mmask16 kHighHalf = 0xff00;
+inline Vec load_halves(const float* low, const float* high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
+inline Vec join_halves(Vec low, Vec high) { return _mm512_mask_blend_ps(kHighHalf, low, high); }
+inline void store_low_half(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_castps512_ps256(v)); }
+inline void store_high_half(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_extractf32x8_ps(v, 1)); }
+/// 32 bytes in both halves.
+inline __m512i load_twice(const void* p) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
 
 inline Vec exponent_from_bits(Vec v, std::uint32_t bias) {
   __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(v), 23);

@@ -28,15 +28,14 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, Pairs w, Pairs x) { return _mm512_dpbf16_ps(acc, w, x); }
 
-using HalfPairs = __m256bh;
-inline HalfPairs low_half(Pairs v) {
-  return reinterpret_cast<HalfPairs>(_mm512_castsi512_si256(reinterpret_cast<__m512i>(v)));
-}
 template <int kPhase>
-inline HalfPairs load_half_pairs(const bf16* p) {
-  return reinterpret_cast<HalfPairs>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline Pairs load_pairs_twice(const bf16* p) {
+  return reinterpret_cast<Pairs>(load_twice(p));
 }
-inline Half pair_dot(Half acc, HalfPairs w, HalfPairs x) { return _mm256_dpbf16_ps(acc, w, x); }
+inline Pairs join_halves(Pairs low, Pairs high) {
+  return reinterpret_cast<Pairs>(_mm512_mask_blend_epi32(kHighHalf, reinterpret_cast<__m512i>(low),
+                                                         reinterpret_cast<__m512i>(high)));
+}
 
 /// The two bytes of the bf16 numbers 0 .. 127.
 struct Bf16Bytes {
@@ -76,9 +75,7 @@ inline void expand_int8(const std::int8_t* p, bf16* out) {
 /// The 16 exponents of a compressed panel (compressed_panel.h), twice, as only the upper bits of an
 /// index are ignored.
 using Exponents = __m512i;
-inline Exponents load_exponents(const std::uint16_t* p) {
-  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+inline Exponents load_exponents(const std::uint16_t* p) { return load_twice(p); }
 /// The four vectors of a unit.
 inline void load_compressed(const std::byte* unit, Exponents exponents, Pairs (&out)[4]) {
   const __m512i kept[2] = {_mm512_loadu_si512(unit), _mm512_loadu_si512(unit + 64)};

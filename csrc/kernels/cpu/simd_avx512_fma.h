@@ -41,14 +41,10 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, Pairs w, Pairs x) { return fma(w, x, acc); }
 
-using HalfPairs = Half;
 template <int kPhase>
-inline HalfPairs load_half_pairs(const bf16* p) {
-  __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm256_castsi256_ps(kPhase == 0 ? _mm256_and_si256(pairs, _mm256_set1_epi32(-65536))
-                                         : _mm256_slli_epi32(pairs, 16));
+inline Pairs load_pairs_twice(const bf16* p) {
+  return elements_of<kPhase>(load_twice(p));
 }
-inline Half pair_dot(Half acc, HalfPairs w, HalfPairs x) { return fma(w, x, acc); }
 
 // A byte's sign goes to bit 31 and its magnitude m to the top mantissa bits of 128 + m, so that
 // subtracting 128 leaves m exactly.

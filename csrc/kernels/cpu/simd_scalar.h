@@ -147,29 +147,18 @@ inline float reduce_max(Vec v) {
   return v.lane[0];
 }
 
-/// 8 floats, for what is left of rows that fill no vector.
-struct Half {
-  float lane[kLanes / 2];
-};
-
-/// A half of f(lane).
-template <typename F>
-inline Half make_half(F f) {
-  Half out;
-  for (int i = 0; i < kLanes / 2; ++i) out.lane[i] = f(i);
-  return out;
+/// Two halves of 8 floats each, of rows that fill no vector.
+inline Vec load_halves(const float* low, const float* high) {
+  return make_vec([=](int i) { return i < kHalfLanes ? low[i] : high[i - kHalfLanes]; });
 }
-inline Half low_half(const Vec& v) {
-  return make_half([&](int i) { return v.lane[i]; });
+inline Vec join_halves(const Vec& low, const Vec& high) {
+  return make_vec([&](int i) { return i < kHalfLanes ? low.lane[i] : high.lane[i]; });
 }
-inline Half load_half(const float* p) {
-  return make_half([=](int i) { return p[i]; });
+inline void store_low_half(float* p, const Vec& v) {
+  for (int i = 0; i < kHalfLanes; ++i) p[i] = v.lane[i];
 }
-inline void store_half(float* p, const Half& v) {
-  for (int i = 0; i < kLanes / 2; ++i) p[i] = v.lane[i];
-}
-inline Half fma(const Half& a, const Half& b, const Half& c) {
-  return make_half([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+inline void store_high_half(float* p, const Vec& v) {
+  for (int i = 0; i < kHalfLanes; ++i) p[i] = v.lane[kHalfLanes + i];
 }
 
 /// 16 pairs of bf16: weights of 16 rows, or one pair of inputs in every lane. Without an
@@ -188,13 +177,10 @@ inline Pairs broadcast_pair(const bf16* p) {
 }
 inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
 
-using HalfPairs = Half;
+/// The weights of 8 rows in both halves.
 template <int kPhase>
-inline HalfPairs load_half_pairs(const bf16* p) {
-  return make_half([=](int i) { return widen(p[2 * i + 1 - kPhase]); });
-}
-inline Half pair_dot(const Half& acc, const HalfPairs& w, const HalfPairs& x) {
-  return fma(w, x, acc);
+inline Pairs load_pairs_twice(const bf16* p) {
+  return make_vec([=](int i) { return widen(p[2 * (i % kHalfLanes) + 1 - kPhase]); });
 }
 
 /// The 64 bytes of an int8 panel at p (kernel_table.h) as pairs of the rows 0..15 and 16..31.
