@@ -69,7 +69,7 @@ def decompose_model(
         recover_minutes: Minutes of training on the dense model's outputs afterwards, sampling of
             its text included; all weights of the blocks move, and 20 bytes of memory are held for
             each of them.
-        recover_steps: Instead: steps of about 1,100 tokens.
+        recover_steps: Instead: steps of about 500 tokens.
         seed: Seed of the sampling.
         sampler: Source of self-sampled sequences; the native runtime by default.
         overwrite: Replace an existing destination.

@@ -27,9 +27,9 @@ from deinfer.decompose.reference import LowRankLinear
 from deinfer.decompose.streaming import bf16_is_native
 from deinfer.progress import progress_bar
 
-STEP_TOKENS = 1088
+STEP_TOKENS = 544
 """Tokens of an optimizer step, about."""
-_LEARNING_RATE = 1.4e-4
+_LEARNING_RATE = 1e-4
 _WARMUP_STEPS = 4
 _FASTEST = 1000.0  # tokens a second, a guess before the first step
 _HEAD_ROWS = 128  # positions whose logits are in memory
@@ -78,7 +78,7 @@ def recover(
         head: Makes the dense model's logits [rows, vocabulary], before a soft cap, of states.
         text: Makes what to train on next, given how many tokens are wanted at most; asked whenever
             all that it made has been used once.
-        steps: Optimizer steps of about 1,100 tokens each; or
+        steps: Optimizer steps of about 500 tokens each; or
         seconds: Time to train for, whose end the learning rate reaches at zero.
         seed: Order of the examples.
         progress: Show a progress bar with the loss in nats per token.
@@ -221,7 +221,7 @@ def _soft_cap(model: Any) -> float | None:
 
 
 def batches(text: Callable[[], Sequence[Example]], seed: int) -> Iterator[list[Example]]:
-    """Group examples of like length into steps of about 1,100 tokens.
+    """Group examples of like length into steps of about 500 tokens.
 
     Args:
         text: Makes examples; asked again when all of them have been yielded.

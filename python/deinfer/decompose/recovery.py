@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deinfer.architectures import attention_implementation
 from deinfer.decompose.calibration import Calibration, Sampler, sample_calibration
 from deinfer.decompose.examples import Example, ExampleSampler, end_examples, run_examples
 from deinfer.decompose.options import Options
@@ -140,12 +139,11 @@ class Recovery:
 
     def _student(self) -> Any:
         """The decomposed model, float32."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        path = str(self._source.path)
-        attention = attention_implementation(AutoConfig.from_pretrained(path))
+        # With sequences as short as these, sdpa's backward is the slower.
         student = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention
+            str(self._source.path), dtype=torch.float32, attn_implementation="eager"
         ).eval()
         factors = SpooledFactors(self._work, "factors", self._model.prefixes, self._names)
         install_factors(student, factors, torch.float32)
