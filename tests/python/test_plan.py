@@ -255,15 +255,19 @@ def test_latents_over_ranks(plan: Command, tmp_path: Path) -> None:
 def test_overlap_is_predicted_only_where_the_runtime_has_it(plan: Command, tmp_path: Path) -> None:
     path = write_config(tmp_path, LLAMA3_70B)
     arguments = (path, "--tp", 8, "--keep", 0.4, "--link", "200:20", "--hardware", "cpu:100:2000")
-    whole, cut = (plan.report(*arguments, *more)["plans"] for more in ((), ("--overlap",)))
-    for plain, overlapped in zip(whole, cut, strict=True):
+    whole, chunked = (plan.report(*arguments, *more)["plans"] for more in ((), ("--overlap",)))
+    for plain, overlapped in zip(whole, chunked, strict=True):
         # Few tokens: only sums of z are cut. Many: everything is.
         has = plain["plan"] in ("hidden_sharded", "rank_gather", "two_collective", "token_sharded")
         for phase, before in plain["phases"].items():
             after = overlapped["phases"][phase]
-            assert before["chunks"] == 1 and after["seconds"] <= before["seconds"]
+            cut = after["chunks"] > 1
+            assert before["chunks"] == 1
+            assert after["seconds"] <= (0.97 if cut else 1) * before["seconds"]
             if phase in ("decode:1", "decode:4", "decode:16", "decode:64"):
-                assert (after["chunks"] > 1) == has, (plain["plan"], phase)
+                assert has or not cut, (plain["plan"], phase)
+        decode = [overlapped["phases"][f"decode:{batch}"]["chunks"] for batch in (1, 4, 16, 64)]
+        assert (max(decode) > 1) == has, (plain["plan"], decode)
 
 
 def test_memory(plan: Command, tmp_path: Path) -> None:
