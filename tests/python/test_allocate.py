@@ -59,7 +59,7 @@ def test_allocation_holds_the_budget(seed: int, count: int, keep: float, multipl
         allowed = candidate_ranks(c.n, c.k, multiple)
         assert rank is None or (rank in allowed and rank * (c.n + c.k) < c.n * c.k)
         spent += parameters(c, rank)
-    assert spent <= keep * total
+    assert spent <= keep * total * (1 + 1e-12)  # as the last digits of a keep must cost nothing
     uniform = uniform_ranks(candidates, keep, multiple)
     if sum(parameters(c, uniform[name]) for name, c in candidates.items()) <= spent:
         assert loss(candidates, ranks) <= loss(candidates, uniform) * (1 + 1e-9)
