@@ -10,6 +10,7 @@
 #include "base/thread_team.h"
 #include "comm/local.h"
 #include "kernels/cpu/compressed_panel.h"
+#include "ops/panel_jobs.h"
 #include "plan/overlap.h"
 
 namespace deinfer {
@@ -120,40 +121,22 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
   const std::size_t plain = std::size_t{cpu::kPanelRows} * kColumns * dtype_size(dtype);
   const std::size_t panel = format.compressed ? cpu::compressed_panel_bytes(kColumns) : plain;
   const auto panels = static_cast<int>(kStreamBytes / panel);
-  const std::size_t stream_bytes = static_cast<std::size_t>(panels) * panel;
-  Buffer weights(stream_bytes);
+  cpu::PackedMatrix weights = cpu::allocate_packed(dtype, panels * cpu::kPanelRows, kColumns,
+                                                   cpu::kPanelRows, nullptr, format.compressed);
   const Buffer zeros(plain);
   Buffer one(panel);
   if (format.compressed) {
     cpu::compress_panel(zeros.as<bf16>(), kColumns, one.as<std::byte>());
   }
-  std::vector<Buffer> inputs;
-  std::vector<Buffer> tiles;
+  std::vector<ActivationBuffer> inputs;
+  std::vector<ThreadScratch> scratch(static_cast<std::size_t>(team.size()));
   for (int i = 0; i < team.size(); ++i) {
-    inputs.emplace_back(std::size_t{kTokens} * kColumns * sizeof(float));
-    tiles.emplace_back(std::size_t{kTokens} * cpu::kPanelRows * sizeof(float));
+    inputs.emplace_back(dtype == DType::kFloat32 ? dtype : DType::kBFloat16, kTokens, kColumns);
   }
-  const std::vector<float> scales(cpu::kPanelRows, 1.0f);
   auto multiply = [&](const TeamMember& member, int index, int tokens, int columns = kColumns) {
     auto id = static_cast<std::size_t>(member.id());
-    const std::byte* at = weights.as<std::byte>() + static_cast<std::size_t>(index) * panel;
-    auto* tile = tiles[id].as<float>();
-    if (format.compressed) {
-      kernels.panel_gemm_compressed(inputs[id].as<bf16>(), kColumns, tokens, at, kColumns, 0,
-                                    columns, nullptr, tile);
-    } else if (dtype == DType::kFloat32) {
-      kernels.panel_gemm_f32(inputs[id].as<float>(), kColumns, tokens,
-                             reinterpret_cast<const float*>(at), cpu::kPanelRows, columns, nullptr,
-                             tile);
-    } else if (dtype == DType::kInt8) {
-      kernels.panel_gemm_int8(inputs[id].as<bf16>(), kColumns, tokens,
-                              reinterpret_cast<const std::int8_t*>(at), scales.data(), columns,
-                              nullptr, tile);
-    } else {
-      kernels.panel_gemm_bf16(inputs[id].as<bf16>(), kColumns, tokens,
-                              reinterpret_cast<const bf16*>(at), cpu::kPanelRows, columns, nullptr,
-                              tile);
-    }
+    multiply_panel(kernels, weights, {0, columns}, inputs[id].view(), tokens, index, nullptr,
+                   scratch[id].expanded, scratch[id].tile_a.as<float>());
   };
   auto stream = [&](TeamMember& member) {
     auto [begin, end] = member.share(panels);
@@ -162,8 +145,7 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
   timed(team, [&](TeamMember& member) {  // takes the pages, where they are read later
     auto [begin, end] = member.share(panels);
     for (int i = begin; i < end; ++i) {
-      std::memcpy(weights.as<std::byte>() + static_cast<std::size_t>(i) * panel,
-                  one.as<std::byte>(), panel);
+      std::memcpy(const_cast<void*>(weights.panel(i)), one.as<std::byte>(), panel);
     }
   });
   double stream_seconds = std::min(timed(team, stream), timed(team, stream));
@@ -174,10 +156,12 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
   double compute_seconds = std::min(timed(team, compute), timed(team, compute));
   auto rebuild = [&](TeamMember& member) {
     auto write = dtype == DType::kFloat32 ? kernels.write_k_f32 : kernels.write_k_bf16;
-    auto* tile = tiles[static_cast<std::size_t>(member.id())].as<float>();
+    ThreadScratch& own = scratch[static_cast<std::size_t>(member.id())];
+    auto* tile = own.tile_a.as<float>();
     float* keys = tile + kKvBlock * cpu::kPanelRows;
     const int first = member.share(panels).first;
     for (int i = 0; i < kRebuilds; ++i) {
+      own.expanded.forget();  // every block has latents of its own
       multiply(member, first, kKvBlock, kRebuiltRank);
       for (int row = 0; row < kKvBlock; ++row) {
         write(tile + row * cpu::kPanelRows, cpu::kPanelRows, 0, cpu::kPanelRows, row, keys);
@@ -197,7 +181,7 @@ Hardware measure_hardware(const cpu::KernelTable& kernels, cpu::WeightFormat for
                          static_cast<double>(threads) / compute_seconds;
   hardware.rebuild_flops_per_s = 2.0 * kKvBlock * cpu::kPanelRows * kRebuiltRank * kRebuilds *
                                  static_cast<double>(threads) / rebuild_seconds;
-  AttentionProbe probe(kernels, dtype, weights, stream_bytes, team.size());
+  AttentionProbe probe(kernels, dtype, weights.data, weights.data.size(), team.size());
   auto decode = [&](TeamMember& member) {
     auto [begin, end] = member.share(probe.splits());
     for (int split = begin; split < end; ++split) probe.run(member, split, 1);

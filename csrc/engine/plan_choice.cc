@@ -66,9 +66,10 @@ cpu::WeightFormat weight_format(const EngineConfig& config, DType dtype,
   const bool able = dtype == DType::kBFloat16 && kernels.panel_gemm_compressed != nullptr;
   if (asked && !able) {
     fail(ErrorCode::kUnsupported, "weight_compression=\"lossless\": there are no kernels for it ",
-         "in ", isa_name(kernels.isa), " (avx512_bf16 has them)");
+         "in ", isa_name(kernels.isa), " (avx2 and avx512_bf16 have them)");
   }
-  return {dtype, able && config.weight_compression != "none"};
+  const bool pays = config.max_num_seqs <= kernels.compressed_tokens;
+  return {dtype, asked || (able && pays && config.weight_compression != "none")};
 }
 
 Machine measure_machine(const EngineConfig& config, const ModelConfig& model, int threads) {

@@ -55,6 +55,18 @@ class ActivationBuffer {
   Buffer buffer_;
 };
 
+/// Rows of bf16 activations as KernelTable::expand_inputs writes them, kept while one product after
+/// the other reads them.
+struct ExpandedInputs {
+  static constexpr std::ptrdiff_t kMostFloats = std::ptrdiff_t{8} << 20;  // more are not expanded
+  const void* data = nullptr;                                             // of what; null: nothing
+  int rows = 0;
+  int cols = 0;
+  Buffer floats{static_cast<std::size_t>(kMostFloats) * sizeof(float)};  // touched where used
+
+  void forget() { data = nullptr; }
+};
+
 /// One thread's private memory.
 struct ThreadScratch {
   ThreadScratch()
@@ -62,6 +74,7 @@ struct ThreadScratch {
         tile_b(kTileTokens * cpu::kPanelRows * sizeof(float)) {}
   Buffer tile_a;
   Buffer tile_b;
+  ExpandedInputs expanded, second_expanded;  // of a PanelJob's two matrices
   Buffer attention;
   ActivationBuffer normed;        // [normed_rows, hidden]
   int normed_rows = 0;            // up to so many rows are normalised by every thread for itself

@@ -48,8 +48,10 @@ void head_rows(ExecutionContext& ctx, const LowRankLinear& linear, const Activat
   const cpu::PackedMatrix& u = linear.u;
   auto* tile = ctx.scratch.tile_a.as<float>();
   const Range panels = panels_of(u, head, head_dim);
+  ctx.scratch.expanded.forget();
   for (int panel = panels.begin; panel < panels.end; ++panel) {
-    multiply_panel(ctx.kernels, u, {0, u.k_pad}, z, count, panel, nullptr, tile);
+    multiply_panel(ctx.kernels, u, {0, u.k_pad}, z, count, panel, nullptr, ctx.scratch.expanded,
+                   tile);
     const int first = panel * u.panel_rows;
     const Range columns = columns_of(head, head_dim, first, u.rows_of(panel));
     const float* bias = bias_of(linear);
@@ -176,11 +178,13 @@ void rebuild_keys(ExecutionContext& ctx, const LatentKv& latents, const KvSide& 
     const std::ptrdiff_t angle = side.share().position(p) * angles.ld;
     if (tiles_turn) {  // packed so that pairs meet
       const int panels = (half + cpu::kLanes - 1) / cpu::kLanes;
+      ctx.scratch.expanded.forget();
       for (int i = 0; i < panels; ++i) {
         const int panel = head * panels + i;
         const int pair = i * cpu::kLanes;
         const float* bias = bias_of(linear);
-        multiply_panel(kernels, linear.u, {0, linear.u.k_pad}, z, count, panel, nullptr, tile);
+        multiply_panel(kernels, linear.u, {0, linear.u.k_pad}, z, count, panel, nullptr,
+                       ctx.scratch.expanded, tile);
         kernels.rope_tile(tile, count, bias == nullptr ? nullptr : bias + panel * cpu::kPanelRows,
                           angles.cos + angle + pair, angles.sin + angle + pair, angles.ld);
         const int pairs = std::min(cpu::kLanes, half - pair);

@@ -57,9 +57,11 @@ struct PanelJob {
 };
 
 /// tile[m, kPanelRows] = the product of the columns `k` of a panel with the rows of x, on top of
-/// the tile unless k begins at 0. `next` (may be null) is memory read soon after.
+/// the tile unless k begins at 0. `next` (may be null) is memory read soon after. `expanded` may
+/// have the rows of x from the call before; whoever changes them lets it forget.
 void multiply_panel(const cpu::KernelTable& kernels, const cpu::PackedMatrix& matrix, Range k,
-                    const Activations& x, int m, int panel, const void* next, float* tile);
+                    const Activations& x, int m, int panel, const void* next,
+                    ExpandedInputs& expanded, float* tile);
 
 /// Runs all panels of the jobs for the rows [row, row + m) of the batch, m up to kTileTokens. Every
 /// member of the team must call it, and barrier() before the results are read or the next call.

@@ -153,8 +153,9 @@ class Scene {
       auto write_v = activations_ == DType::kFloat32 ? kernels_.write_v_f32 : kernels_.write_v_bf16;
       for (int i = 0; i < tokens; ++i) {
         for (int panel = 0; panel < linear.u.num_panels(); ++panel) {
+          scratch[0].expanded.forget();
           multiply_panel(kernels_, linear.u, {0, linear.u.k_pad}, z.view().rows_from(i), 1, panel,
-                         nullptr, tile);
+                         nullptr, scratch[0].expanded, tile);
           for (int j = 0; j < linear.u.rows_of(panel); ++j) {
             const int column = panel * cpu::kPanelRows + j;
             if (column >= linear.u.n) break;

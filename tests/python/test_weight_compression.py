@@ -21,18 +21,24 @@ def load(path: Path, **options: Any) -> LLM:
     "ranks", [None, {"q_proj": 40, "gate_proj": 33}], ids=["dense", "low-rank"]
 )
 @pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"])
 def test_compressed_weights_give_the_same_bits(
-    size: int, ranks: dict[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    isa: str,
+    size: int,
+    ranks: dict[str, int] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "avx512_bf16" not in supported_isas():
-        pytest.skip("this CPU has no kernels for compressed weights")
-    monkeypatch.setenv("DEINFER_CPU_ISA", "avx512_bf16")
+    if isa not in supported_isas():
+        pytest.skip(f"this CPU lacks {isa}")
+    monkeypatch.setenv("DEINFER_CPU_ISA", isa)
     fields = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 160}
     path = write_model(tmp_path / "model", ranks, dtype=torch.bfloat16, **fields)
     tokens = np.random.default_rng(0).integers(0, 131, 70).tolist()
     found = {}
     for compression in ("none", "lossless", "auto"):
         options = {"tensor_parallel_size": size, "tensor_parallel_plan": "hidden_sharded"}
+        options["max_num_seqs"] = 2  # more, and "auto" leaves 16 bits with AVX2
         llm = load(path, dtype="bfloat16", weight_compression=compression, **options)
         info = llm.model_info
         assert info.weight_compression == ("none" if compression == "none" else "lossless")
@@ -41,6 +47,8 @@ def test_compressed_weights_give_the_same_bits(
     assert found["auto"][0] == found["lossless"][0]
     np.testing.assert_array_equal(found["lossless"][1], found["none"][1])
     np.testing.assert_array_equal(found["auto"][1], found["none"][1])
+    large_batches = load(path, dtype="bfloat16", max_num_seqs=3).model_info
+    assert large_batches.weight_compression == ("none" if isa == "avx2" else "lossless")
 
 
 def test_compression_that_is_impossible_is_named(

@@ -31,8 +31,8 @@ struct DEINFER_API EngineConfig {
                                // CUDA bfloat16, too)
   std::string weight_compression = "auto";  // of bfloat16 weights in memory: "lossless": 12 bits
                                             // each, and the same results; "none": 16 bits; "auto":
-                                            // lossless where there are kernels for it (CPUs with
-                                            // AVX-512-BF16)
+                                            // lossless with AVX-512-BF16, and with AVX2 where
+                                            // max_num_seqs is at most 2
   int tensor_parallel_size = 1;             // rank threads in this process
   std::string tensor_parallel_plan = "auto";
   std::string emulated_link;  // "": none; "nvlink", "pcie", "ethernet" or "latency_us:GB_per_s":

@@ -11,10 +11,6 @@ namespace {
 inline constexpr int kCompressedPrefetchTokens = 3;
 inline constexpr int kUnitLines = kUnitBytes / kLineBytes;
 
-inline int unit_of(const Outlier& outlier) {
-  return static_cast<int>(outlier.place / kUnitWeights);
-}
-
 /// What a pass does besides: nothing, fetch what comes later, or that and write the weights as
 /// bf16.
 enum class Aside { kNothing, kPrefetch, kKeep };

@@ -35,6 +35,10 @@ struct Outlier {
 };
 inline constexpr std::uint32_t kNoPlace = 0xffffffff;
 
+[[gnu::always_inline]] inline int unit_of(const Outlier& outlier) {
+  return static_cast<int>(outlier.place / kUnitWeights);
+}
+
 struct PanelHeader {
   std::uint16_t exponents[kNumExponents];  // in place: bits 7 to 14 of a bf16
 

@@ -16,6 +16,7 @@ struct DotF32 {
   static constexpr int kElements = 1;  // of k per step
   static constexpr int kMaxTokens = kGemmTokensF32;
   static constexpr int kPhases = 1;  // multiply-adds per step and vector
+  static constexpr bool kInputsFirst = kFloatInputsFirst;
   template <int kPhase>
   static Vec half_weights(const float* w) {
     return load_halves(w, w);
@@ -39,6 +40,7 @@ struct DotBf16 {
   static constexpr int kElements = 2;
   static constexpr int kMaxTokens = kGemmTokensBf16;
   static constexpr int kPhases = kPairPhases;
+  static constexpr bool kInputsFirst = false;
   template <int kPhase>
   static Pairs half_weights(const bf16* w) {
     return load_pairs_twice<kPhase>(w);
@@ -127,11 +129,36 @@ template <int kHalves, int kTokens>
   }
 }
 
+/// As add_phase, but the inputs of all tokens are read before any weights, of which one register at
+/// a time is then enough.
+template <typename Dot, int kPhase, int kHalves, int kTokens>
+[[gnu::always_inline]] inline void add_inputs_first(const float* x, std::ptrdiff_t ldx,
+                                                    const typename Dot::Weight* w,
+                                                    Sums<kHalves, kTokens>& sums) {
+  constexpr int kVecs = kHalves / 2;
+  Vec inputs[kTokens];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) inputs[i] = Dot::template input<kPhase>(x + i * ldx);
+#pragma GCC unroll 2
+  for (int j = 0; j < kVecs; ++j) {
+    fma_tokens<kPhase>(w + j * kLanes * Dot::kElements, inputs, j, sums.vec);
+  }
+  if constexpr (kHalves % 2 == 1) {
+    const Vec weights = Dot::template half_weights<kPhase>(w + kVecs * kLanes * Dot::kElements);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; i += 2) {
+      const int second = i + 1 < kTokens ? i + 1 : i;
+      sums.halves[i / 2] = fma(weights, join_halves(inputs[i], inputs[second]), sums.halves[i / 2]);
+    }
+  }
+}
+
 /// One phase of one step; w is at its weights, x at its input of token 0.
 template <typename Dot, int kPhase, int kHalves, int kTokens>
 [[gnu::always_inline]] inline void add_phase(const typename Dot::Element* x, std::ptrdiff_t ldx,
                                              const typename Dot::Weight* w,
                                              Sums<kHalves, kTokens>& sums) {
+  if constexpr (Dot::kInputsFirst) return add_inputs_first<Dot, kPhase>(x, ldx, w, sums);
   constexpr int kVecs = kHalves / 2;
   using Operand = typename Dot::Operand;
   Operand weights[kVecs == 0 ? 1 : kVecs];
@@ -175,10 +202,11 @@ template <typename Dot, int kPrefetch, int kHalves, int kTokens>
 }
 
 /// kTokens tokens times kHalves * 8 rows over some steps, in registers; from zero if `first`, else
-/// on top of c. Fetches kPrefetch lines from `prefetch` on per step. The arguments are scalars
+/// on top of c. Fetches kPrefetch lines from `prefetch` on per step, or with kEvery > 1, a divisor
+/// of kStepUnroll, so many in every kEvery-th step. The arguments are scalars
 /// because the copy of a struct reads 32 bytes that 8-byte stores have just written, which waits
 /// until all loads before it are done: 200 ns per panel without a request to memory.
-template <typename Dot, int kHalves, int kTokens, int kPrefetch>
+template <typename Dot, int kHalves, int kTokens, int kPrefetch, int kEvery = 1>
 [[gnu::noinline]] void micro_kernel(const typename Dot::Element* x, std::ptrdiff_t ldx,
                                     const typename Dot::Weight* w, int steps, bool first,
                                     const char* prefetch, float* c) {
@@ -189,11 +217,15 @@ template <typename Dot, int kHalves, int kTokens, int kPrefetch>
   for (; step + kStepUnroll <= steps; step += kStepUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kStepUnroll; ++u) {
-      add_step<Dot, kPrefetch>(x, ldx, w + u * kWeights, prefetch + u * kPrefetch * kLineBytes,
-                               sums);
+      if (u % kEvery == 0) {
+        add_step<Dot, kPrefetch>(x, ldx, w + u * kWeights,
+                                 prefetch + u / kEvery * kPrefetch * kLineBytes, sums);
+      } else {
+        add_step<Dot, 0>(x, ldx, w + u * kWeights, nullptr, sums);
+      }
     }
     w += kStepUnroll * kWeights;
-    prefetch += kStepUnroll * kPrefetch * kLineBytes;
+    prefetch += kStepUnroll / kEvery * kPrefetch * kLineBytes;
   }
   for (; step < steps; ++step, w += kWeights) add_step<Dot, 0>(x, ldx, w, nullptr, sums);
   store_sums(sums, c);

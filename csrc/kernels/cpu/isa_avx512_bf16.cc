@@ -1,5 +1,7 @@
 // Kernels for AVX-512 with the BF16 extension, and the table of AMX-BF16, which shares all but
 // the products of bf16 and int8.
+#include <limits>
+
 #include "kernels/cpu/isa_tables.h"
 // clang-format off: the vectors come before the kernels
 #include "kernels/cpu/simd_avx512_bf16.h"
@@ -20,6 +22,7 @@ void amx_scaled_product(const bf16* x, std::ptrdiff_t ldx, int m, const std::int
 
 constexpr KernelTable make_bf16_table() {
   KernelTable table = make_table(Isa::kAvx512Bf16);
+  table.compressed_tokens = std::numeric_limits<int>::max();  // costs some per cent from 8 on
   table.panel_gemm_compressed = panel_gemm_compressed;
   return table;
 }

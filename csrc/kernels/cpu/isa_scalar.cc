@@ -3,10 +3,11 @@
 // clang-format off: the vectors come before the kernels
 #include "kernels/cpu/simd_scalar.h"
 #include "kernels/cpu/table_impl.h"
+#include "kernels/cpu/expanded_impl.h"
 // clang-format on
 
 namespace deinfer::cpu {
 
-constinit const KernelTable kScalarKernels = make_table(Isa::kScalar);
+constinit const KernelTable kScalarKernels = with_expanded(make_table(Isa::kScalar));
 
 }  // namespace deinfer::cpu

@@ -121,6 +121,10 @@ struct KernelTable {
   /// them: their product takes several times as long as reading the weights from memory.
   int part_tokens;
 
+  /// In steps of up to so many tokens compressed weights save time, in larger ones they may cost
+  /// much; 0 where panel_gemm_compressed is null.
+  int compressed_tokens;
+
   // --- matrix products -------------------------------------------------------------------------
   /// c[m, kPanelRows] = x[m, k_pad] . panel^T for one panel of `rows` (8, 16, 24 or 32) rows. x
   /// rows are ldx elements apart and zero beyond k. `next` (may be null) is memory read soon after,
@@ -154,6 +158,21 @@ struct KernelTable {
   /// where expanding the weights would take longer than it saves, or was not built.
   void (*panel_gemm_compressed)(const bf16* x, std::ptrdiff_t ldx, int m, const std::byte* panel,
                                 int k_pad, int k_begin, int k_end, const void* next, float* c);
+
+  /// The following have the bits of the products of bf16 x above and are faster where bf16 is
+  /// multiplied as fp32: there x is better widened once for all panels. Null elsewhere.
+  /// x[m, k] as they read it: out[expanded_inputs_size(m, k)], 64-byte aligned. k is even.
+  void (*expand_inputs)(const bf16* x, std::ptrdiff_t ldx, int m, int k, float* out);
+  std::ptrdiff_t (*expanded_inputs_size)(int m, int k);
+  /// From zero, or with `add` on top of c.
+  void (*panel_gemm_expanded_bf16)(const float* x, int m, const bf16* panel, int rows, int k_pad,
+                                   const void* next, bool add, float* c);
+  void (*panel_gemm_expanded_int8)(const float* x, int m, const std::int8_t* panel,
+                                   const float* scale, int k_pad, const void* next, bool add,
+                                   float* c);
+  /// From zero where k_begin is 0, else on top of c. Null where panel_gemm_compressed is.
+  void (*panel_gemm_expanded_compressed)(const float* x, int m, const std::byte* panel, int k_pad,
+                                         int k_begin, int k_end, const void* next, float* c);
 
   // --- epilogues: tiles c[m, kPanelRows] to rows of memory ---------------------------------------
   // cols in [1, 32] columns are written. bias[cols] may be null.

@@ -16,8 +16,10 @@ struct Vec {
   __m256 hi;
 };
 
-// 16 registers: 8 hold accumulators (2 tokens x 32 rows), the rest weights and inputs.
-inline constexpr int kGemmTokensF32 = 2;
+// 16 registers: in the GEMM of floats 12 hold accumulators (3 tokens x 32 rows), 3 inputs and one
+// weights; in that of bf16, which it must widen, 8 hold accumulators.
+inline constexpr int kGemmTokensF32 = 3;
+inline constexpr bool kFloatInputsFirst = true;
 inline constexpr int kGemmTokensBf16 = 2;
 inline constexpr int kAttentionVectors = 4;
 inline constexpr int kAttentionBlock = 4;
@@ -171,6 +173,10 @@ inline float reduce_max(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 
+inline Vec swap_pairs(const Vec& v) {
+  return {_mm256_permute_ps(v.lo, 0xb1), _mm256_permute_ps(v.hi, 0xb1)};
+}
+
 inline Vec load_halves(const float* low, const float* high) {
   return {_mm256_loadu_ps(low), _mm256_loadu_ps(high)};
 }
@@ -200,6 +206,28 @@ inline Pairs broadcast_pair(const bf16* p) {
   return {element, element};
 }
 inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
+
+template <int kTokens, int kVecs>
+inline void fma_tokens(__m256 weights, const Vec (&x)[kTokens], int column,
+                       Vec (&sums)[kTokens][kVecs], __m256 Vec::* half) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) {
+    sums[i][column].*half = _mm256_fmadd_ps(weights, x[i].lo, sums[i][column].*half);
+  }
+}
+template <int kPhase, int kTokens, int kVecs>
+inline void fma_tokens(const float* w, const Vec (&x)[kTokens], int column,
+                       Vec (&sums)[kTokens][kVecs]) {
+  fma_tokens(_mm256_loadu_ps(w), x, column, sums, &Vec::lo);
+  fma_tokens(_mm256_loadu_ps(w + 8), x, column, sums, &Vec::hi);
+}
+template <int kPhase, int kTokens, int kVecs>
+inline void fma_tokens(const bf16* w, const Vec (&x)[kTokens], int column,
+                       Vec (&sums)[kTokens][kVecs]) {
+  auto* words = reinterpret_cast<const __m256i*>(w);
+  fma_tokens(elements_of<kPhase>(_mm256_loadu_si256(words)), x, column, sums, &Vec::lo);
+  fma_tokens(elements_of<kPhase>(_mm256_loadu_si256(words + 1)), x, column, sums, &Vec::hi);
+}
 
 template <int kPhase>
 inline Pairs load_pairs_twice(const bf16* p) {

@@ -21,6 +21,7 @@ using Vec = __m512;
 // 32 registers: 16 accumulators in the GEMM (8 tokens x 32 rows), up to 24 in attention.
 inline constexpr int kGemmTokensF32 = 8;
 inline constexpr int kGemmTokensBf16 = 8;
+inline constexpr bool kFloatInputsFirst = false;
 inline constexpr int kAttentionVectors = 24;
 inline constexpr int kAttentionBlock = 8;
 

@@ -21,6 +21,8 @@ struct Vec {
 // rows of an attention micro kernel.
 inline constexpr int kGemmTokensF32 = 1;
 inline constexpr int kGemmTokensBf16 = 1;
+/// Whether the GEMM of floats reads the inputs of a step before its weights, by fma_tokens.
+inline constexpr bool kFloatInputsFirst = true;
 inline constexpr int kAttentionVectors = 4;
 inline constexpr int kAttentionBlock = 1;
 
@@ -147,6 +149,11 @@ inline float reduce_max(Vec v) {
   return v.lane[0];
 }
 
+/// The elements of each pair of lanes the other way round.
+inline Vec swap_pairs(const Vec& v) {
+  return make_vec([&](int i) { return v.lane[i ^ 1]; });
+}
+
 /// Two halves of 8 floats each, of rows that fill no vector.
 inline Vec load_halves(const float* low, const float* high) {
   return make_vec([=](int i) { return i < kHalfLanes ? low[i] : high[i - kHalfLanes]; });
@@ -176,6 +183,20 @@ inline Pairs broadcast_pair(const bf16* p) {
   return broadcast(widen(p[1 - kPhase]));
 }
 inline Vec pair_dot(Vec acc, const Pairs& w, const Pairs& x) { return fma(w, x, acc); }
+
+/// sums[i][column] += 16 weights * x[i] for all tokens i, where every lane of x[i] is the same. Of
+/// bf16 pairs these are the weights of a phase.
+template <int kPhase, int kTokens, int kVecs, typename Weight>
+inline void fma_tokens(const Weight* w, const Vec (&x)[kTokens], int column,
+                       Vec (&sums)[kTokens][kVecs]) {
+  Vec weights;
+  if constexpr (sizeof(Weight) == 2) {
+    weights = load_pairs<kPhase>(w);
+  } else {
+    weights = load(w);
+  }
+  for (int i = 0; i < kTokens; ++i) sums[i][column] = fma(weights, x[i], sums[i][column]);
+}
 
 /// The weights of 8 rows in both halves.
 template <int kPhase>
