@@ -87,17 +87,18 @@ struct Input {
   std::vector<double> values;
 };
 
-std::vector<float> run(const Case& c, Input& x, int m, int threads) {
+std::vector<float> run(const Case& c, const Activations& x, int m, int threads,
+                       Isa isa = detect_isas().back()) {
   ThreadTeam team(threads);
   std::vector<ThreadScratch> scratch(static_cast<std::size_t>(threads));
   ActivationBuffer z(c.activations, m, std::max(c.linear.z_cols(), 1));
   std::vector<float> out(static_cast<std::size_t>(m * c.n), kNan);
-  const cpu::KernelTable& kernels = cpu::kernels_for(detect_isas().back());
+  const cpu::KernelTable& kernels = cpu::kernels_for(isa);
   std::unique_ptr<Communicator> alone = make_single_communicator(0);
   TeamExchange exchange(*alone);
   team.run([&](TeamMember& member) {
     ExecutionContext ctx{kernels, member, scratch[static_cast<std::size_t>(member.id())], exchange};
-    lowrank_linear(ctx, m, GroupInput(x.memory.view()), c.linear, z.view(), out.data(), c.n);
+    lowrank_linear(ctx, m, GroupInput(x), c.linear, z.view(), out.data(), c.n);
   });
   return out;
 }
@@ -110,9 +111,9 @@ TEST_P(LowRankLinearTest, TeamsOfEverySizeGiveTheBitsOfOneThread) {
     // Around the sizes at which teams divide tokens, and beyond a tile.
     for (int m : {1, 7, 63, 64, 127, 128, 129, 200, 256, 511, 512, 513, 700}) {
       Input x(c, m);
-      std::vector<float> one = run(c, x, m, 1);
+      std::vector<float> one = run(c, x.memory.view(), m, 1);
       for (int threads : {2, 3, 4, 6}) {
-        std::vector<float> many = run(c, x, m, threads);
+        std::vector<float> many = run(c, x.memory.view(), m, threads);
         ASSERT_TRUE(same_bits(one.data(), many.data(), one.size() * sizeof(float)))
             << "rank " << rank << ", " << m << " tokens, " << threads << " threads";
       }
@@ -126,11 +127,33 @@ TEST_P(LowRankLinearTest, MatchesFp64) {
     const int m = 130;
     Input x(c, m);
     std::vector<double> exact = c.exact(x.values, m);
-    std::vector<float> out = run(c, x, m, 2);
+    std::vector<float> out = run(c, x.memory.view(), m, 2);
     // z may round to the neighbour of what fp64 rounds to.
     double tolerance =
         rank > 0 && c.activations == DType::kBFloat16 ? TypeTraits<bf16>::kTolerance : 1e-5;
     for (std::size_t i = 0; i < exact.size(); ++i) ASSERT_NEAR(out[i], exact[i], tolerance) << i;
+  }
+}
+
+// Of many wide rows a thread takes some at a time, or widens none where they would take too much
+// memory (ExpandedInputs).
+TEST_P(LowRankLinearTest, WideRowsHaveTheBitsOfThoseAlone) {
+  struct Size {
+    int m, k, threads;
+  };
+  for (const Size& size : {Size{260, 8200, 1}, Size{260, 8200, 2}, Size{400, 21504, 7}}) {
+    const Case c(GetParam(), 8, size.k, 0, 11);
+    Input x(c, size.m);
+    for (Isa isa : detect_isas()) {
+      if (isa == Isa::kScalar) continue;  // takes long
+      const std::vector<float> all = run(c, x.memory.view(), size.m, size.threads, isa);
+      for (int row : {0, 1, size.m / 2, size.m - 1}) {
+        const std::vector<float> one = run(c, x.memory.view().rows_from(row), 1, 1, isa);
+        EXPECT_TRUE(same_bits(one.data(), all.data() + std::ptrdiff_t{row} * c.n,
+                              one.size() * sizeof(float)))
+            << isa_name(isa) << ", row " << row << " of " << size.m << " with " << size.k;
+      }
+    }
   }
 }
 
