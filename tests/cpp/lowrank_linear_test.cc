@@ -142,10 +142,11 @@ TEST_P(LowRankLinearTest, WideRowsHaveTheBitsOfThoseAlone) {
     int m, k, threads;
   };
   for (const Size& size : {Size{260, 8200, 1}, Size{260, 8200, 2}, Size{400, 21504, 7}}) {
+    if (size.threads == 7 && GetParam() != DType::kBFloat16) continue;  // takes long
     const Case c(GetParam(), 8, size.k, 0, 11);
     Input x(c, size.m);
     for (Isa isa : detect_isas()) {
-      if (isa == Isa::kScalar) continue;  // takes long
+      if (isa == Isa::kScalar) continue;
       const std::vector<float> all = run(c, x.memory.view(), size.m, size.threads, isa);
       for (int row : {0, 1, size.m / 2, size.m - 1}) {
         const std::vector<float> one = run(c, x.memory.view().rows_from(row), 1, 1, isa);
