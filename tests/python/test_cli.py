@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from conftest import write_model, write_tokenizer
 from deinfer import demo
 from deinfer.cli import chat, main
+from deinfer.cli.options import UsageError, engine_arguments
 
 ENGINE = ("--num-threads", "1", "--kv-cache-bytes", str(1 << 22))
 
@@ -197,6 +199,21 @@ def test_chat_from_a_pipe(tiny_model: Path) -> None:
     again = succeed(*base, stdin="hello\nhello\n")
     assert again.startswith(once) and again != once * 2  # the second answer has seen the first
     assert succeed(*base, stdin="") == ""
+
+
+def test_chat_is_one_sequence_unless_asked(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load(options: argparse.Namespace) -> None:
+        asked.append(engine_arguments(options)["max_num_seqs"])
+        raise UsageError("enough")
+
+    monkeypatch.setattr(chat, "load_model", load)
+    for more in ([], ["--max-num-seqs", "3"]):
+        assert main(["chat", str(tiny_model), *more]) == 2
+    assert asked == [1, 3]
 
 
 def test_chat_goes_on_after_a_question_that_is_too_long(tiny_model: Path) -> None:

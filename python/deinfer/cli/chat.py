@@ -48,7 +48,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_options(parser, max_tokens=512)
     add_engine_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, max_num_seqs=1)  # answers one at a time
 
 
 def run(options: argparse.Namespace) -> None:

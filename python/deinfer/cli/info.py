@@ -106,7 +106,7 @@ def _latents(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _memory(report: dict[str, Any]) -> str:
     context = report["kv_bytes_per_token"] * report["max_model_len"]
     weights = report["memory_bytes"]
-    bits = " in 16 bits (12 with AVX-512-BF16)" if report["runs_as"] == "bfloat16" else ""
+    bits = " in 16 bits (12 where they are compressed)" if report["runs_as"] == "bfloat16" else ""
     kv = f"{context / 1e6:,.1f} MB of KV for a full context"
     return f"{weights / 1e6:,.1f} MB of weights{bits}, {kv}"
 

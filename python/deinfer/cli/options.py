@@ -94,7 +94,7 @@ _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
         "weight_compression",
         str,
         "of bfloat16 weights in memory, with the same results: lossless (12 bits each), none or "
-        "auto (default: auto, lossless on CPUs with AVX-512-BF16)",
+        "auto (default: auto, lossless with AVX-512-BF16, with AVX2 for at most 2 sequences)",
     ),
     ("tensor_parallel_size", int, "rank threads (default: 1)"),
     (
@@ -104,7 +104,7 @@ _ENGINE: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ),
     ("num_threads", int, "CPU threads of a rank (default: all cores)"),
     ("max_model_len", int, "longest sequence in tokens (default: the model's limit)"),
-    ("max_num_seqs", int, "most sequences in one batch (default: 256)"),
+    ("max_num_seqs", int, "most sequences in one batch (default: 256, chat 1)"),
     ("max_num_batched_tokens", int, "most tokens in one step (default: 512)"),
     ("kv_cache_bytes", int, "memory of the KV cache (default: a quarter of what is free)"),
     (
