@@ -163,9 +163,12 @@ class Division {
 /// Tokens whose inputs stay in a core's share of the last cache while it goes through the panels.
 int tokens_in_cache(const cpu::KernelTable& kernels, std::span<const PanelJob> jobs, int m) {
   if (kernels.expand_inputs == nullptr) return m;
-  constexpr int kFloats = 1 << 20;  // measured on Zen 3: twice as many take up to 1.4 times as long
+  constexpr int kFloats = 1 << 20;
   int columns = 0;
-  for (const PanelJob& job : jobs) columns = std::max(columns, job.matrix->k_pad);
+  for (const PanelJob& job : jobs) {
+    columns = std::max(columns, job.matrix->k_pad);
+    if (job.second != nullptr) columns = std::max(columns, job.second->k_pad);
+  }
   return std::max(32, kFloats / columns);
 }
 

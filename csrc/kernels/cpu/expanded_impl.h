@@ -104,10 +104,11 @@ void multiply_expanded(const float* x, int m, int k, bool add, Expand expand, fl
       const int token = static_cast<int>(std::int64_t{m} * pass / passes);
       const int tokens = static_cast<int>(std::int64_t{m} * (pass + 1) / passes) - token;
       const bool fetches = next != nullptr && pass < every;
+      const char* prefetch =
+          fetches ? next + std::ptrdiff_t{pass} * (kExpandedColumns / every) * kLineBytes : nullptr;
       auto* kernel = expanded_kernel_for<kHalves>(tokens, fetches ? every : 0);
       kernel(inputs + std::ptrdiff_t{token} * ldx, ldx, weights, count, !add && first == 0,
-             next + std::ptrdiff_t{pass} * (kExpandedColumns / every) * kLineBytes,
-             c + std::ptrdiff_t{token} * kPanelRows);
+             prefetch, c + std::ptrdiff_t{token} * kPanelRows);
     }
   }
 }
@@ -164,12 +165,13 @@ inline void panel_gemm_expanded_int8(const float* x, int m, const std::int8_t* p
   if (scale != nullptr) scale_columns(scale, m, c);
 }
 
-/// The table with these products.
-constexpr KernelTable with_expanded(KernelTable table) {
+/// The table with these products, of which an instruction set may have its own of int8 weights.
+constexpr KernelTable with_expanded(KernelTable table,
+                                    decltype(KernelTable::panel_gemm_expanded_int8) int8_product) {
   table.expand_inputs = expand_inputs;
   table.expanded_inputs_size = expanded_inputs_size;
   table.panel_gemm_expanded_bf16 = panel_gemm_expanded_bf16;
-  table.panel_gemm_expanded_int8 = panel_gemm_expanded_int8;
+  table.panel_gemm_expanded_int8 = int8_product;
   return table;
 }
 

@@ -11,8 +11,7 @@ namespace deinfer::cpu {
 namespace {
 
 constexpr KernelTable make_avx2_table() {
-  KernelTable table = with_expanded(make_table(Isa::kAvx2));
-  table.panel_gemm_expanded_int8 = panel_gemm_visited_int8;
+  KernelTable table = with_expanded(make_table(Isa::kAvx2), panel_gemm_visited_int8);
   table.compressed_tokens = kVisitTokens;
   table.panel_gemm_compressed = panel_gemm_compressed;
   table.panel_gemm_expanded_compressed = panel_gemm_expanded_compressed;

@@ -8,6 +8,7 @@
 
 namespace deinfer::cpu {
 
-constinit const KernelTable kScalarKernels = with_expanded(make_table(Isa::kScalar));
+constinit const KernelTable kScalarKernels =
+    with_expanded(make_table(Isa::kScalar), panel_gemm_expanded_int8);
 
 }  // namespace deinfer::cpu
