@@ -7,6 +7,13 @@ export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
 # Waiting OpenMP threads that spin slow torch down several times on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
+# Where ccache is installed, clones share what was compiled, precompiled headers as well.
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
+export CCACHE_SLOPPINESS ?= pch_defines,time_macros
+endif
 
 MODEL := build/smollm2-135m-instruct
 CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.cuh' 'tests/*.c' 'examples/*.cc' 'bench/*.cc' 'bench/*.h')

@@ -47,6 +47,9 @@ namespace emulation {
 namespace {
 
 constexpr std::size_t kStackBytes = 256 << 10;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::size_t kOuterFrames = 4 << 10;  // more than those of Machine::main and leave
+#endif
 constexpr std::size_t kExchangeBytes = 64;
 std::atomic<Schedule> schedule{Schedule::kAscending};
 
@@ -116,9 +119,9 @@ class Machine {
       Fiber& fiber = fibers_[static_cast<std::size_t>(i)];
       auto id = static_cast<unsigned>(i);
       fiber.thread = {id % block.x, id / block.x % block.y, id / block.x / block.y};
-      fiber.state = State::kReady;
       fiber.exchanges = 0;
       prepare(fiber, i);
+      fiber.state = State::kReady;
     }
     blockIdx = index;
     std::vector<int> order(static_cast<std::size_t>(count_));
@@ -181,8 +184,9 @@ class Machine {
 
   void prepare(Fiber& fiber, int i) {
 #if defined(__SANITIZE_ADDRESS__)
-    // The frames that the thread before never left.
-    __asan_unpoison_memory_region(stack(i), kStackBytes);
+    // The frames that the thread before never left: all of them only if it was stuck.
+    const std::size_t bytes = fiber.state == State::kEnded ? kOuterFrames : kStackBytes;
+    __asan_unpoison_memory_region(stack(i) + kStackBytes - bytes, bytes);
 #endif
     auto* top = reinterpret_cast<void**>(stack(i) + kStackBytes);
     *--top = nullptr;                                  // alignment: as after a call
