@@ -353,6 +353,10 @@ def test_demo_with_models_of_an_earlier_run(
         path = tmp_path / f"smollm2-135m-instruct{name}"
         size = write_tokenizer(path)
         write_model(path, size, ranks=own, max_position_embeddings=1024)
+    config = json.loads((path / "config.json").read_text())
+    config["low_rank"] |= {"rank_multiple": 8, "recovery_steps": 12}
+    (path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("deinfer.decompose.decompose_model", lambda *_, **__: pytest.fail("again"))
     assert demo.main(["--build-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 90 for line in lines if "|" in line)
@@ -367,6 +371,9 @@ def test_demo_with_models_of_an_earlier_run(
     # Another keep, or other settings, means another model.
     assert demo._is_decomposed(path, 0.8)
     assert not demo._is_decomposed(path, 0.7) and not demo._is_decomposed(tmp_path, 0.8)
+    config["low_rank"]["recovery_steps"] = 0
+    (path / "config.json").write_text(json.dumps(config))
+    assert not demo._is_decomposed(path, 0.8)
 
 
 def test_a_source_tree_has_no_cmake_directory_to_print() -> None:
