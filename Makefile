@@ -7,9 +7,10 @@ export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
 # Waiting OpenMP threads that spin slow torch down several times on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
-# Where ccache is installed, clones share what was compiled, precompiled headers as well.
+# Where ccache is installed, clones share what was compiled.
 ifneq ($(shell command -v ccache),)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
 export CCACHE_BASEDIR ?= $(CURDIR)
 export CCACHE_NOHASHDIR ?= 1
 export CCACHE_SLOPPINESS ?= pch_defines,time_macros
