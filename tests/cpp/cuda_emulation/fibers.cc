@@ -76,7 +76,12 @@ class Machine {
     if (memory == MAP_FAILED) throw std::runtime_error("emulation: no memory for stacks");
     stacks_ = static_cast<std::byte*>(memory);
   }
-  ~Machine() { munmap(stacks_, kStackBytes * kMaxThreads); }
+  ~Machine() {
+#if defined(__SANITIZE_ADDRESS__)
+    for (int i = 0; i < kMaxThreads; ++i) unpoison(i);  // for whoever gets the memory next
+#endif
+    munmap(stacks_, kStackBytes * kMaxThreads);
+  }
 
   void run(Dim3 grid, Dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
     count_ = static_cast<int>(block.x * block.y * block.z);
@@ -182,11 +187,18 @@ class Machine {
 
   std::byte* stack(int i) { return stacks_ + kStackBytes * static_cast<std::size_t>(i); }
 
+#if defined(__SANITIZE_ADDRESS__)
+  /// The frames that thread i never left: all of them only if it was stuck.
+  void unpoison(int i) {
+    const bool ended = fibers_[static_cast<std::size_t>(i)].state == State::kEnded;
+    const std::size_t bytes = ended ? kOuterFrames : kStackBytes;
+    __asan_unpoison_memory_region(stack(i) + kStackBytes - bytes, bytes);
+  }
+#endif
+
   void prepare(Fiber& fiber, int i) {
 #if defined(__SANITIZE_ADDRESS__)
-    // The frames that the thread before never left: all of them only if it was stuck.
-    const std::size_t bytes = fiber.state == State::kEnded ? kOuterFrames : kStackBytes;
-    __asan_unpoison_memory_region(stack(i) + kStackBytes - bytes, bytes);
+    unpoison(i);
 #endif
     auto* top = reinterpret_cast<void**>(stack(i) + kStackBytes);
     *--top = nullptr;                                  // alignment: as after a call
